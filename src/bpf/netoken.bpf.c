@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/*
+ * The egress classifier: finds a SYN, asks the policy, stamps it, counts it.
+ * Built for every kernel from 5.10 on; see DESIGN in the README for what it promises.
+ */
+/* Nothing here reads a structure of the kernel's own, so no kernel BTF is needed to load it. */
+#define BPF_NO_PRESERVE_ACCESS_INDEX
+#include "vmlinux.h"
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "kernel.h"
+#include "types.h"
+#include "maps.h"
+#include "parse.h"
+#include "policy.h"
+#include "stamp.h"
+#include "count.h"
+
+/*
+ * Not inlined: what is not a SYN must not pay for the registers and the stack that a SYN needs. Not
+ * static: the verifier then looks at it once, and not again for every way in which a SYN can be
+ * found.
+ */
+__noinline int handle_syn(struct __sk_buff *skb)
+{
+	struct scratch *scratch = this_scratch();
+	const struct netoken_rule *rule;
+	enum netoken_verdict verdict;
+	struct netoken_event *event;
+	bool drop = false;
+
+	if (!scratch)
+		return TC_ACT_UNSPEC;
+	event = &scratch->syn.event;
+	describe_syn(skb, &scratch->syn);
+	rule = lookup_rule(&event->flow);
+	if (!rule) {
+		verdict = VERDICT_NO_POLICY;
+	} else {
+		event->rule = rule->id;
+		__builtin_memcpy(event->token, rule->token, TOKEN_LEN);
+		switch (rule->action) {
+		case ACTION_STAMP:
+			verdict = stamp_syn(skb, scratch, rule->token, &drop);
+			if (rule->when_full == WHEN_FULL_DROP && verdict != VERDICT_STAMPED &&
+			    verdict != VERDICT_ALREADY_STAMPED)
+				drop = true;
+			break;
+		case ACTION_DROP:
+			verdict = VERDICT_DROPPED;
+			drop = true;
+			break;
+		default:
+			verdict = VERDICT_SKIPPED;
+		}
+	}
+
+	event->verdict = verdict;
+	event->dropped = drop;
+	if (count_verdict(verdict, drop))
+		emit_event(skb, event);
+	/* Not TC_ACT_OK: that would hide the packet from the filters behind ours. */
+	return drop ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
+SEC("tc")
+int netoken_egress(struct __sk_buff *skb)
+{
+	return parse_syn(skb) ? handle_syn(skb) : TC_ACT_UNSPEC;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * The memory of one SYN on its way through the classifier. It lies in a map value and not on the
+ * stack for two reasons: only there may a program of 5.10 index with a number from the wire, and
+ * what lies there the verifier does not track, so that it cannot multiply its states by it.
+ *
+ * One per CPU is enough: a transmit hook runs with bottom halves off and is not entered from within
+ * itself.
+ */
+#ifndef NETOKEN_SCRATCH_H
+#define NETOKEN_SCRATCH_H
+
+#include "types.h"
+
+#define CHUNK_LEN_BYTES 2048
+
+/* Where the parts of a SYN are, as offsets from the start of the frame, and what an event says of
+ * it. */
+struct syn {
+	struct netoken_event event;
+	__u32 l3_off;
+	__u32 l4_off;
+	__u32 ip_len_bytes;  /* what the IP header claims, header included */
+	__u32 tcp_len_bytes; /* what the data offset claims */
+	__u32 ip4[3];	     /* the first 12 bytes of an IPv4 header, up to and with its checksum */
+	__u32 is_fragment;
+};
+
+/* A TCP header from the data offset to the end of the options: all of it that a stamp can change.
+ */
+struct tcp_rest {
+	__u8 data_offset;
+	__u8 flags;
+	__be16 window_be;
+	__be16 check_be;
+	__be16 urgent_be;
+	/* Slack for the verifier, which sees only that an offset is below 64. */
+	__u8 options[TCP_OPTIONS_MAX + 40];
+};
+
+#define TCP_REST_OFF 12
+#define TCP_REST_HEAD_LEN 8
+
+/* What the option list of a SYN holds. */
+struct option_list {
+	__u32 end;  /* behind the last option that is neither NOP nor EOL */
+	__u32 nops; /* NOPs in front of `end` */
+	__u8 has_auth;
+	__u8 has_token;
+	volatile __u8 squeezed;
+	volatile __u8 left;
+};
+
+struct scratch {
+	struct syn syn;
+	struct tcp_rest old_tcp;
+	struct tcp_rest new_tcp;
+	struct option_list options;
+	__u8 chunk[CHUNK_LEN_BYTES];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct scratch);
+	__uint(max_entries, 1);
+} scratches SEC(".maps");
+
+static __always_inline struct scratch *this_scratch(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratches, &zero);
+}
+
+#endif

@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What crosses the border between the kernel and user space: maps' keys and values, events and the
+ * settings of one loaded program. Rust reads all of it out of BTF; nothing here is written down
+ * twice.
+ *
+ * A name that ends in _be is in network byte order, everything else is in host order. Padding is
+ * spelt out, because the verifier refuses to copy, and a hash would mix in, bytes that were never
+ * written.
+ */
+#ifndef NETOKEN_TYPES_H
+#define NETOKEN_TYPES_H
+
+enum netoken_size {
+	TOKEN_LEN = 8,
+	/* RFC 9293 section 3.1: a data offset of 15 words leaves 40 bytes for options. */
+	TCP_OPTIONS_MAX = 40,
+	/* kind, length, ExID (RFC 6994 section 3) and the token */
+	OPTION_LEN = 4 + TOKEN_LEN,
+	ADDR_LEN = 16,
+	/* Bits of netoken_policy_key in front of the address. */
+	POLICY_PORT_BITS = 16,
+};
+
+/*
+ * The one outcome of one SYN. It indexes `counters`, is the event's `verdict`, the metric's label
+ * and what a test expects. Numbers are never given away twice: retire one, do not reuse it.
+ */
+enum netoken_verdict {
+	VERDICT_NONE = 0, /* not a SYN, never counted */
+	VERDICT_STAMPED = 1,
+	VERDICT_SKIPPED = 2,
+	VERDICT_DROPPED = 3,
+	VERDICT_NO_POLICY = 4,
+	VERDICT_NO_ROOM = 5,
+	VERDICT_AUTH_OPTION = 6,
+	VERDICT_ALREADY_STAMPED = 7,
+	VERDICT_FRAGMENT = 8,
+	VERDICT_MALFORMED = 9,
+	VERDICT_TOO_BIG = 10,
+	VERDICT_HELPER_FAILED = 11,
+	VERDICT_COUNT, /* the size of `counters`, not a verdict */
+};
+
+enum netoken_action {
+	ACTION_STAMP = 1,
+	ACTION_SKIP = 2,
+	ACTION_DROP = 3,
+};
+
+/* What a rule wants for a SYN that cannot be stamped. */
+enum netoken_when_full {
+	WHEN_FULL_PASS = 0,
+	WHEN_FULL_DROP = 1,
+};
+
+/*
+ * Steps at which a test can make the classifier believe that a helper failed. The settings are
+ * frozen before the program is loaded, so the verifier removes every check of a step that is not
+ * asked for.
+ */
+enum netoken_fault {
+	FAULT_GROW = 1 << 0,
+	FAULT_MOVE = 1 << 1, /* the second chunk of the payload, after the first has moved */
+	FAULT_STORE_TCP = 1 << 2,
+	FAULT_STORE_IP = 1 << 3,
+	FAULT_CSUM_LENGTH = 1 << 4,
+	FAULT_CSUM_BYTES = 1 << 5,
+	FAULT_RESTORE = 1 << 6,
+};
+
+struct netoken_config {
+	/* Bytes in front of the network header: 14 for Ethernet, 0 for a device without a link
+	 * header. */
+	__u32 l2_len_bytes;
+	/* Of every `sample` SYNs with the same verdict on one CPU, one is sent as an event; never
+	 * 0. */
+	__u32 sample;
+	/* Inode number of the network namespace: an ifindex means nothing without it. */
+	__u32 netns_ino;
+	/* enum netoken_fault, 0 outside tests */
+	__u32 faults;
+	__u16 exid;
+	__u8 option_kind;
+	/* bpf_check_mtu() exists (5.12 and later); before that bpf_skb_change_tail() enforces the
+	 * MTU. */
+	__u8 has_check_mtu;
+};
+
+/* IPv4 addresses are stored as IPv4-mapped IPv6 addresses (RFC 4291 section 2.5.5.2). */
+struct netoken_flow {
+	__u8 saddr[ADDR_LEN];
+	__u8 daddr[ADDR_LEN];
+	__be16 sport_be;
+	__be16 dport_be;
+	__u32 isn;
+	__u8 family; /* 4 or 6 */
+	__u8 pad[3];
+};
+
+struct netoken_event {
+	__u64 time_ns; /* CLOCK_MONOTONIC */
+	__u32 netns_ino;
+	__u32 ifindex;
+	struct netoken_flow flow;
+	__u32 rule; /* 0 is the default, otherwise the rule's place in its file, from 1 */
+	__u8 token[TOKEN_LEN]; /* the rule's token; zero when it has none */
+	__u8 verdict;	       /* enum netoken_verdict */
+	__u8 dropped;	       /* 1 if the packet was dropped, whatever the verdict */
+	__u8 old_options_len_bytes;
+	__u8 new_options_len_bytes; /* equal to the old one unless stamped */
+	__u8 pad[4];
+};
+
+struct netoken_counter {
+	__u64 packets;
+	__u64 dropped;
+};
+
+/* Longest prefix match: the port exactly (0 is any), then the destination's leading bits. */
+struct netoken_policy_key {
+	__u32 prefixlen; /* POLICY_PORT_BITS plus the bits of the address that count */
+	__be16 port_be;
+	__u8 addr[ADDR_LEN];
+	__u8 pad[2];
+};
+
+struct netoken_rule {
+	__u32 id;
+	__u8 action;	/* enum netoken_action */
+	__u8 when_full; /* enum netoken_when_full */
+	__u8 addr_bits; /* of the prefix, 0 to 128; longer wins */
+	__u8 pad;
+	__u8 token[TOKEN_LEN];
+};
+
+_Static_assert(sizeof(struct netoken_config) == 20, "netoken_config has hidden padding");
+_Static_assert(sizeof(struct netoken_flow) == 44, "netoken_flow has hidden padding");
+_Static_assert(sizeof(struct netoken_event) == 80, "netoken_event has hidden padding");
+_Static_assert(sizeof(struct netoken_policy_key) == 24, "netoken_policy_key has hidden padding");
+_Static_assert(sizeof(struct netoken_rule) == 16, "netoken_rule has hidden padding");
+
+#endif
