@@ -9,8 +9,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use libbpf_cargo::SkeletonBuilder;
-use libbpf_rs::btf::types::Enum;
 use libbpf_rs::btf::Btf;
+use libbpf_rs::btf::types::Enum;
 
 const SOURCE_DIR: &str = "src/bpf";
 const SOURCE: &str = "src/bpf/netoken.bpf.c";
@@ -60,9 +60,8 @@ fn main() -> Result<()> {
 /// Writes the table of `enum netoken_verdict`: number and name, `VERDICT_NO_ROOM` as `no_room`.
 fn write_verdicts(object: &Path, to: &Path) -> Result<()> {
     let btf = Btf::from_path(object).with_context(|| format!("reading BTF of {}", object.display()))?;
-    let verdicts: Enum<'_> = btf
-        .type_by_name("netoken_verdict")
-        .context("enum netoken_verdict is not in the program's BTF")?;
+    let verdicts: Enum<'_> =
+        btf.type_by_name("netoken_verdict").context("enum netoken_verdict is not in the program's BTF")?;
     let mut text = String::from("&[\n");
     for verdict in verdicts.iter() {
         let name = verdict.name.and_then(|n| n.to_str()).context("a verdict without a name")?;

@@ -1,3 +1,32 @@
-//! x
-#[allow(clippy::all, missing_docs)]
-pub mod skel { include!(concat!(env!("OUT_DIR"), "/netoken.skel.rs")); }
+//! netoken writes a token into the first packet of TCP connections, as a TCP option, in the kernel.
+//!
+//! Data flows one way. Downwards: [`cli`] turns arguments into checked values, [`policy`] and
+//! [`program`] put them into maps, [`hooks`] attach the program. Upwards: [`events`] reads what the
+//! program reports and shows it. [`state`] knows where things are kept between two commands.
+
+pub mod cli;
+pub mod counters;
+pub mod events;
+pub mod hooks;
+pub mod kernel;
+pub mod netns;
+pub mod policy;
+pub mod program;
+pub mod state;
+pub mod token;
+
+/// What `libbpf-cargo` generates from `src/bpf`: the loader, and the types that cross the border.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+mod skel {
+    include!(concat!(env!("OUT_DIR"), "/netoken.skel.rs"));
+}
+
+/// The types and constants that C and Rust share, read out of the compiled program's BTF.
+pub mod types {
+    pub use crate::skel::types::{
+        netoken_action as Action, netoken_config as Config, netoken_counter as Counter,
+        netoken_event as Event, netoken_fault as Fault, netoken_flow as Flow,
+        netoken_policy_key as PolicyKey, netoken_rule as Rule, netoken_size as Size,
+        netoken_verdict as Verdict, netoken_when_full as WhenFull,
+    };
+}

@@ -1,0 +1,149 @@
+//! What the running kernel can do, found out once, and what its refusals mean.
+
+use std::fs;
+use std::ptr;
+
+use anyhow::{Error, anyhow};
+use nix::errno::Errno;
+
+/// The oldest kernel that is supported: 5.10.
+pub const OLDEST: (u32, u32) = (5, 10);
+
+/// Facts about the running kernel.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// As `uname -r` prints it.
+    pub release: String,
+    /// `bpf_check_mtu()`, from 5.12; before it, `bpf_skb_change_tail()` enforces the MTU itself.
+    pub has_check_mtu: bool,
+    /// The lockdown mode in force, as /sys/kernel/security/lockdown shows it; none if it cannot be read.
+    pub lockdown: Option<String>,
+}
+
+impl Kernel {
+    /// Asks the running kernel.
+    pub fn probe() -> Kernel {
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_string();
+        let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").ok().and_then(|text| {
+            let (_, rest) = text.split_once('[')?;
+            rest.split_once(']').map(|(mode, _)| mode.to_string())
+        });
+        // SAFETY: no options are passed; libbpf documents a null pointer for that.
+        let has_check_mtu = unsafe {
+            libbpf_sys::libbpf_probe_bpf_helper(
+                libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
+                libbpf_sys::BPF_FUNC_check_mtu,
+                ptr::null(),
+            )
+        } == 1;
+        Kernel { release, has_check_mtu, lockdown }
+    }
+
+    /// Major and minor version.
+    pub fn version(&self) -> Option<(u32, u32)> {
+        let mut numbers = self.release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => Some((major, minor)),
+            _ => None,
+        }
+    }
+
+    /// Turns a refused load into what was being done, why it failed and what to do now.
+    ///
+    /// `log` is what libbpf printed meanwhile. A verifier's log is long; it goes to a file.
+    pub fn explain_load(&self, error: Error, log: &str) -> Error {
+        let cause = error.downcast_ref::<libbpf_rs::Error>().map(libbpf_rs::Error::kind);
+        let denied = cause == Some(libbpf_rs::ErrorKind::PermissionDenied);
+        let remedy = if self.version().is_some_and(|version| version < OLDEST) {
+            format!("this kernel is {}; netoken needs 5.10 or later", self.release)
+        } else if log.contains("BEGIN PROG LOAD LOG") {
+            match save_log(log) {
+                Ok(path) => format!(
+                    "the verifier of kernel {} refused the program; its log is in {path}, please report it",
+                    self.release
+                ),
+                Err(why) => format!("the verifier refused the program; its log could not be saved: {why}"),
+            }
+        } else if log.contains("parameter mismatch") {
+            "the pinned maps are of another version of netoken; remove them with `netoken --destroy` of that \
+             version, or use another --instance"
+                .to_string()
+        } else if denied && matches!(self.lockdown.as_deref(), Some("confidentiality" | "integrity")) {
+            format!(
+                "the kernel is locked down ({}), which can forbid BPF; boot with lockdown=none",
+                self.lockdown.as_deref().unwrap_or_default()
+            )
+        } else if denied && self.version().is_some_and(|version| version < (5, 11)) {
+            "the limit on locked memory may be too low for kernels before 5.11; raise it with \
+             `ulimit -l unlimited`, or run as root with CAP_BPF and CAP_NET_ADMIN"
+                .to_string()
+        } else if denied {
+            "it needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN (try sudo)".to_string()
+        } else {
+            "see what libbpf said below".to_string()
+        };
+        let said =
+            log.lines().filter(|line| line.starts_with("libbpf:")).take(3).collect::<Vec<_>>().join("; ");
+        let said = if said.is_empty() { said } else { format!(" ({said})") };
+        anyhow!("loading the classifier into the kernel: {error}; {remedy}{said}")
+    }
+}
+
+/// Writes a verifier's log where only root reads it, because it holds addresses of the kernel.
+fn save_log(log: &str) -> Result<String, Errno> {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    let template = std::env::temp_dir().join("netoken-verifier-XXXXXX");
+    let (fd, path) = nix::unistd::mkstemp(&template)?;
+    let mut file = fs::File::from(fd.as_fd().try_clone_to_owned().map_err(|_| Errno::EIO)?);
+    file.write_all(log.as_bytes()).map_err(|_| Errno::EIO)?;
+    Ok(path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kernel(release: &str, lockdown: Option<&str>) -> Kernel {
+        Kernel { release: release.into(), has_check_mtu: true, lockdown: lockdown.map(Into::into) }
+    }
+
+    fn denied() -> Error {
+        libbpf_rs::Error::from_raw_os_error(Errno::EPERM as i32).into()
+    }
+
+    #[test]
+    fn a_release_has_a_version() {
+        assert_eq!(kernel("5.10.0-32-cloud-amd64", None).version(), Some((5, 10)));
+        assert_eq!(kernel("6.18.44-fc", None).version(), Some((6, 18)));
+        assert_eq!(kernel("", None).version(), None);
+    }
+
+    #[test]
+    fn every_refusal_names_its_remedy() {
+        for (kernel, log, expect) in [
+            (kernel("4.19.1", None), "", "needs 5.10"),
+            (kernel("6.1.0", Some("confidentiality")), "", "lockdown=none"),
+            (kernel("5.10.1", None), "", "ulimit -l unlimited"),
+            (kernel("6.1.0", None), "", "try sudo"),
+            (
+                kernel("6.1.0", None),
+                "libbpf: couldn't reuse pinned map: parameter mismatch",
+                "another version",
+            ),
+        ] {
+            let message = kernel.explain_load(denied(), log).to_string();
+            assert!(message.contains(expect), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_verifier_log_is_saved_and_named() {
+        let log = "libbpf: -- BEGIN PROG LOAD LOG --\nR1 invalid mem access\n";
+        let message = kernel("6.1.0", None).explain_load(denied(), log).to_string();
+        let path = message.split("its log is in ").nth(1).unwrap().split(',').next().unwrap();
+        assert_eq!(fs::read_to_string(path).unwrap(), log);
+        fs::remove_file(path).unwrap();
+    }
+}

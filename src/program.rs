@@ -1,0 +1,209 @@
+//! Loads the classifier. The one place that drives the generated skeleton; what leaves it is file
+//! descriptors and typed settings.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, anyhow};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenMapMut, PrintLevel};
+
+use crate::kernel::Kernel;
+use crate::policy::Policy;
+use crate::skel::NetokenSkelBuilder;
+use crate::types::{Config, PolicyKey, Rule};
+
+/// The name that `tc filter show` and `bpftool prog` print.
+pub const PROGRAM_NAME: &str = "netoken_egress";
+
+/// The kind byte of the option, RFC 6994: 253 unless said otherwise.
+pub const DEFAULT_KIND: u8 = 253;
+/// The experiment identifier behind it, host order.
+pub const DEFAULT_EXID: u16 = 0x4e54;
+
+/// What is fixed for one loaded program.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Bytes in front of the network header: 14 for Ethernet, 0 for a device without a link header.
+    pub l2_len_bytes: u32,
+    /// One event for each `sample` SYNs of the same verdict; at least 1.
+    pub sample: u32,
+    /// Inode number of the interface's network namespace.
+    pub netns_ino: u32,
+    /// Kind byte of the option, 253 or 254.
+    pub option_kind: u8,
+    /// Experiment identifier, host order.
+    pub exid: u16,
+    /// Bits of [`crate::types::Fault`]: helpers that a test makes fail. 0 outside tests.
+    pub faults: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            l2_len_bytes: 14,
+            sample: 1,
+            netns_ino: 0,
+            option_kind: DEFAULT_KIND,
+            exid: DEFAULT_EXID,
+            faults: 0,
+        }
+    }
+}
+
+/// The maps that an instance keeps. Pinned maps and those of a program that was never pinned look the same.
+#[derive(Debug)]
+pub struct Maps {
+    /// Array of one: the policy in use.
+    pub policies: MapHandle,
+    /// Per CPU, by verdict.
+    pub counters: MapHandle,
+    /// Perf event array.
+    pub events: MapHandle,
+}
+
+/// A loaded classifier. Dropping it unloads it, unless it is attached somewhere.
+#[derive(Debug)]
+pub struct Program {
+    fd: OwnedFd,
+    /// The maps that it uses.
+    pub maps: Maps,
+}
+
+impl AsFd for Program {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Program {
+    /// Loads the classifier. With `pins`, its maps are those that are pinned in this directory; what is not
+    /// there yet is created and pinned.
+    ///
+    /// # Errors
+    /// The kernel refused it; the message says why and what to do.
+    pub fn load(settings: Settings, pins: Option<&Path>) -> Result<Program> {
+        let kernel = Kernel::probe();
+        let mut storage = MaybeUninit::uninit();
+        let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
+        let mut open = opened.context("opening the classifier that is built into this program")?;
+
+        let data = open.maps.rodata_data.as_deref_mut().context("the classifier has no settings")?;
+        data.config = Config {
+            l2_len_bytes: settings.l2_len_bytes,
+            sample: settings.sample,
+            netns_ino: settings.netns_ino,
+            faults: settings.faults,
+            exid: settings.exid,
+            option_kind: settings.option_kind,
+            has_check_mtu: kernel.has_check_mtu.into(),
+        };
+        if let Some(dir) = pins {
+            pin_below(dir, &mut open.maps.policies)?;
+            pin_below(dir, &mut open.maps.counters)?;
+            pin_below(dir, &mut open.maps.events)?;
+        }
+
+        let (loaded, log) = messages(|| open.load());
+        let skel = loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
+        let own = |map: &libbpf_rs::Map<'_>| MapHandle::try_from(map).context("keeping a map open");
+        Ok(Program {
+            fd: skel.progs.netoken_egress.as_fd().try_clone_to_owned().context("keeping the program open")?,
+            maps: Maps {
+                policies: own(&*skel.maps.policies)?,
+                counters: own(&*skel.maps.counters)?,
+                events: own(&*skel.maps.events)?,
+            },
+        })
+    }
+}
+
+fn pin_below(dir: &Path, map: &mut OpenMapMut<'_>) -> Result<()> {
+    let path = dir.join(map.name());
+    map.set_pin_path(&path).with_context(|| format!("choosing {} as a pin", path.display()))
+}
+
+impl Maps {
+    /// Opens what is pinned below `dir`.
+    ///
+    /// # Errors
+    /// A pin is missing or not readable.
+    pub fn open(dir: &Path) -> Result<Maps> {
+        let open = |name: &str| {
+            MapHandle::from_pinned_path(dir.join(name))
+                .with_context(|| format!("opening the pinned map '{name}'"))
+        };
+        Ok(Maps { policies: open("policies")?, counters: open("counters")?, events: open("events")? })
+    }
+
+    /// Puts `policy` into use. A packet sees the old one or this one.
+    ///
+    /// # Errors
+    /// The kernel refused the new map or an entry; the running policy is then unchanged.
+    pub fn set_policy(&self, policy: &Policy) -> Result<()> {
+        let entries = policy.entries();
+        let options = libbpf_sys::bpf_map_create_opts {
+            sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+            map_flags: libbpf_sys::BPF_F_NO_PREALLOC,
+            ..Default::default()
+        };
+        let next = MapHandle::create(
+            MapType::LpmTrie,
+            Some("policy"),
+            size_of::<PolicyKey>() as u32,
+            size_of::<Rule>() as u32,
+            entries.len().max(1) as u32,
+            &options,
+        )
+        .context("creating a map for the policy")?;
+        for (key, rule) in &entries {
+            // SAFETY: both are plain data without hidden padding, which types.h asserts.
+            let (key, rule) = unsafe { (plain::as_bytes(key), plain::as_bytes(rule)) };
+            next.update(key, rule, MapFlags::ANY).context("filling the map of the policy")?;
+        }
+        let fd = next.as_fd().as_raw_fd();
+        self.policies
+            .update(&0u32.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)
+            .context("putting the policy into use")
+    }
+
+    /// The map of the policy in use, or nothing if none was ever set.
+    ///
+    /// # Errors
+    /// The kernel refused to open it.
+    pub fn policy(&self) -> Result<Option<MapHandle>> {
+        match self
+            .policies
+            .lookup(&0u32.to_ne_bytes(), MapFlags::ANY)
+            .context("looking for the policy in use")?
+        {
+            None => Ok(None),
+            Some(id) => {
+                let id =
+                    u32::from_ne_bytes(id.try_into().map_err(|_| anyhow!("a map id of a strange size"))?);
+                MapHandle::from_map_id(id).context("opening the policy in use").map(Some)
+            }
+        }
+    }
+}
+
+/// Runs `f` and returns with its result what libbpf had to say: the reasons, and the verifier's log.
+pub(crate) fn messages<T>(f: impl FnOnce() -> T) -> (T, String) {
+    static LOG: Mutex<String> = Mutex::new(String::new());
+    // One at a time: libbpf has one printer for the whole process.
+    static TURN: Mutex<()> = Mutex::new(());
+
+    fn keep(_: PrintLevel, message: String) {
+        LOG.lock().unwrap_or_else(|e| e.into_inner()).push_str(&message);
+    }
+
+    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
+    let before = libbpf_rs::set_print(Some((PrintLevel::Warn, keep)));
+    LOG.lock().unwrap_or_else(|e| e.into_inner()).clear();
+    let result = f();
+    libbpf_rs::set_print(before);
+    let log = std::mem::take(&mut *LOG.lock().unwrap_or_else(|e| e.into_inner()));
+    (result, log)
+}

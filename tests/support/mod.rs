@@ -1,0 +1,94 @@
+//! What the test programs share: the list of cases, what a case needs, and saying aloud when it cannot run.
+
+use std::fmt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// What a case needs to run at all.
+#[derive(Clone, Copy, Debug)]
+#[allow(dead_code)]
+pub enum Need {
+    /// Effective user id 0.
+    Root,
+    /// A program on the PATH.
+    Tool(&'static str),
+    /// A kernel of at least this version.
+    Kernel(u32, u32),
+}
+
+impl Need {
+    /// Why it is not met, if it is not.
+    fn missing(self) -> Option<String> {
+        match self {
+            Need::Root => (!nix::unistd::geteuid().is_root()).then(|| "it needs root".to_string()),
+            Need::Tool(name) => {
+                let path = std::env::var_os("PATH").unwrap_or_default();
+                let mut dirs = std::env::split_paths(&path).chain([Path::new("/usr/sbin").into(), Path::new("/sbin").into()]);
+                (!dirs.any(|dir| dir.join(name).exists())).then(|| format!("{name} is not installed"))
+            }
+            Need::Kernel(major, minor) => {
+                let kernel = netoken::kernel::Kernel::probe();
+                (kernel.version() < Some((major, minor)))
+                    .then(|| format!("it needs kernel {major}.{minor}, this is {}", kernel.release))
+            }
+        }
+    }
+}
+
+/// One test: a promise for a name, and what it needs.
+pub fn case(
+    name: &str,
+    needs: &[Need],
+    test: impl FnOnce() -> Result<(), anyhow::Error> + Send + 'static,
+) -> Trial {
+    let missing: Vec<String> = needs.iter().filter_map(|need| need.missing()).collect();
+    if !missing.is_empty() {
+        eprintln!("SKIPPED {name}: {}", missing.join(", "));
+    }
+    Trial::test(name, move || test().map_err(|error| Failed::from(format!("{error:?}"))))
+        .with_ignored_flag(!missing.is_empty())
+}
+
+/// Runs the cases as the arguments of `cargo test` ask.
+pub fn run(cases: Vec<Trial>) -> ExitCode {
+    libtest_mimic::run(&Arguments::from_args(), cases).exit_code()
+}
+
+/// Runs a command to its end and returns its standard output.
+///
+/// # Errors
+/// It could not be started or did not succeed; the message holds what it printed.
+#[allow(dead_code)]
+pub fn sh(command: &str) -> anyhow::Result<String> {
+    let output = Command::new("sh").arg("-c").arg(command).output()?;
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        anyhow::bail!("`{command}` failed ({}): {stdout}{}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(stdout)
+}
+
+/// Fails the case unless the condition holds.
+#[allow(unused_macros)]
+macro_rules! ensure_eq {
+    ($left:expr, $right:expr, $($message:tt)+) => {{
+        let (left, right) = (&$left, &$right);
+        if left != right {
+            anyhow::bail!("{}: {left:?} is not {right:?}", format_args!($($message)+));
+        }
+    }};
+}
+#[allow(unused_imports)]
+pub(crate) use ensure_eq;
+
+/// Bytes as a hex dump of one line.
+#[allow(dead_code)]
+pub struct Hex<'a>(pub &'a [u8]);
+
+impl fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
