@@ -11,6 +11,7 @@ pub mod hooks;
 pub mod kernel;
 pub mod netns;
 pub mod policy;
+pub mod privileges;
 pub mod program;
 pub mod state;
 pub mod token;

@@ -1,1 +1,110 @@
-//! stub
+//! Network namespaces: which one we are in, which ones have names, and doing something in another one.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, setns};
+
+/// Where `ip netns add` keeps its namespaces.
+const NAMED: &str = "/run/netns";
+/// The namespace of the calling thread: a command may have moved it.
+const CURRENT: &str = "/proc/thread-self/ns/net";
+
+/// A network namespace, held open.
+#[derive(Debug)]
+pub struct Netns {
+    /// How a person calls it; empty for the one that the command was started in.
+    pub name: String,
+    file: File,
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Netns {
+    /// The namespace that the calling thread is in.
+    ///
+    /// # Errors
+    /// /proc is not mounted.
+    pub fn current() -> Result<Netns> {
+        let file = File::open(CURRENT).with_context(|| format!("opening {CURRENT}; is /proc mounted?"))?;
+        Ok(Netns { name: String::new(), file })
+    }
+
+    /// A namespace by its name, as `ip netns` lists it, or by the path of its file.
+    ///
+    /// # Errors
+    /// There is none; the message lists those with a name.
+    pub fn open(name_or_path: &str) -> Result<Netns> {
+        let path = match name_or_path.contains('/') {
+            true => PathBuf::from(name_or_path),
+            false => Path::new(NAMED).join(name_or_path),
+        };
+        let file = File::open(&path).with_context(|| {
+            let names = names();
+            let known = if names.is_empty() { "there are none".to_string() } else { names.join(", ") };
+            format!("opening the network namespace {} (those with a name: {known})", path.display())
+        })?;
+        Ok(Netns { name: name_or_path.to_string(), file })
+    }
+
+    /// All namespaces that can be found: the current one, then those with a name.
+    ///
+    /// # Errors
+    /// The current one cannot be opened.
+    pub fn all() -> Result<Vec<Netns>> {
+        let mut found = vec![Netns::current()?];
+        for name in names() {
+            // One that was deleted a moment ago is no error: it holds nothing of ours any more.
+            let Ok(netns) = Netns::open(&name) else { continue };
+            if !found.iter().any(|known| known.inode() == netns.inode()) {
+                found.push(netns);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The number that identifies it while it exists; BPF programs report it in their events.
+    pub fn inode(&self) -> u32 {
+        // The kernel allocates these numbers as 32 bits (struct ns_common).
+        self.file.metadata().map_or(0, |metadata| metadata.ino() as u32)
+    }
+
+    /// Moves the calling thread into it.
+    ///
+    /// # Errors
+    /// The file is not a network namespace, or CAP_SYS_ADMIN is missing.
+    pub fn enter(&self) -> Result<()> {
+        setns(&self.file, CloneFlags::CLONE_NEWNET).with_context(|| {
+            format!("entering the network namespace '{}'; it needs CAP_SYS_ADMIN (try sudo)", self.name)
+        })
+    }
+
+    /// Does something in it and comes back.
+    ///
+    /// # Errors
+    /// It cannot be entered or left, or what was done there failed.
+    pub fn run<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        let home = Netns::current()?;
+        if home.inode() == self.inode() {
+            return f();
+        }
+        self.enter()?;
+        let result = f();
+        home.enter()?;
+        result
+    }
+}
+
+fn names() -> Vec<String> {
+    let entries = fs::read_dir(NAMED).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
+}

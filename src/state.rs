@@ -1,1 +1,340 @@
-//! stub
+//! Where netoken keeps things between two commands: a directory below /run with a BPF file system of its own.
+//!
+//! ```text
+//! /run/netoken/lock                     held by a command that changes something
+//! /run/netoken/bpf/<instance>/<map>     the pins of an instance
+//! /run/netoken/clsact/<netns>-<index>   this clsact qdisc was made by us
+//! /run/netoken/<instance>.reader        held by the process that reads the events; says which it is
+//! ```
+//!
+//! Not /sys/fs/bpf, because `ip netns exec` mounts a new /sys. For the same reason the file system is mounted
+//! where process 1 sees it, and reached through a descriptor that works in every mount namespace.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag, open};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::Mode;
+use nix::sys::statfs::statfs;
+
+use crate::program::Maps;
+
+/// Names another directory than /run/netoken.
+pub const DIR_VARIABLE: &str = "NETOKEN_RUN";
+const DEFAULT_DIR: &str = "/run/netoken";
+/// `BPF_FS_MAGIC` of include/uapi/linux/magic.h.
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// The directory, open.
+#[derive(Debug)]
+pub struct State {
+    path: PathBuf,
+    dir: OwnedFd,
+}
+
+/// Held while something is changed, so that two commands cannot both find nothing and both attach.
+#[derive(Debug)]
+pub struct Lock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
+
+/// Held by the one process that reads the events of an instance.
+#[derive(Debug)]
+pub struct ReaderLock {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+/// One named set of maps.
+#[derive(Debug)]
+pub struct Instance {
+    /// As given with `--instance`.
+    pub name: String,
+    /// The directory of its pins, valid in this process.
+    pub pins: PathBuf,
+}
+
+impl State {
+    /// Opens the directory, making it and mounting its BPF file system if that is not done yet.
+    ///
+    /// # Errors
+    /// It cannot be made or mounted; the message says what to do.
+    pub fn create() -> Result<State> {
+        let path = dir_path();
+        let made = path.clone();
+        let dir = in_first_mount_namespace(move || {
+            let bpf = made.join("bpf");
+            make_dir(&bpf)?;
+            if !is_bpffs(&bpf) {
+                let source: Option<&str> = Some("bpf");
+                let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+                mount(source, &bpf, Some("bpf"), flags, Some("mode=0700"))
+                    .map_err(|errno| mount_error(&bpf, errno))?;
+            }
+            open_dir(&made)
+        })?;
+        Ok(State { path, dir })
+    }
+
+    /// Opens the directory if it is there.
+    ///
+    /// # Errors
+    /// It is there and cannot be opened.
+    pub fn find() -> Result<Option<State>> {
+        let path = dir_path();
+        let wanted = path.clone();
+        let dir = in_first_mount_namespace(move || match is_bpffs(&wanted.join("bpf")) {
+            true => open_dir(&wanted).map(Some),
+            false => Ok(None),
+        })?;
+        Ok(dir.map(|dir| State { path, dir }))
+    }
+
+    /// A path below the directory that is valid in this process, whatever its mount namespace.
+    pub fn below(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.dir.as_raw_fd())).join(name)
+    }
+
+    /// Waits until no other command changes anything, and keeps others from it.
+    ///
+    /// # Errors
+    /// The lock file cannot be made.
+    pub fn lock(&self) -> Result<Lock> {
+        let path = self.below("lock");
+        loop {
+            let file = lock_file(&path)?;
+            let held = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(held) => held,
+                Err((file, _)) => {
+                    eprintln!("waiting for another netoken command to finish");
+                    Flock::lock(file, FlockArg::LockExclusive)
+                        .map_err(|(_, errno)| anyhow!("locking {}/lock: {errno}", self.path.display()))?
+                }
+            };
+            // The last command may have removed the file that we waited for.
+            if same_file(&held, &path) {
+                return Ok(Lock(held));
+            }
+        }
+    }
+
+    /// Becomes the one reader of an instance's events.
+    ///
+    /// # Errors
+    /// Another process reads them; the message names it.
+    pub fn lock_reader(&self, instance: &Instance) -> Result<ReaderLock> {
+        let path = self.below(&format!("{}.reader", instance.name));
+        loop {
+            let file = lock_file(&path)?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(mut held) if same_file(&held, &path) => {
+                    let command = std::env::args().collect::<Vec<_>>().join(" ");
+                    held.set_len(0)?;
+                    write!(held, "process {} ({command})", std::process::id())?;
+                    return Ok(ReaderLock { path, _lock: held });
+                }
+                Ok(_) => continue,
+                Err((mut file, _)) => {
+                    let mut holder = String::new();
+                    file.read_to_string(&mut holder).ok();
+                    bail!(
+                        "reading the events of instance '{}': {} already reads them, and an event has one reader; \
+                         stop that one, or attach with --quiet, or use another --instance",
+                        instance.name,
+                        if holder.is_empty() { "another process" } else { &holder }
+                    );
+                }
+            }
+        }
+    }
+
+    /// The instance of that name, whether it exists or not.
+    pub fn instance(&self, name: &str) -> Instance {
+        Instance { name: name.to_string(), pins: self.below("bpf").join(name) }
+    }
+
+    /// Every instance that has pins.
+    pub fn instances(&self) -> Vec<Instance> {
+        let mut names: Vec<String> = fs::read_dir(self.below("bpf"))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        names.sort();
+        names.iter().map(|name| self.instance(name)).collect()
+    }
+
+    fn clsact_marker(&self, netns: u32, ifindex: u32) -> PathBuf {
+        self.below("clsact").join(format!("{netns}-{ifindex}"))
+    }
+
+    /// Remembers that the clsact qdisc of an interface is ours. Called before it is made, so that it is never
+    /// ours and forgotten.
+    ///
+    /// # Errors
+    /// The mark cannot be written.
+    pub fn mark_clsact(&self, netns: u32, ifindex: u32) -> Result<()> {
+        make_dir(&self.below("clsact"))?;
+        File::create(self.clsact_marker(netns, ifindex))
+            .context("noting down that the clsact qdisc is ours")?;
+        Ok(())
+    }
+
+    /// Whether the clsact qdisc of an interface was made by us.
+    pub fn owns_clsact(&self, netns: u32, ifindex: u32) -> bool {
+        self.clsact_marker(netns, ifindex).exists()
+    }
+
+    /// Forgets the mark, if there is one.
+    pub fn forget_clsact(&self, netns: u32, ifindex: u32) {
+        fs::remove_file(self.clsact_marker(netns, ifindex)).ok();
+    }
+
+    /// Forgets the marks of interfaces of this namespace that no longer exist.
+    pub fn forget_lost_clsacts(&self, netns: u32, exists: impl Fn(u32) -> bool) {
+        for entry in fs::read_dir(self.below("clsact")).into_iter().flatten().flatten() {
+            let name = entry.file_name().into_string().unwrap_or_default();
+            let Some((of, ifindex)) = name.split_once('-') else { continue };
+            let (Ok(of), Ok(ifindex)) = (of.parse::<u32>(), ifindex.parse()) else { continue };
+            if of == netns && !exists(ifindex) {
+                self.forget_clsact(netns, ifindex);
+            }
+        }
+    }
+
+    /// Removes the BPF file system and the directory if no instance is left. `_lock` shows that nobody is about
+    /// to make one.
+    ///
+    /// # Errors
+    /// The file system is in use by somebody else.
+    pub fn remove_if_empty(self, _lock: Lock) -> Result<()> {
+        if !self.instances().is_empty() {
+            return Ok(());
+        }
+        fs::remove_dir(self.below("clsact")).ok();
+        fs::remove_file(self.below("lock")).ok();
+        let path = self.path.clone();
+        drop(self);
+        in_first_mount_namespace(move || {
+            umount2(&path.join("bpf"), MntFlags::UMOUNT_NOFOLLOW)
+                .with_context(|| format!("unmounting {}/bpf", path.display()))?;
+            // Not empty when a reader still runs: then it stays.
+            fs::remove_dir(path.join("bpf")).ok();
+            fs::remove_dir(&path).ok();
+            Ok(())
+        })
+    }
+}
+
+impl Drop for ReaderLock {
+    fn drop(&mut self) {
+        fs::remove_file(&self.path).ok();
+    }
+}
+
+impl Instance {
+    /// Whether it has pins.
+    pub fn exists(&self) -> bool {
+        self.pins.join("counters").exists()
+    }
+
+    /// Makes the directory of its pins.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn create(&self) -> Result<()> {
+        make_dir(&self.pins)
+    }
+
+    /// Its maps.
+    ///
+    /// # Errors
+    /// It does not exist, or its pins cannot be opened.
+    pub fn maps(&self) -> Result<Maps> {
+        Maps::open(&self.pins).with_context(|| format!("opening instance '{}'", self.name))
+    }
+
+    /// Removes its pins: policy and counters are gone when the last program is.
+    ///
+    /// # Errors
+    /// A pin cannot be removed.
+    pub fn remove(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.pins).into_iter().flatten().flatten() {
+            fs::remove_file(entry.path()).with_context(|| {
+                format!("removing the pin {:?} of instance '{}'", entry.file_name(), self.name)
+            })?;
+        }
+        fs::remove_dir(&self.pins)
+            .with_context(|| format!("removing the directory of instance '{}'", self.name))
+    }
+}
+
+fn dir_path() -> PathBuf {
+    std::env::var_os(DIR_VARIABLE).map_or(PathBuf::from(DEFAULT_DIR), PathBuf::from)
+}
+
+fn make_dir(path: &Path) -> Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).with_context(|| {
+        format!("making the directory {}; {DIR_VARIABLE} can name another place", path.display())
+    })
+}
+
+fn open_dir(path: &Path) -> Result<OwnedFd> {
+    open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .with_context(|| format!("opening {}", path.display()))
+}
+
+fn lock_file(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .with_context(|| format!("opening the lock {}", path.display()))
+}
+
+fn same_file(held: &File, path: &Path) -> bool {
+    match (held.metadata(), fs::metadata(path)) {
+        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
+        _ => false,
+    }
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|fs| fs.filesystem_type().0 as i64 == BPF_FS_MAGIC)
+}
+
+fn mount_error(path: &Path, errno: Errno) -> anyhow::Error {
+    let remedy = match errno {
+        Errno::EPERM | Errno::EACCES => "it needs CAP_SYS_ADMIN (try sudo)".to_string(),
+        Errno::ENODEV => "this kernel has no BPF file system; it needs CONFIG_BPF_SYSCALL".to_string(),
+        _ => format!("mount it yourself (mount -t bpf bpf {}) or set {DIR_VARIABLE}", path.display()),
+    };
+    anyhow!("mounting a BPF file system on {}: {errno}; {remedy}", path.display())
+}
+
+/// Runs `f` in the mount namespace of process 1. `ip netns exec` runs its command in a new one, which ends with
+/// the command, and with it what was mounted there. Without the right to enter, our own has to do.
+fn in_first_mount_namespace<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let first = File::open("/proc/1/ns/mnt").ok();
+    let ours = fs::metadata("/proc/thread-self/ns/mnt").map(|metadata| metadata.ino()).ok();
+    let other = first.filter(|file| file.metadata().map(|metadata| metadata.ino()).ok() != ours);
+    let Some(other) = other else { return f() };
+    // A thread of its own: the namespace goes with the thread, and the process keeps its paths.
+    thread::scope(|scope| {
+        let work = scope.spawn(move || {
+            let _ = unshare(CloneFlags::CLONE_FS).and_then(|()| setns(&other, CloneFlags::CLONE_NEWNS));
+            f()
+        });
+        work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}

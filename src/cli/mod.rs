@@ -1,1 +1,31 @@
-//! stub
+//! The command line: [`args`] is what may be typed, and each command has a file that says what it does.
+
+pub mod args;
+mod attach;
+mod detach;
+mod query;
+
+use anyhow::Result;
+
+pub use args::Args;
+
+use crate::netns::Netns;
+use args::Mode;
+
+/// Runs what was asked for.
+///
+/// # Errors
+/// It failed; the message says what was being done to what, why it failed, and what to do now.
+pub fn run(args: Args) -> Result<()> {
+    let (mode, scope) = args.check()?;
+    // Everything that follows happens there. Paths are not affected: a network namespace has none.
+    if let Some(netns) = &scope.netns {
+        Netns::open(netns)?.enter()?;
+    }
+    match mode {
+        Mode::Attach(options) => attach::run(&scope, &options),
+        Mode::Query => query::run(&scope),
+        Mode::Detach => detach::run(&scope, false),
+        Mode::Destroy => detach::run(&scope, true),
+    }
+}

@@ -1,0 +1,258 @@
+//! What may be typed, and the checked value that it becomes.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::{ArgGroup, Parser};
+
+use crate::hooks::clsact::{Place, check_place};
+use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
+use crate::token::Token;
+
+const EXAMPLES: &str = "\
+Examples:
+  netoken --iface eth0 --attach                  stamp every SYN with the default token, and watch
+  netoken --iface eth0 --attach --quiet --token 00112233aabbccdd
+                                                 stamp with a token of your own, and return
+  netoken --iface eth0 --attach --policy p.toml  stamp, skip or drop by destination
+  netoken --query                                what is attached, on every interface
+  netoken --iface eth0 --destroy                 remove it, and the clsact qdisc if nobody else uses it
+  tc filter show dev eth0 egress                 see it with the tool that you know
+
+Exit codes: 0 done, 1 failed, 2 wrong usage.";
+
+/// Writes a token into the first packet of TCP connections, as a TCP option, in the kernel.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXAMPLES, arg_required_else_help = true)]
+#[command(group = ArgGroup::new("mode").required(true).args(["attach", "query", "detach", "destroy"]))]
+pub struct Args {
+    /// Interface to act on; may be given more than once
+    #[arg(short, long = "iface", visible_alias = "interface", value_name = "NAME")]
+    iface: Vec<String>,
+
+    /// Attach, or replace in place, and stream metrics until Ctrl-C; stays attached
+    #[arg(long, requires = "iface", help_heading = "What to do")]
+    attach: bool,
+
+    /// Show what is attached; without --iface on all interfaces of all known network namespaces
+    #[arg(long, help_heading = "What to do")]
+    query: bool,
+
+    /// Remove netoken's own filter; policy and counters stay for the next --attach
+    #[arg(long, requires = "iface", help_heading = "What to do")]
+    detach: bool,
+
+    /// Remove the filter, the clsact qdisc if we made it and nobody else uses it, and with the last filter of
+    /// the instance its policy and counters; without --iface on all interfaces of this network namespace
+    #[arg(long, help_heading = "What to do")]
+    destroy: bool,
+
+    /// Token to stamp every SYN with, 16 hexadecimal digits [default: 4e45544f4b454e31, "NETOKEN1"]
+    #[arg(
+        long,
+        value_name = "HEX",
+        requires = "attach",
+        conflicts_with = "policy",
+        help_heading = "With --attach"
+    )]
+    token: Option<Token>,
+
+    /// Policy file: what to stamp, skip or drop, by destination prefix and port
+    #[arg(long, value_name = "FILE", requires = "attach", help_heading = "With --attach")]
+    policy: Option<PathBuf>,
+
+    /// Attach and return at once
+    #[arg(long, requires = "attach", help_heading = "With --attach")]
+    quiet: bool,
+
+    /// Send one event for every N SYNs of the same verdict and CPU; counters always count all
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "attach", help_heading = "With --attach",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    sample: u32,
+
+    /// Remove everything again when the stream ends
+    #[arg(long, requires = "attach", conflicts_with = "quiet", help_heading = "With --attach")]
+    detach_on_exit: bool,
+
+    /// Place among the filters of the interface, 1 to 65535, lower runs first [default: in front of those there]
+    #[arg(long, value_name = "N", requires = "attach", help_heading = "With --attach")]
+    priority: Option<u16>,
+
+    /// Handle of the filter within its priority [default: the next free one]
+    #[arg(long, value_name = "N", requires = "attach", help_heading = "With --attach", value_parser = number)]
+    handle: Option<u32>,
+
+    /// Kind byte of the TCP option, 253 or 254 (RFC 4727)
+    #[arg(long, value_name = "KIND", default_value_t = DEFAULT_KIND, requires = "attach",
+          help_heading = "With --attach", value_parser = clap::value_parser!(u8).range(253..=254))]
+    option_kind: u8,
+
+    /// Experiment identifier of the option (RFC 6994) [default: 0x4e54]
+    #[arg(long, value_name = "ID", requires = "attach", help_heading = "With --attach", value_parser = exid)]
+    exid: Option<u16>,
+
+    /// Act on the interfaces of another network namespace: a name from `ip netns`, or a path
+    #[arg(long, value_name = "NAME|PATH")]
+    netns: Option<String>,
+
+    /// Which set of policy and counters to use
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = instance)]
+    instance: String,
+
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// What every command needs to know.
+#[derive(Debug)]
+pub(super) struct Scope {
+    pub ifaces: Vec<String>,
+    pub netns: Option<String>,
+    pub instance: String,
+    pub json: bool,
+}
+
+/// What to do.
+#[derive(Debug)]
+pub(super) enum Mode {
+    Attach(AttachOptions),
+    Query,
+    Detach,
+    Destroy,
+}
+
+/// How to attach.
+#[derive(Debug)]
+pub(super) struct AttachOptions {
+    pub policy: PolicySource,
+    pub quiet: bool,
+    pub detach_on_exit: bool,
+    pub sample: u32,
+    pub place: Place,
+    pub option_kind: u8,
+    pub exid: u16,
+}
+
+/// Where the policy comes from.
+#[derive(Debug)]
+pub(super) enum PolicySource {
+    /// What the instance has, or else the default token for everything.
+    Keep,
+    Token(Token),
+    File(PathBuf),
+}
+
+impl Args {
+    pub(super) fn check(mut self) -> Result<(Mode, Scope)> {
+        self.iface.dedup();
+        let mode = if self.query {
+            Mode::Query
+        } else if self.detach {
+            Mode::Detach
+        } else if self.destroy {
+            Mode::Destroy
+        } else {
+            let place = Place { priority: self.priority, handle: self.handle };
+            check_place(place)?;
+            Mode::Attach(AttachOptions {
+                policy: match (self.token, self.policy) {
+                    (Some(token), _) => PolicySource::Token(token),
+                    (_, Some(path)) => PolicySource::File(path),
+                    _ => PolicySource::Keep,
+                },
+                quiet: self.quiet,
+                detach_on_exit: self.detach_on_exit,
+                sample: self.sample,
+                place,
+                option_kind: self.option_kind,
+                exid: self.exid.unwrap_or(DEFAULT_EXID),
+            })
+        };
+        let scope = Scope { ifaces: self.iface, netns: self.netns, instance: self.instance, json: self.json };
+        Ok((mode, scope))
+    }
+}
+
+impl Scope {
+    /// The flags that lead another command to the same place.
+    pub fn flags(&self, iface: &str) -> String {
+        let mut flags = format!("--iface {iface}");
+        if let Some(netns) = &self.netns {
+            flags.push_str(&format!(" --netns {netns}"));
+        }
+        if self.instance != "default" {
+            flags.push_str(&format!(" --instance {}", self.instance));
+        }
+        flags
+    }
+}
+
+fn number(text: &str) -> Result<u32, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u32::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| "not a number; write it like 7 or 0x7".to_string())
+}
+
+fn exid(text: &str) -> Result<u16, String> {
+    number(text)?.try_into().map_err(|_| "an experiment identifier has 16 bits".to_string())
+}
+
+/// Instance names become directories of a BPF file system, which allows no dots.
+fn instance(text: &str) -> Result<String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if text.is_empty() || text.len() > 32 || !text.chars().all(fits) {
+        bail!("an instance name is 1 to 32 letters, digits, '-' or '_'");
+    }
+    Ok(text.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Args, clap::Error> {
+        Args::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_wrong_usage() {
+        for line in [
+            "netoken",
+            "netoken --iface eth0",
+            "netoken --attach",
+            "netoken --iface eth0 --attach --detach",
+            "netoken --iface eth0 --query --token 0011223344556677",
+            "netoken --iface eth0 --attach --token 00",
+            "netoken --iface eth0 --attach --sample 0",
+            "netoken --iface eth0 --attach --quiet --detach-on-exit",
+            "netoken --iface eth0 --attach --option-kind 8",
+            "netoken --iface eth0 --attach --instance a.b",
+            "netoken --iface eth0 --attach --exid 0x10000",
+        ] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_first_users_flags_work() {
+        for line in [
+            "netoken --iface eth0 --attach",
+            "netoken -i eth0 -i eth1 --attach --quiet",
+            "netoken --interface eth0 --destroy",
+            "netoken --query --json",
+            "netoken --destroy",
+        ] {
+            assert!(parse(line).is_ok(), "{line}");
+        }
+    }
+}

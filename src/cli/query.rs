@@ -1,0 +1,190 @@
+//! `--query`: what is attached where, since when, and what it has done.
+
+use std::io::{self, Write};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Result, bail};
+use nix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+use super::args::Scope;
+use crate::counters::Counters;
+use crate::events::show::totals_line;
+use crate::hooks::clsact::{Attached, attached, loaded_programs};
+use crate::hooks::link::find_link;
+use crate::hooks::netlink::Netlink;
+use crate::netns::Netns;
+use crate::privileges;
+use crate::state::State;
+
+/// One filter of ours, as `--json` prints it.
+#[derive(Serialize)]
+#[serde(tag = "type", rename = "hook")]
+struct Hook {
+    /// Name of the network namespace; empty for the one that the command ran in.
+    netns: String,
+    interface: String,
+    hook: &'static str,
+    program: u32,
+    handle: u32,
+    priority: u16,
+    /// None if the pins of its instance are gone.
+    instance: Option<String>,
+    /// When its program was loaded, RFC 3339 in UTC with seconds.
+    since: String,
+    /// Foreign filters that see a packet first and may end its way.
+    filters_before: usize,
+}
+
+/// The counters of one instance, as `--json` prints them.
+#[derive(Serialize)]
+#[serde(tag = "type", rename = "counters")]
+struct InstanceCounters<'a> {
+    instance: &'a str,
+    #[serde(flatten)]
+    counters: Counters,
+}
+
+pub(super) fn run(scope: &Scope) -> Result<()> {
+    privileges::check("looking for attached programs")?;
+    let Some(state) = State::find()? else {
+        check_names(scope)?;
+        return nothing(scope);
+    };
+    let hooks = find(scope, &state)?;
+    if hooks.is_empty() {
+        return nothing(scope);
+    }
+    match print(scope, &state, &hooks) {
+        Err(error)
+            if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// A wrong name is an error also where nothing can be attached.
+fn check_names(scope: &Scope) -> Result<()> {
+    let links = Netlink::connect()?.links()?;
+    let netns = scope.netns.as_deref().unwrap_or_default();
+    scope.ifaces.iter().try_for_each(|name| find_link(&links, name, netns).map(drop))
+}
+
+fn nothing(scope: &Scope) -> Result<()> {
+    if !scope.ifaces.is_empty() {
+        bail!("netoken is not attached to {}", scope.ifaces.join(", "));
+    }
+    if !scope.json {
+        eprintln!("netoken is not attached to any interface");
+    }
+    Ok(())
+}
+
+fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
+    // With an interface or a namespace that was named, only there; else everywhere that has a name.
+    let places = match scope.ifaces.is_empty() && scope.netns.is_none() {
+        true => Netns::all()?,
+        false => vec![Netns::current()?],
+    };
+    let programs = loaded_programs(state)?;
+    let boot =
+        SystemTime::now() - clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    let named = scope.netns.as_deref().unwrap_or_default();
+
+    let mut hooks = Vec::new();
+    for netns in places {
+        let name = if netns.name.is_empty() { named.to_string() } else { netns.name.clone() };
+        hooks.extend(netns.run(|| {
+            let mut netlink = Netlink::connect()?;
+            let mut links = netlink.links()?;
+            if !scope.ifaces.is_empty() {
+                links = scope
+                    .ifaces
+                    .iter()
+                    .map(|iface| find_link(&links, iface, &name).cloned())
+                    .collect::<Result<_>>()?;
+            }
+            let mut found = Vec::new();
+            for link in links {
+                for ours in attached(&mut netlink, link.index, &programs)? {
+                    found.push(hook(&name, &link.name, ours, boot));
+                }
+            }
+            Ok(found)
+        })?);
+    }
+    Ok(hooks)
+}
+
+fn hook(netns: &str, interface: &str, ours: Attached, boot: SystemTime) -> Hook {
+    Hook {
+        netns: netns.to_string(),
+        interface: interface.to_string(),
+        hook: "clsact egress",
+        program: ours.program,
+        handle: ours.filter.handle,
+        priority: ours.filter.priority,
+        instance: ours.loaded.instance,
+        since: humantime::format_rfc3339_seconds(boot + ours.loaded.loaded_at).to_string(),
+        filters_before: ours.before,
+    }
+}
+
+fn print(scope: &Scope, state: &State, hooks: &[Hook]) -> Result<()> {
+    let mut out = io::stdout().lock();
+    let mut instances: Vec<&str> = hooks.iter().filter_map(|hook| hook.instance.as_deref()).collect();
+    instances.sort_unstable();
+    instances.dedup();
+
+    if scope.json {
+        for hook in hooks {
+            writeln!(out, "{}", serde_json::to_string(hook)?)?;
+        }
+    } else {
+        table(&mut out, hooks)?;
+        writeln!(out)?;
+    }
+    for instance in instances {
+        let counters = Counters::read(&state.instance(instance).maps()?)?;
+        if scope.json {
+            writeln!(out, "{}", serde_json::to_string(&InstanceCounters { instance, counters })?)?;
+        } else {
+            writeln!(out, "instance '{instance}': {}", totals_line(&counters, 0))?;
+        }
+    }
+    Ok(())
+}
+
+fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
+    let heads = ["NETNS", "INTERFACE", "HOOK", "PROGRAM", "HANDLE", "PRIORITY", "INSTANCE", "SINCE (UTC)"];
+    let mut rows = vec![heads.map(str::to_string)];
+    rows.extend(hooks.iter().map(|hook| {
+        [
+            if hook.netns.is_empty() { "-".to_string() } else { hook.netns.clone() },
+            hook.interface.clone(),
+            hook.hook.to_string(),
+            hook.program.to_string(),
+            format!("{:#x}", hook.handle),
+            hook.priority.to_string(),
+            hook.instance.clone().unwrap_or("(pins lost)".to_string()),
+            hook.since.clone(),
+        ]
+    }));
+    let widths: Vec<usize> =
+        (0..heads.len()).map(|at| rows.iter().map(|row| row[at].len()).max().unwrap_or(0)).collect();
+    for row in &rows {
+        let line: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        writeln!(out, "{}", line.join("  ").trim_end())?;
+    }
+    for hook in hooks.iter().filter(|hook| hook.filters_before > 0) {
+        writeln!(
+            out,
+            "{}: {} other filters run before ours and may end a packet's way there",
+            hook.interface, hook.filters_before
+        )?;
+    }
+    Ok(())
+}

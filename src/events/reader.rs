@@ -1,0 +1,83 @@
+//! Reads the perf buffer of an instance. What an event means is in [`super::model`]; nothing here decides.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use libbpf_rs::{ErrorKind, PerfBuffer, PerfBufferBuilder, num_possible_cpus};
+
+use super::model::{Clock, Syn};
+use crate::program::Maps;
+
+/// Memory for all CPUs together; a CPU's share is a power of two of pages, and at least MIN_PAGES.
+const BUDGET_BYTES: usize = 4 << 20;
+const PAGE_BYTES: usize = 4096;
+const MIN_PAGES: usize = 8;
+const MAX_PAGES: usize = 128;
+
+/// What came out of the buffer since the last look.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// In the order of each CPU; CPUs are not ordered among each other.
+    pub syns: Vec<Syn>,
+    /// Events for which there was no room in the buffer.
+    pub lost: u64,
+}
+
+/// The one reader of an instance's events.
+pub struct Reader {
+    buffer: PerfBuffer<'static>,
+    inbox: Rc<RefCell<(Batch, Clock)>>,
+}
+
+impl Reader {
+    /// Opens the buffer. From here on the kernel sends events.
+    ///
+    /// # Errors
+    /// The kernel refused a perf event.
+    pub fn open(maps: &Maps) -> Result<Reader> {
+        let inbox = Rc::new(RefCell::new((Batch::default(), Clock::now())));
+        let (syns, losses) = (Rc::clone(&inbox), Rc::clone(&inbox));
+        let cpus = num_possible_cpus().context("counting the CPUs")?;
+        let buffer = PerfBufferBuilder::new(&maps.events)
+            .pages(pages_for(cpus))
+            .sample_cb(move |_cpu, bytes| {
+                let (batch, clock) = &mut *syns.borrow_mut();
+                batch.syns.extend(Syn::decode(bytes, *clock));
+            })
+            .lost_cb(move |_cpu, count| losses.borrow_mut().0.lost += count)
+            .build()
+            .context("opening the event buffer; it needs CAP_PERFMON (try sudo)")?;
+        Ok(Reader { buffer, inbox })
+    }
+
+    /// Waits for events, at most that long, and returns what there is.
+    ///
+    /// # Errors
+    /// The kernel refused to wait.
+    pub fn read(&mut self, timeout: Duration) -> Result<Batch> {
+        self.inbox.borrow_mut().1 = Clock::now();
+        match self.buffer.poll(timeout) {
+            Err(error) if error.kind() != ErrorKind::Interrupted => Err(error).context("waiting for events"),
+            _ => Ok(std::mem::take(&mut self.inbox.borrow_mut().0)),
+        }
+    }
+}
+
+fn pages_for(cpus: usize) -> usize {
+    let share = (BUDGET_BYTES / PAGE_BYTES / cpus.max(1)).clamp(MIN_PAGES, MAX_PAGES);
+    1 << share.ilog2()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_buffer_of_a_big_machine_stays_small() {
+        assert_eq!(pages_for(2), 128);
+        assert_eq!(pages_for(24), 32);
+        assert_eq!(pages_for(1024), 8);
+    }
+}

@@ -1,0 +1,184 @@
+//! Prints what happens: aligned columns for a person, or one JSON object a line for a program.
+
+use std::collections::HashMap;
+use std::io::{self, BufWriter, Stdout, Write};
+
+use serde::Serialize;
+
+use super::model::Syn;
+use crate::counters::Counters;
+use crate::types::Verdict;
+
+/// Names of interfaces by network namespace and index.
+pub type Names = HashMap<(u32, u32), String>;
+
+/// Everything that `--attach --json` prints, by its `type`.
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum Record<'a> {
+    /// A filter was attached or replaced.
+    Attached {
+        /// Name of the interface.
+        interface: &'a str,
+        /// Priority of the filter.
+        priority: u16,
+        /// Handle of the filter.
+        handle: u32,
+        /// It took the place of one of ours.
+        replaced: bool,
+        /// We made the clsact qdisc.
+        made_qdisc: bool,
+    },
+    /// A SYN and its verdict.
+    Syn {
+        /// Name of the interface.
+        interface: &'a str,
+        /// The rest.
+        #[serde(flatten)]
+        syn: &'a Syn,
+    },
+    /// All counters since the instance was made, and events lost since this process began to read.
+    Totals {
+        /// By verdict.
+        #[serde(flatten)]
+        counters: &'a Counters,
+        /// Events for which there was no room in the buffer.
+        lost: u64,
+    },
+    /// Something happened to an interface that we are attached to.
+    Interface {
+        /// Its name, before if it was renamed.
+        interface: &'a str,
+        /// What happened.
+        event: &'a str,
+    },
+}
+
+/// Where the stream is printed.
+pub struct Output {
+    out: BufWriter<Stdout>,
+    json: bool,
+    names: Names,
+    /// Widths of the columns, which only grow: a long address moves what follows it once.
+    widths: [usize; 5],
+}
+
+const HEADS: [&str; 5] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN"];
+const WIDTHS: [usize; 5] = [9, 15, 21, 21, 10];
+
+impl Output {
+    /// Prints to standard output.
+    pub fn new(json: bool, names: Names) -> Output {
+        Output { out: BufWriter::new(io::stdout()), json, names, widths: WIDTHS }
+    }
+
+    /// True if the lines are JSON.
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Interfaces may have other names from now on.
+    pub fn rename(&mut self, names: Names) {
+        self.names = names;
+    }
+
+    /// Prints the heads of the columns.
+    ///
+    /// # Errors
+    /// Standard output is closed.
+    pub fn heads(&mut self) -> io::Result<()> {
+        if self.json {
+            return Ok(());
+        }
+        self.columns("TIME (UTC)", HEADS.map(str::to_string), "OPTIONS  RULE     TOKEN")
+    }
+
+    /// Prints a record, which only JSON has.
+    ///
+    /// # Errors
+    /// Standard output is closed.
+    pub fn record(&mut self, record: &Record<'_>) -> io::Result<()> {
+        serde_json::to_writer(&mut self.out, record)?;
+        self.out.write_all(b"\n")
+    }
+
+    /// Prints one SYN.
+    ///
+    /// # Errors
+    /// Standard output is closed.
+    pub fn syn(&mut self, syn: &Syn) -> io::Result<()> {
+        let key = (syn.netns, syn.ifindex);
+        let name = self.names.get(&key).cloned().unwrap_or_else(|| format!("#{}", syn.ifindex));
+        if self.json {
+            return self.record(&Record::Syn { interface: &name, syn });
+        }
+        let time = humantime::format_rfc3339_micros(syn.time).to_string();
+        let verdict = match (syn.verdict, syn.dropped) {
+            ("dropped", _) | (_, false) => syn.verdict.to_string(),
+            (reason, true) => format!("{reason}!"),
+        };
+        let cells = [
+            name,
+            verdict,
+            std::net::SocketAddr::new(syn.src, syn.sport).to_string(),
+            std::net::SocketAddr::new(syn.dst, syn.dport).to_string(),
+            format!("{:08x}", syn.isn),
+        ];
+        let options = match syn.old_options_len == syn.new_options_len {
+            true => syn.old_options_len.to_string(),
+            false => format!("{}->{}", syn.old_options_len, syn.new_options_len),
+        };
+        let rule = match (syn.rule, syn.verdict) {
+            (0, "no_policy") => "-".to_string(),
+            (0, _) => "default".to_string(),
+            (number, _) => number.to_string(),
+        };
+        let token = syn.token.map_or("-".to_string(), |token| token.to_string());
+        // 2026-11-21T07:36:54.123456Z: a person who watches knows the day.
+        self.columns(&time[11..26], cells, &format!("{options:<7}  {rule:<7}  {token}"))
+    }
+
+    fn columns(&mut self, first: &str, cells: [String; 5], rest: &str) -> io::Result<()> {
+        write!(self.out, "{first:<15}")?;
+        for (cell, width) in cells.iter().zip(&mut self.widths) {
+            *width = (*width).max(cell.len());
+            write!(self.out, "  {cell:<width$}")?;
+        }
+        writeln!(self.out, "  {rest}")
+    }
+
+    /// Prints the totals.
+    ///
+    /// # Errors
+    /// Standard output is closed.
+    pub fn totals(&mut self, counters: &Counters, lost: u64) -> io::Result<()> {
+        if self.json {
+            return self.record(&Record::Totals { counters, lost });
+        }
+        writeln!(self.out, "-- {}", totals_line(counters, lost))
+    }
+
+    /// Sends to standard output what was printed.
+    ///
+    /// # Errors
+    /// Standard output is closed.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// The counters in one line: those that are not zero, and always the stamped ones.
+pub fn totals_line(counters: &Counters, lost: u64) -> String {
+    let stamped = crate::counters::verdict_name(Verdict::VERDICT_STAMPED.0);
+    let mut line = format!("{} SYNs", counters.total());
+    for (name, packets) in counters.iter().filter(|(name, packets)| *packets > 0 || *name == stamped) {
+        line.push_str(&format!(", {packets} {name}"));
+    }
+    if counters.dropped() > 0 {
+        line.push_str(&format!("; {} not sent", counters.dropped()));
+    }
+    if lost > 0 {
+        line.push_str(&format!("; {lost} events lost"));
+    }
+    line
+}

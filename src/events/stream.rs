@@ -1,0 +1,146 @@
+//! Runs the metrics stream: reads, prints and watches until it is told to stop, the reader of its output goes
+//! away, or nothing is attached any more.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::reader::Reader;
+use super::show::{Output, Record};
+use super::watch::{Change, Watch};
+use crate::counters::Counters;
+use crate::program::Maps;
+
+/// How long a look at the buffer may wait; also how late a signal is noticed at most.
+const LOOK: Duration = Duration::from_millis(100);
+/// How often totals are printed, if they have changed.
+const TOTALS: Duration = Duration::from_secs(1);
+
+/// Why the stream ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// A signal, or nobody reads the output any more.
+    Asked,
+    /// No interface is left to stamp on.
+    NothingLeft,
+}
+
+/// Streams until the end.
+///
+/// # Errors
+/// The kernel refused to be read, or the output failed for another reason than a closed pipe.
+pub fn run(
+    maps: &Maps,
+    reader: &mut Reader,
+    output: &mut Output,
+    watch: &mut Watch<'_>,
+    stop: &AtomicBool,
+) -> Result<End> {
+    let mut stream = Stream { maps, lost: 0, shown: None, next_totals: Instant::now() + TOTALS };
+    match stream.run(reader, output, watch, stop) {
+        Err(error) if is_closed_pipe(&error) => Ok(End::Asked),
+        other => other,
+    }
+}
+
+struct Stream<'a> {
+    maps: &'a Maps,
+    lost: u64,
+    shown: Option<(Counters, u64)>,
+    next_totals: Instant,
+}
+
+impl Stream<'_> {
+    fn run(
+        &mut self,
+        reader: &mut Reader,
+        output: &mut Output,
+        watch: &mut Watch<'_>,
+        stop: &AtomicBool,
+    ) -> Result<End> {
+        output.heads()?;
+        output.flush()?;
+        let end = loop {
+            if stop.load(Ordering::Relaxed) || is_output_closed() {
+                break End::Asked;
+            }
+            self.events(reader, output, LOOK)?;
+            report_changes(output, watch)?;
+            if watch.links().is_empty() {
+                break End::NothingLeft;
+            }
+            if Instant::now() >= self.next_totals {
+                self.next_totals = Instant::now() + TOTALS;
+                self.totals(output)?;
+            }
+            output.flush()?;
+        };
+        // What happened until now is part of the story.
+        self.events(reader, output, Duration::ZERO)?;
+        self.totals(output)?;
+        output.flush()?;
+        Ok(end)
+    }
+
+    fn events(&mut self, reader: &mut Reader, output: &mut Output, timeout: Duration) -> Result<()> {
+        let batch = reader.read(timeout)?;
+        self.lost += batch.lost;
+        batch.syns.iter().try_for_each(|syn| output.syn(syn)).context("printing an event")
+    }
+
+    /// Prints the totals, unless the same were printed last.
+    fn totals(&mut self, output: &mut Output) -> Result<()> {
+        let now = (Counters::read(self.maps)?, self.lost);
+        if self.shown.as_ref() != Some(&now) {
+            output.totals(&now.0, now.1).context("printing the totals")?;
+            self.shown = Some(now);
+        }
+        Ok(())
+    }
+}
+
+fn report_changes(output: &mut Output, watch: &mut Watch<'_>) -> Result<()> {
+    let changes = watch.changes()?;
+    if changes.is_empty() {
+        return Ok(());
+    }
+    output.rename(watch.names());
+    for (interface, change) in changes {
+        let event = match &change {
+            Change::Renamed(name) => format!("renamed to {name}"),
+            Change::Gone => {
+                "removed, or moved to another network namespace, and our filter with it".to_string()
+            }
+            Change::Detached => "our filter was removed by somebody else".to_string(),
+        };
+        if output.is_json() {
+            output.record(&Record::Interface { interface: &interface, event: &event })?;
+        } else {
+            output.flush()?;
+            eprintln!("{interface}: {event}");
+        }
+    }
+    Ok(())
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let io = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+        let json = cause.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind);
+        io.or(json) == Some(io::ErrorKind::BrokenPipe)
+    })
+}
+
+/// True once nobody reads standard output any more, also while there is nothing to print.
+fn is_output_closed() -> bool {
+    let stdout = io::stdout();
+    let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+    match poll(&mut fds, PollTimeout::ZERO) {
+        Ok(_) => fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR)),
+        Err(_) => false,
+    }
+}

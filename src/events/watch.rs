@@ -1,0 +1,113 @@
+//! Notices when an interface that we are attached to is renamed or disappears, or when somebody removes our
+//! filter. The kernel's notices only say that it is time to look; what is there then is what counts.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use anyhow::{Context, Result};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket, SocketAddr};
+
+use super::show::Names;
+use crate::hooks::clsact::Hooks;
+use crate::hooks::netlink::Link;
+use crate::state::State;
+
+/// Multicast groups of include/uapi/linux/rtnetlink.h.
+const RTNLGRP_LINK: u32 = 1;
+const RTNLGRP_TC: u32 = 4;
+
+/// What happened to an interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It has another name now.
+    Renamed(String),
+    /// It is not in this network namespace any more.
+    Gone,
+    /// It is there, but our filter is not.
+    Detached,
+}
+
+/// Interfaces of one network namespace that are watched.
+pub struct Watch<'a> {
+    notices: Socket,
+    state: &'a State,
+    instance: String,
+    netns: u32,
+    links: Vec<Link>,
+}
+
+impl<'a> Watch<'a> {
+    /// Begins to watch, in the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The kernel refused a netlink socket.
+    pub fn start(state: &'a State, instance: &str, netns: u32, links: Vec<Link>) -> Result<Watch<'a>> {
+        let mut notices = Socket::new(NETLINK_ROUTE).context("opening a netlink socket for notices")?;
+        notices.bind(&SocketAddr::new(0, 0)).context("binding a netlink socket for notices")?;
+        for group in [RTNLGRP_LINK, RTNLGRP_TC] {
+            notices.add_membership(group).context("asking for notices of interfaces and filters")?;
+        }
+        notices.set_non_blocking(true).context("preparing a netlink socket for notices")?;
+        Ok(Watch { notices, state, instance: instance.to_string(), netns, links })
+    }
+
+    /// What has changed since the last look. An interface that is gone or detached is not watched any more.
+    ///
+    /// # Errors
+    /// The kernel refused to list what is there.
+    pub fn changes(&mut self) -> Result<Vec<(String, Change)>> {
+        if !self.has_notices()? {
+            return Ok(Vec::new());
+        }
+        let mut hooks = Hooks::open(self.state)?;
+        let present = hooks.links()?;
+        let mut changes = Vec::new();
+        let mut kept = Vec::new();
+        for link in std::mem::take(&mut self.links) {
+            let Some(now) = present.iter().find(|now| now.index == link.index) else {
+                changes.push((link.name, Change::Gone));
+                continue;
+            };
+            if now.name != link.name {
+                changes.push((link.name.clone(), Change::Renamed(now.name.clone())));
+            }
+            match hooks.attached(now, &self.instance)?.is_empty() {
+                true => changes.push((now.name.clone(), Change::Detached)),
+                false => kept.push(now.clone()),
+            }
+        }
+        self.links = kept;
+        Ok(changes)
+    }
+
+    /// The interfaces that are still attached to.
+    pub fn links(&self) -> &[Link] {
+        &self.links
+    }
+
+    /// Their names.
+    pub fn names(&self) -> Names {
+        self.links.iter().map(|link| ((self.netns, link.index), link.name.clone())).collect()
+    }
+
+    /// Takes all notices off the socket; a lost one (ENOBUFS) is as good as any.
+    fn has_notices(&self) -> Result<bool> {
+        let mut any = false;
+        let mut buffer = Vec::with_capacity(32 << 10);
+        loop {
+            buffer.clear();
+            match self.notices.recv(&mut buffer, 0) {
+                Ok(_) => any = true,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(any),
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => any = true,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    return Err(error).with_context(|| {
+                        format!("reading notices from descriptor {}", self.notices.as_raw_fd())
+                    });
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! The clsact hook: attach, find, detach, destroy. A filter is ours if its program bears our name and uses the
+//! maps of the instance in question; everything else on the qdisc is somebody else's and stays as it is.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions};
+use libbpf_rs::{MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcHook};
+
+use super::netlink::{Filter, Link, Netlink, Side};
+use crate::netns::Netns;
+use crate::program::{PROGRAM_NAME, Program, messages};
+use crate::state::{Lock, State};
+
+/// Where the filter is to stand; what is not said is kept, or chosen by the kernel.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Place {
+    /// 1 to 65535; lower runs first.
+    pub priority: Option<u16>,
+    /// Any number but 0.
+    pub handle: Option<u32>,
+}
+
+/// A classifier of ours that is loaded.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// Time since boot at which it was loaded.
+    pub loaded_at: Duration,
+    /// The instance whose maps it uses; none if its pins are gone.
+    pub instance: Option<String>,
+}
+
+/// A filter of ours.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    /// Where it stands.
+    pub filter: Filter,
+    /// Id of its program.
+    pub program: u32,
+    /// What is known of its program.
+    pub loaded: Loaded,
+    /// Foreign filters that see a packet first and may end its way.
+    pub before: usize,
+}
+
+/// What became of the clsact qdisc.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Qdisc {
+    /// There was none.
+    Absent,
+    /// It was ours and nobody else used it: removed.
+    Removed,
+    /// Somebody else made it: kept.
+    Foreign,
+    /// It was ours, but there are other filters on it: kept. How many.
+    InUse(usize),
+}
+
+/// Every classifier of ours that is loaded, in whatever network namespace, by program id.
+///
+/// # Errors
+/// An instance's pins cannot be read.
+pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
+    let mut owners = HashMap::new();
+    for instance in state.instances() {
+        // An attach that was killed leaves an instance without all of its maps; the next one completes it.
+        if let Ok(counters) = MapHandle::from_pinned_path(instance.pins.join("counters")) {
+            owners.insert(counters.info().context("asking for a map's id")?.info.id, instance.name);
+        }
+    }
+    let programs = ProgInfoIter::with_query_opts(ProgInfoQueryOptions::default().include_map_ids(true));
+    Ok(programs
+        .filter(|program| program.name == PROGRAM_NAME)
+        .map(|program| {
+            let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
+            (program.id, Loaded { loaded_at: program.load_time, instance })
+        })
+        .collect())
+}
+
+/// Our filters on an interface's egress, in the order in which they run.
+///
+/// # Errors
+/// The kernel refused to list them.
+pub fn attached(
+    netlink: &mut Netlink,
+    ifindex: u32,
+    programs: &HashMap<u32, Loaded>,
+) -> Result<Vec<Attached>> {
+    if !netlink.clsacts()?.contains(&ifindex) {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    let mut before = 0;
+    for filter in netlink.filters(ifindex, Side::Egress)? {
+        match filter.program.and_then(|id| Some((id, programs.get(&id)?))) {
+            Some((program, loaded)) => {
+                found.push(Attached { filter, program, loaded: loaded.clone(), before });
+            }
+            None => before += 1,
+        }
+    }
+    Ok(found)
+}
+
+/// The interfaces of one network namespace and how to change what is attached to them.
+pub struct Hooks<'a> {
+    state: &'a State,
+    netns: Netns,
+    netlink: Netlink,
+}
+
+/// An attach that has happened and can be taken back.
+#[derive(Debug)]
+pub struct Attachment {
+    /// Where the filter stands now.
+    pub filter: Filter,
+    /// It took the place of one of ours.
+    pub replaced: bool,
+    /// We made the clsact qdisc for it.
+    pub made_qdisc: bool,
+}
+
+impl<'a> Hooks<'a> {
+    /// For the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The kernel refused a netlink socket.
+    pub fn open(state: &'a State) -> Result<Self> {
+        Ok(Hooks { state, netns: Netns::current()?, netlink: Netlink::connect()? })
+    }
+
+    /// All interfaces. Forgets what was noted down about those that are gone.
+    ///
+    /// # Errors
+    /// The kernel refused to list them.
+    pub fn links(&mut self) -> Result<Vec<Link>> {
+        let links = self.netlink.links()?;
+        let exists = |index| links.iter().any(|link| link.index == index);
+        self.state.forget_lost_clsacts(self.netns.inode(), exists);
+        Ok(links)
+    }
+
+    /// Our filters of one instance on an interface, and those whose instance is gone.
+    ///
+    /// # Errors
+    /// The kernel refused to list them.
+    pub fn attached(&mut self, link: &Link, instance: &str) -> Result<Vec<Attached>> {
+        let programs = loaded_programs(self.state)?;
+        let mut found = attached(&mut self.netlink, link.index, &programs)?;
+        found.retain(|ours| ours.loaded.instance.as_deref().is_none_or(|name| name == instance));
+        Ok(found)
+    }
+
+    /// Attaches `program`, in the place of ours if that is there already. Afterwards exactly one filter of ours
+    /// of this instance is there.
+    ///
+    /// # Errors
+    /// The kernel refused; then everything is as it was.
+    pub fn attach(
+        &mut self,
+        _lock: &Lock,
+        link: &Link,
+        instance: &str,
+        program: &Program,
+        place: Place,
+    ) -> Result<Attachment> {
+        let made_qdisc = self.make_clsact(link, program)?;
+        let ours = self.attached(link, instance)?;
+        let in_place = ours.iter().find(|ours| {
+            place.priority.is_none_or(|priority| priority == ours.filter.priority)
+                && place.handle.is_none_or(|handle| handle == ours.filter.handle)
+        });
+
+        let mut hook = TcHook::new(program.as_fd());
+        hook.ifindex(link.index.cast_signed()).attach_point(TC_EGRESS);
+        match in_place {
+            Some(ours) => {
+                let Filter { priority, handle, .. } = ours.filter;
+                hook.priority(priority.into()).handle(handle).replace(true);
+            }
+            None => {
+                hook.priority(place.priority.unwrap_or(0).into()).handle(place.handle.unwrap_or(0));
+            }
+        }
+        let (attached, said) = messages(|| hook.attach());
+        let hook = match attached {
+            Ok(hook) => hook,
+            Err(error) => {
+                let explained = self.explain_attach(link, place, error.into(), &said);
+                if made_qdisc {
+                    self.remove_clsact(link).ok();
+                }
+                return Err(explained);
+            }
+        };
+
+        let filter = Filter {
+            priority: hook.get_priority() as u16,
+            handle: hook.get_handle(),
+            kind: "bpf".to_string(),
+            program: None,
+        };
+        // The new one works; the ones that it did not take the place of go.
+        let same = |other: &Filter| (other.priority, other.handle) == (filter.priority, filter.handle);
+        for old in ours.iter().filter(|old| !same(&old.filter)) {
+            self.remove_filter(link, &old.filter)?;
+        }
+        Ok(Attachment { filter, replaced: !ours.is_empty(), made_qdisc })
+    }
+
+    /// Removes our filters of this instance. Returns the ids of their programs.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn detach(&mut self, _lock: &Lock, link: &Link, instance: &str) -> Result<Vec<u32>> {
+        let ours = self.attached(link, instance)?;
+        ours.iter().map(|ours| self.remove_filter(link, &ours.filter).map(|()| ours.program)).collect()
+    }
+
+    /// Removes the clsact qdisc if we made it and nobody else uses it.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn destroy_clsact(&mut self, _lock: &Lock, link: &Link) -> Result<Qdisc> {
+        let netns = self.netns.inode();
+        if !self.netlink.clsacts()?.contains(&link.index) {
+            self.state.forget_clsact(netns, link.index);
+            return Ok(Qdisc::Absent);
+        }
+        if !self.state.owns_clsact(netns, link.index) {
+            return Ok(Qdisc::Foreign);
+        }
+        let used = self.netlink.filters(link.index, Side::Ingress)?.len()
+            + self.netlink.filters(link.index, Side::Egress)?.len();
+        if used > 0 {
+            return Ok(Qdisc::InUse(used));
+        }
+        self.remove_clsact(link)?;
+        Ok(Qdisc::Removed)
+    }
+
+    fn make_clsact(&mut self, link: &Link, program: &Program) -> Result<bool> {
+        if self.netlink.clsacts()?.contains(&link.index) {
+            return Ok(false);
+        }
+        let netns = self.netns.inode();
+        self.state.mark_clsact(netns, link.index)?;
+        let mut hook = TcHook::new(program.as_fd());
+        hook.ifindex(link.index.cast_signed()).attach_point(TC_EGRESS);
+        let (made, said) = messages(|| hook.create());
+        if let Err(error) = made {
+            self.state.forget_clsact(netns, link.index);
+            return Err(anyhow!(
+                "making a clsact qdisc on {}: {error}{}; it needs CAP_NET_ADMIN (try sudo) and the kernel \
+                 module sch_ingress (CONFIG_NET_SCH_INGRESS)",
+                link.name,
+                kernel_said(&said)
+            ));
+        }
+        Ok(true)
+    }
+
+    fn remove_clsact(&mut self, link: &Link) -> Result<()> {
+        let mut hook = TcHook::new(self.netns.as_fd());
+        hook.ifindex(link.index.cast_signed()).attach_point(TC_INGRESS | TC_EGRESS);
+        let (removed, said) = messages(|| hook.destroy());
+        removed
+            .with_context(|| format!("removing the clsact qdisc of {}{}", link.name, kernel_said(&said)))?;
+        self.state.forget_clsact(self.netns.inode(), link.index);
+        Ok(())
+    }
+
+    fn remove_filter(&mut self, link: &Link, filter: &Filter) -> Result<()> {
+        let mut hook = TcHook::new(self.netns.as_fd());
+        hook.ifindex(link.index.cast_signed())
+            .attach_point(TC_EGRESS)
+            .priority(filter.priority.into())
+            .handle(filter.handle);
+        let (removed, said) = messages(|| hook.detach());
+        removed.with_context(|| {
+            format!(
+                "removing our filter (priority {}, handle {:#x}) from {}{}",
+                filter.priority,
+                filter.handle,
+                link.name,
+                kernel_said(&said)
+            )
+        })
+    }
+
+    fn explain_attach(
+        &mut self,
+        link: &Link,
+        place: Place,
+        error: anyhow::Error,
+        said: &str,
+    ) -> anyhow::Error {
+        let what = format!("attaching {PROGRAM_NAME} to {} egress", link.name);
+        let filters = self.netlink.filters(link.index, Side::Egress).unwrap_or_default();
+        let taken = filters.iter().find(|filter| {
+            Some(filter.priority) == place.priority
+                && (filter.kind != "bpf" || place.handle.is_none_or(|handle| handle == filter.handle))
+        });
+        match taken {
+            Some(filter) => anyhow!(
+                "{what}: a '{}' filter (priority {}, handle {:#x}) has that place; choose another --priority{}",
+                filter.kind,
+                filter.priority,
+                filter.handle,
+                if filter.kind == "bpf" { " or --handle" } else { "" }
+            ),
+            None => error.context(format!(
+                "{what}{}; it needs CAP_NET_ADMIN (try sudo) and the kernel module cls_bpf (CONFIG_NET_CLS_BPF)",
+                kernel_said(said)
+            )),
+        }
+    }
+}
+
+/// The kernel's own explanation, which libbpf prints, if there was one.
+fn kernel_said(log: &str) -> String {
+    let reason = log.lines().find_map(|line| line.split_once("Kernel error message: "));
+    reason.map_or(String::new(), |(_, reason)| format!(" ({})", reason.trim()))
+}
+
+/// Removes an instance if no program uses it any more; `gone` are those that were detached a moment ago and
+/// may linger. True if nothing of it is left.
+///
+/// # Errors
+/// A pin cannot be removed.
+pub fn remove_unused(state: &State, _lock: &Lock, name: &str, gone: &[u32]) -> Result<bool> {
+    let instance = state.instance(name);
+    if !instance.pins.exists() {
+        return Ok(true);
+    }
+    let programs = loaded_programs(state)?;
+    let used = |(id, loaded): (&u32, &Loaded)| loaded.instance.as_deref() == Some(name) && !gone.contains(id);
+    if programs.iter().any(used) {
+        return Ok(false);
+    }
+    instance.remove()?;
+    Ok(true)
+}
+
+/// Checks what the kernel would refuse later with a less useful message.
+///
+/// # Errors
+/// The number is not one that a filter can have.
+pub fn check_place(place: Place) -> Result<()> {
+    if place.priority == Some(0) || place.handle == Some(0) {
+        bail!("a filter's priority and handle count from 1; leave the flag away to let the kernel choose");
+    }
+    Ok(())
+}
