@@ -165,6 +165,8 @@ impl State {
             .into_iter()
             .flatten()
             .flatten()
+            // The kernel may have put files of its own at the top.
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             .filter_map(|entry| entry.file_name().into_string().ok())
             .collect();
         names.sort();

@@ -9,7 +9,7 @@
 
 /* Fills in what every event says, whatever becomes of the SYN. Written in full: the stack holds
  * garbage. */
-static __always_inline void describe_syn(struct __sk_buff *skb, struct syn *syn)
+static __always_inline void describe_event(struct __sk_buff *skb, struct syn *syn)
 {
 	struct netoken_event *event = &syn->event;
 	__u8 options_len =

@@ -34,7 +34,7 @@ __noinline int handle_syn(struct __sk_buff *skb)
 	if (!scratch)
 		return TC_ACT_UNSPEC;
 	event = &scratch->syn.event;
-	describe_syn(skb, &scratch->syn);
+	describe_event(skb, &scratch->syn);
 	rule = lookup_rule(&event->flow);
 	if (!rule) {
 		verdict = VERDICT_NO_POLICY;

@@ -26,6 +26,11 @@
 
 #define VLAN_TAGS_MAX 2
 #define IPV6_EXTENSIONS_MAX 8
+/* Eight extension headers of usual size end far before; the verifier wants a bound. */
+#define L4_OFF_MAX 4095
+/* In the answer of skip_extensions(), beside the offset. */
+#define EXTENSIONS_SHORT (1U << 30)
+#define EXTENSIONS_FRAGMENT (1U << 31)
 /* What is pulled into the linear part when the headers are not there: link, IP, and TCP at their
  * largest. */
 #define PULL_LEN_BYTES 256
@@ -39,6 +44,14 @@ enum parsed {
 	PARSED_OTHER, /* not a SYN */
 	PARSED_SYN,
 	PARSED_SHORT, /* the linear part ends before the answer */
+};
+
+/* Where a packet's headers are, as offsets from the start of the frame. */
+struct layers {
+	__u32 l3_off;
+	__u32 l4_off;
+	bool is_ipv6;
+	bool is_fragment;
 };
 
 /* The part of a TCP header that decides what the packet is: through the flags. */
@@ -56,6 +69,129 @@ struct vlan_tag {
 	__be16 next_proto_be;
 };
 
+static __always_inline bool is_extension(__u8 next)
+{
+	return next == NEXTHDR_HOP || next == NEXTHDR_ROUTING || next == NEXTHDR_DEST;
+}
+
+/*
+ * The offset of the TCP header behind extension headers, the first of which is of type `next` and
+ * stands at `off`; 0 if it is not TCP. Not static, so that the verifier looks at this loop once and
+ * for any offset.
+ */
+__noinline __u32 skip_extensions(struct __sk_buff *skb, __u32 off, __u32 next)
+{
+	void *data = (void *)(long)skb->data;
+	void *end = (void *)(long)skb->data_end;
+	__u32 flags = 0;
+
+	for (int i = 0; i < IPV6_EXTENSIONS_MAX && next != IPPROTO_TCP; i++) {
+		/* Every one of these starts with `next header, length` and has at least 8 bytes. */
+		struct frag_hdr *ext;
+
+		if (off > L4_OFF_MAX)
+			return 0;
+		ext = data + off;
+		if ((void *)(ext + 1) > end)
+			return EXTENSIONS_SHORT;
+		if (next == NEXTHDR_FRAGMENT) {
+			if (ext->frag_off & bpf_htons(IPV6_OFFSET))
+				return 0; /* only a first fragment shows what it belongs to */
+			flags = EXTENSIONS_FRAGMENT;
+			off += sizeof(*ext);
+		} else if (is_extension(next)) {
+			off += (((struct ipv6_opt_hdr *)ext)->hdrlen + 1) * 8;
+		} else {
+			return 0;
+		}
+		next = ext->nexthdr;
+	}
+	return next == IPPROTO_TCP && off <= L4_OFF_MAX ? off | flags : 0;
+}
+
+/* PARSED_SYN here means: TCP, as far as IP says. */
+static __always_inline enum parsed parse_ipv4(struct layers *layers, void *l3, void *end)
+{
+	struct iphdr *ip = l3;
+	__u16 frag;
+
+	if ((void *)(ip + 1) > end)
+		return PARSED_SHORT;
+	if (ip->version != 4 || ip->ihl < 5 || ip->protocol != IPPROTO_TCP)
+		return PARSED_OTHER;
+	frag = bpf_ntohs(ip->frag_off);
+	if (frag & IP_OFFSET)
+		return PARSED_OTHER; /* only a first fragment shows what it belongs to */
+	layers->is_ipv6 = false;
+	layers->is_fragment = frag & IP_MF;
+	layers->l4_off = layers->l3_off + ip->ihl * 4;
+	return PARSED_SYN;
+}
+
+static __always_inline enum parsed parse_ipv6(struct layers *layers, struct __sk_buff *skb,
+					      void *l3, void *end)
+{
+	struct ipv6hdr *ip = l3;
+	__u32 found;
+
+	if ((void *)(ip + 1) > end)
+		return PARSED_SHORT;
+	if (ip->version != 6)
+		return PARSED_OTHER;
+	layers->is_ipv6 = true;
+	layers->is_fragment = false;
+	layers->l4_off = layers->l3_off + sizeof(*ip);
+	if (ip->nexthdr == IPPROTO_TCP)
+		return PARSED_SYN;
+	if (!is_extension(ip->nexthdr) && ip->nexthdr != NEXTHDR_FRAGMENT)
+		return PARSED_OTHER;
+
+	found = skip_extensions(skb, layers->l4_off, ip->nexthdr);
+	if (found == EXTENSIONS_SHORT)
+		return PARSED_SHORT;
+	layers->is_fragment = found & EXTENSIONS_FRAGMENT;
+	layers->l4_off = found & ~EXTENSIONS_FRAGMENT;
+	return found ? PARSED_SYN : PARSED_OTHER;
+}
+
+/* Finds the network header behind the link header and tags. A tag in skb metadata is not in the
+ * packet. */
+static __always_inline enum parsed parse_layers(struct layers *layers, struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data;
+	void *end = (void *)(long)skb->data_end;
+	void *l3 = data + config.l2_len_bytes;
+	__u16 proto;
+
+	layers->l3_off = config.l2_len_bytes;
+	if (config.l2_len_bytes == 0) {
+		if (l3 + 1 > end)
+			return PARSED_SHORT;
+		proto = *(__u8 *)l3 >> 4 == 4 ? ETH_P_IP : ETH_P_IPV6;
+	} else {
+		if (l3 > end)
+			return PARSED_SHORT;
+		proto = bpf_ntohs(*(__be16 *)(l3 - 2));
+		for (int i = 0; i < VLAN_TAGS_MAX; i++) {
+			struct vlan_tag *tag = l3;
+
+			if (proto != ETH_P_8021Q && proto != ETH_P_8021AD && proto != ETH_P_QINQ1)
+				break;
+			if ((void *)(tag + 1) > end)
+				return PARSED_SHORT;
+			proto = bpf_ntohs(tag->next_proto_be);
+			layers->l3_off += sizeof(*tag);
+			l3 = tag + 1;
+		}
+	}
+
+	if (proto == ETH_P_IP)
+		return parse_ipv4(layers, l3, end);
+	if (proto == ETH_P_IPV6)
+		return parse_ipv6(layers, skb, l3, end);
+	return PARSED_OTHER;
+}
+
 static __always_inline void copy_mapped(__u8 *to, __be32 addr_be)
 {
 	__u32 *words = (__u32 *)to;
@@ -66,154 +202,70 @@ static __always_inline void copy_mapped(__u8 *to, __be32 addr_be)
 	words[3] = addr_be;
 }
 
-static __always_inline enum parsed parse_tcp(const struct tcp_head *tcp, void *end)
+/* Notes in the scratch what is known of a SYN. False if its headers are not where they were. */
+static __always_inline bool describe_syn(struct syn *syn, struct __sk_buff *skb,
+					 const struct layers *layers, const struct tcp_head *tcp,
+					 void *end)
 {
+	void *l3 = (void *)(long)skb->data + layers->l3_off;
+	struct netoken_flow *flow = &syn->event.flow;
+
+	syn->l3_off = layers->l3_off;
+	syn->l4_off = layers->l4_off;
+	syn->is_fragment = layers->is_fragment;
+	syn->tcp_len_bytes = (tcp->data_offset >> 4) * 4;
+	flow->sport_be = tcp->sport_be;
+	flow->dport_be = tcp->dport_be;
+	flow->isn = bpf_ntohl(tcp->seq_be);
+	if (layers->is_ipv6) {
+		struct ipv6hdr *ip = l3;
+
+		if ((void *)(ip + 1) > end)
+			return false;
+		flow->family = 6;
+		syn->ip_len_bytes = IPV6_HEADER_LEN + bpf_ntohs(ip->payload_len);
+		__builtin_memcpy(flow->saddr, &ip->saddr, ADDR_LEN);
+		__builtin_memcpy(flow->daddr, &ip->daddr, ADDR_LEN);
+	} else {
+		struct iphdr *ip = l3;
+
+		if ((void *)(ip + 1) > end)
+			return false;
+		flow->family = 4;
+		syn->ip_len_bytes = bpf_ntohs(ip->tot_len);
+		__builtin_memcpy(syn->ip4, ip, sizeof(syn->ip4));
+		copy_mapped(flow->saddr, ip->saddr);
+		copy_mapped(flow->daddr, ip->daddr);
+	}
+	return true;
+}
+
+static __always_inline enum parsed parse_linear(struct __sk_buff *skb)
+{
+	struct layers layers;
+	enum parsed parsed = parse_layers(&layers, skb);
+	struct scratch *scratch;
+	struct tcp_head *tcp;
+	void *end;
+
+	if (parsed != PARSED_SYN)
+		return parsed;
+	if (layers.l4_off > L4_OFF_MAX)
+		return PARSED_OTHER;
+	/* Read anew: behind a call the verifier has forgotten what these point to. */
+	end = (void *)(long)skb->data_end;
+	tcp = (void *)(long)skb->data + layers.l4_off;
 	if ((void *)(tcp + 1) > end)
 		return PARSED_SHORT;
 	/* ECE and CWR do not matter: an ECN SYN is a SYN. One with FIN or RST opens nothing. */
 	if ((tcp->flags & (TCP_FLAG_SYN | TCP_FLAG_ACK | TCP_FLAG_RST | TCP_FLAG_FIN)) !=
 	    TCP_FLAG_SYN)
 		return PARSED_OTHER;
-	return PARSED_SYN;
-}
-
-static __always_inline void describe_tcp(struct syn *syn, const struct tcp_head *tcp)
-{
-	syn->tcp_len_bytes = (tcp->data_offset >> 4) * 4;
-	syn->event.flow.sport_be = tcp->sport_be;
-	syn->event.flow.dport_be = tcp->dport_be;
-	syn->event.flow.isn = bpf_ntohl(tcp->seq_be);
-}
-
-static __always_inline enum parsed parse_ipv4(void *data, struct iphdr *ip, void *end)
-{
-	struct scratch *scratch;
-	struct tcp_head *tcp;
-	enum parsed parsed;
-	struct syn *syn;
-	__u16 frag;
-
-	if ((void *)(ip + 1) > end)
-		return PARSED_SHORT;
-	if (ip->version != 4 || ip->ihl < 5 || ip->protocol != IPPROTO_TCP)
-		return PARSED_OTHER;
-	frag = bpf_ntohs(ip->frag_off);
-	if (frag & IP_OFFSET)
-		return PARSED_OTHER; /* only a first fragment shows what it belongs to */
-	tcp = (void *)ip + ip->ihl * 4;
-	parsed = parse_tcp(tcp, end);
-	if (parsed != PARSED_SYN)
-		return parsed;
 
 	scratch = this_scratch();
-	if (!scratch)
+	if (!scratch || !describe_syn(&scratch->syn, skb, &layers, tcp, end))
 		return PARSED_OTHER;
-	syn = &scratch->syn;
-	syn->l3_off = (void *)ip - data;
-	syn->l4_off = (void *)tcp - data;
-	syn->ip_len_bytes = bpf_ntohs(ip->tot_len);
-	syn->is_fragment = frag & IP_MF;
-	__builtin_memcpy(syn->ip4, ip, sizeof(syn->ip4));
-	syn->event.flow.family = 4;
-	copy_mapped(syn->event.flow.saddr, ip->saddr);
-	copy_mapped(syn->event.flow.daddr, ip->daddr);
-	describe_tcp(syn, tcp);
 	return PARSED_SYN;
-}
-
-static __always_inline enum parsed parse_ipv6(void *data, struct ipv6hdr *ip, void *end)
-{
-	__u32 off = sizeof(*ip);
-	bool is_fragment = false;
-	struct scratch *scratch;
-	struct tcp_head *tcp;
-	enum parsed parsed;
-	struct syn *syn;
-	__u8 next;
-
-	if ((void *)(ip + 1) > end)
-		return PARSED_SHORT;
-	if (ip->version != 6)
-		return PARSED_OTHER;
-
-	next = ip->nexthdr;
-	for (int i = 0; i < IPV6_EXTENSIONS_MAX && next != IPPROTO_TCP; i++) {
-		/* Every one of these starts with `next header, length` and is at least 8 bytes
-		 * long. */
-		struct frag_hdr *ext = (void *)ip + off;
-
-		if ((void *)(ext + 1) > end)
-			return PARSED_SHORT;
-		if (next == NEXTHDR_FRAGMENT) {
-			if (ext->frag_off & bpf_htons(IPV6_OFFSET))
-				return PARSED_OTHER; /* only a first fragment shows what it belongs
-							to */
-			is_fragment = true;
-			off += sizeof(*ext);
-		} else if (next == NEXTHDR_HOP || next == NEXTHDR_ROUTING || next == NEXTHDR_DEST) {
-			off += (((struct ipv6_opt_hdr *)ext)->hdrlen + 1) * 8;
-		} else {
-			return PARSED_OTHER;
-		}
-		next = ext->nexthdr;
-	}
-	if (next != IPPROTO_TCP)
-		return PARSED_OTHER;
-
-	tcp = (void *)ip + off;
-	parsed = parse_tcp(tcp, end);
-	if (parsed != PARSED_SYN)
-		return parsed;
-
-	scratch = this_scratch();
-	if (!scratch)
-		return PARSED_OTHER;
-	syn = &scratch->syn;
-	syn->l3_off = (void *)ip - data;
-	syn->l4_off = syn->l3_off + off;
-	syn->ip_len_bytes = IPV6_HEADER_LEN + bpf_ntohs(ip->payload_len);
-	syn->is_fragment = is_fragment;
-	syn->event.flow.family = 6;
-	__builtin_memcpy(syn->event.flow.saddr, &ip->saddr, ADDR_LEN);
-	__builtin_memcpy(syn->event.flow.daddr, &ip->daddr, ADDR_LEN);
-	describe_tcp(syn, tcp);
-	return PARSED_SYN;
-}
-
-static __always_inline enum parsed parse_linear(struct __sk_buff *skb)
-{
-	void *data = (void *)(long)skb->data;
-	void *end = (void *)(long)skb->data_end;
-	__u32 off = config.l2_len_bytes;
-	void *l3 = data + off;
-	__u16 proto;
-
-	if (off == 0) {
-		if (l3 + 1 > end)
-			return PARSED_SHORT;
-		proto = *(__u8 *)l3 >> 4 == 4 ? ETH_P_IP : ETH_P_IPV6;
-	} else {
-		if (l3 > end)
-			return PARSED_SHORT;
-		proto = bpf_ntohs(*(__be16 *)(l3 - 2));
-		/* A tag in skb metadata is not in the packet; these are the others. */
-		for (int i = 0; i < VLAN_TAGS_MAX; i++) {
-			struct vlan_tag *tag = l3;
-
-			if (proto != ETH_P_8021Q && proto != ETH_P_8021AD && proto != ETH_P_QINQ1)
-				break;
-			if ((void *)(tag + 1) > end)
-				return PARSED_SHORT;
-			proto = bpf_ntohs(tag->next_proto_be);
-			l3 = tag + 1;
-		}
-	}
-
-	if (proto == ETH_P_IP)
-		return parse_ipv4(data, l3, end);
-	if (proto == ETH_P_IPV6)
-		return parse_ipv6(data, l3, end);
-	return PARSED_OTHER;
 }
 
 /* True if `skb` is a SYN, which this CPU's scratch then describes. */

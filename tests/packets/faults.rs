@@ -1,0 +1,96 @@
+//! A helper fails half way: the packet must leave as it came, or, if even that fails, not at all.
+
+use anyhow::Result;
+use netoken::program::Settings;
+use netoken::types::{Fault, Verdict};
+
+use crate::packet::{LINUX, MSS, Packet, syn};
+use crate::run::{Bench, How};
+
+/// FAULT_MOVE is the second chunk of the payload, FAULT_STORE_IP and FAULT_CSUM_LENGTH need growth.
+const FAULTS: [(&str, Fault); 6] = [
+    ("grow", Fault::FAULT_GROW),
+    ("move", Fault::FAULT_MOVE),
+    ("store TCP", Fault::FAULT_STORE_TCP),
+    ("store IP", Fault::FAULT_STORE_IP),
+    ("sum of the length", Fault::FAULT_CSUM_LENGTH),
+    ("sum of the bytes", Fault::FAULT_CSUM_BYTES),
+];
+
+fn packets() -> Vec<Packet> {
+    vec![
+        syn().options(LINUX).payload(3000),
+        syn().v6().options(LINUX).payload(2999),
+        syn().v6().vlan(3).options(MSS).payload(2500),
+        syn().ip_options(&[1; 8]).payload(3001).trailer(&[0xdd; 5]),
+        syn().without_link_header().options(LINUX).payload(3000),
+    ]
+}
+
+fn bench_for(packet: &Packet, faults: u32, drops: bool) -> Result<Bench> {
+    let l2_len_bytes = packet.ip_at().min(14) as u32;
+    let settings = Settings { l2_len_bytes, faults, ..Settings::default() };
+    let mut bench = Bench::strict(settings)?;
+    if !drops {
+        bench.set_policy("default = { action = 'stamp', token = 'a1b2c3d4e5f60718' }")?;
+        bench.drops_when_full = false;
+    }
+    Ok(bench)
+}
+
+pub fn a_helper_that_fails_leaves_the_packet_as_it_came() -> Result<()> {
+    for (what, fault) in FAULTS {
+        for packet in packets() {
+            let mut bench = bench_for(&packet, fault.0, false)?;
+            let frame = packet.build();
+            bench.expect_untouched(what, &frame, Verdict::VERDICT_HELPER_FAILED, false)?;
+            // A second packet on the same CPU finds nothing left behind by the first.
+            bench.expect_untouched(what, &frame, Verdict::VERDICT_HELPER_FAILED, false)?;
+        }
+    }
+    Ok(())
+}
+
+pub fn a_helper_that_fails_drops_where_the_policy_says_so() -> Result<()> {
+    for (what, fault) in FAULTS {
+        for packet in packets() {
+            let mut bench = bench_for(&packet, fault.0, true)?;
+            bench.expect_untouched(what, &packet.build(), Verdict::VERDICT_HELPER_FAILED, true)?;
+        }
+    }
+    Ok(())
+}
+
+/// A packet that is neither stamped nor as it came must not leave.
+pub fn a_restore_that_fails_drops_the_packet() -> Result<()> {
+    for (what, fault) in FAULTS {
+        for packet in packets() {
+            let mut bench = bench_for(&packet, fault.0 | Fault::FAULT_RESTORE.0, false)?;
+            let outcome = bench.run(&packet.build(), How::default())?;
+            // Nothing had changed yet when growing failed.
+            let drops = fault != Fault::FAULT_GROW;
+            anyhow::ensure!(
+                outcome.verdict == Some(Verdict::VERDICT_HELPER_FAILED) && outcome.dropped == drops,
+                "{what}, then the restore: {} dropped: {}, expected {drops}",
+                crate::run::name(outcome.verdict),
+                outcome.dropped
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The faults sit at steps that not every packet takes.
+pub fn a_fault_off_the_way_changes_nothing() -> Result<()> {
+    let roomy = syn().options(&[1; 12]).payload(3000);
+    for (what, fault, packet) in [
+        ("no second chunk", Fault::FAULT_MOVE, syn().options(LINUX).payload(2048)),
+        ("nothing to grow", Fault::FAULT_GROW, roomy.clone()),
+        ("nothing to move", Fault::FAULT_MOVE, roomy.clone()),
+        ("nothing to restore", Fault::FAULT_RESTORE, roomy),
+    ] {
+        let mut bench = bench_for(&packet, fault.0, false)?;
+        bench.expect(what, &packet.build(), Verdict::VERDICT_STAMPED)?;
+    }
+    Ok(())
+}
