@@ -54,7 +54,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
             job.undo(&lock);
             drop(job);
             // Nothing half done stays behind; what was there before is kept.
-            remove_unused(&state, &lock, &instance.name, &[]).ok();
+            remove_unused(&state, &lock, &instance.name).ok();
             state.remove_if_empty(lock).ok();
             return Err(error);
         }

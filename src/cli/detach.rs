@@ -45,14 +45,12 @@ pub(super) fn remove(scope: &Scope, ifaces: &[String], destroy: bool, state: &St
         false => ifaces.iter().map(|name| find_link(&links, name, netns).cloned()).collect::<Result<_>>()?,
     };
 
-    let mut gone = Vec::new();
     for link in &targets {
-        let programs = hooks.detach(&lock, link, &scope.instance)?;
+        let filters = hooks.detach(&lock, link, &scope.instance)?;
         let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
-        tell(scope, link, programs.len(), qdisc, ifaces.is_empty());
-        gone.extend(programs);
+        tell(scope, link, filters, qdisc, ifaces.is_empty());
     }
-    if destroy && !remove_unused(state, &lock, &scope.instance, &gone)? && !scope.json {
+    if destroy && !remove_unused(state, &lock, &scope.instance)? && !scope.json {
         eprintln!(
             "instance '{}' is still used on another interface or in another network namespace: its policy and \
              counters stay",

@@ -3,7 +3,8 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions};
@@ -211,13 +212,14 @@ impl<'a> Hooks<'a> {
         Ok(Attachment { filter, replaced: !ours.is_empty(), made_qdisc })
     }
 
-    /// Removes our filters of this instance. Returns the ids of their programs.
+    /// Removes our filters of this instance. Returns how many there were.
     ///
     /// # Errors
     /// The kernel refused.
-    pub fn detach(&mut self, _lock: &Lock, link: &Link, instance: &str) -> Result<Vec<u32>> {
+    pub fn detach(&mut self, _lock: &Lock, link: &Link, instance: &str) -> Result<usize> {
         let ours = self.attached(link, instance)?;
-        ours.iter().map(|ours| self.remove_filter(link, &ours.filter).map(|()| ours.program)).collect()
+        ours.iter().try_for_each(|ours| self.remove_filter(link, &ours.filter))?;
+        Ok(ours.len())
     }
 
     /// Removes the clsact qdisc if we made it and nobody else uses it.
@@ -326,20 +328,24 @@ fn kernel_said(log: &str) -> String {
     reason.map_or(String::new(), |(_, reason)| format!(" ({})", reason.trim()))
 }
 
-/// Removes an instance if no program uses it any more; `gone` are those that were detached a moment ago and
-/// may linger. True if nothing of it is left.
+/// How long the kernel may take to free a program whose filter is gone: it does so behind a grace period.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Removes an instance if no program uses it any more. True if nothing of it is left.
 ///
 /// # Errors
 /// A pin cannot be removed.
-pub fn remove_unused(state: &State, _lock: &Lock, name: &str, gone: &[u32]) -> Result<bool> {
+pub fn remove_unused(state: &State, _lock: &Lock, name: &str) -> Result<bool> {
     let instance = state.instance(name);
     if !instance.pins.exists() {
         return Ok(true);
     }
-    let programs = loaded_programs(state)?;
-    let used = |(id, loaded): (&u32, &Loaded)| loaded.instance.as_deref() == Some(name) && !gone.contains(id);
-    if programs.iter().any(used) {
-        return Ok(false);
+    let deadline = Instant::now() + LINGER;
+    while loaded_programs(state)?.values().any(|program| program.instance.as_deref() == Some(name)) {
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        thread::sleep(Duration::from_millis(10));
     }
     instance.remove()?;
     Ok(true)
