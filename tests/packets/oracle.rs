@@ -167,7 +167,8 @@ fn u16_at(frame: &[u8], at: usize) -> Option<u16> {
 pub fn find_syn(frame: &[u8], link_len: usize) -> Option<Syn> {
     let (ip_at, is_v6) = find_ip(frame, link_len)?;
     let syn = if is_v6 { find_tcp_in_ipv6(frame, ip_at)? } else { find_tcp_in_ipv4(frame, ip_at)? };
-    let flags = *frame.get(syn.tcp_at + 13)?; frame.get(syn.tcp_at+15)?;
+    let flags = *frame.get(syn.tcp_at + 13)?;
+    frame.get(syn.tcp_at + 15)?;
     (flags & (SYN | ACK | RST | FIN) == SYN).then_some(syn)
 }
 

@@ -150,7 +150,13 @@ impl Bench {
     }
 
     /// Runs a frame that must get this verdict and come out as it came; the policy is the test's own.
-    pub fn expect_untouched(&mut self, what: &str, frame: &[u8], verdict: Verdict, dropped: bool) -> Result<()> {
+    pub fn expect_untouched(
+        &mut self,
+        what: &str,
+        frame: &[u8],
+        verdict: Verdict,
+        dropped: bool,
+    ) -> Result<()> {
         let outcome = self.run(frame, How::default()).with_context(|| what.to_string())?;
         ensure!(
             outcome.verdict == Some(verdict) && outcome.dropped == dropped && outcome.frame == frame,
@@ -208,8 +214,9 @@ fn test_run(program: &Program, frame: &[u8], how: How) -> Result<(u32, Vec<u8>)>
     // sizes stand beside them. The kernel reads two of them and writes at most `data_size_out` bytes of `out`.
     let result = unsafe { bpf_prog_test_run_opts(program.as_fd().as_raw_fd(), &mut opts) };
     if result != 0 {
-        return Err(std::io::Error::from_raw_os_error(-result))
-            .with_context(|| format!("running {} bytes in the kernel with {how:?}\n  in {}", frame.len(), Hex(frame)));
+        return Err(std::io::Error::from_raw_os_error(-result)).with_context(|| {
+            format!("running {} bytes in the kernel with {how:?}\n  in {}", frame.len(), Hex(frame))
+        });
     }
     out.truncate(opts.data_size_out as usize);
     Ok((opts.retval, out))

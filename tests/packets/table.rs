@@ -157,8 +157,9 @@ fn rows() -> Vec<(String, Packet)> {
             for (len, padding, odd) in lists() {
                 let Some(list) = option_list(len, padding, odd) else { continue };
                 for payload in PAYLOADS {
-                    let what =
-                        format!("{network}, {link}, {len} bytes of options, {padding:?}, {odd:?}, {payload} bytes");
+                    let what = format!(
+                        "{network}, {link}, {len} bytes of options, {padding:?}, {odd:?}, {payload} bytes"
+                    );
                     rows.push((what, packet.clone().options(&list).payload(payload)));
                 }
             }

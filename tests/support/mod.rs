@@ -25,7 +25,8 @@ impl Need {
             Need::Root => (!nix::unistd::geteuid().is_root()).then(|| "it needs root".to_string()),
             Need::Tool(name) => {
                 let path = std::env::var_os("PATH").unwrap_or_default();
-                let mut dirs = std::env::split_paths(&path).chain([Path::new("/usr/sbin").into(), Path::new("/sbin").into()]);
+                let mut dirs = std::env::split_paths(&path)
+                    .chain([Path::new("/usr/sbin").into(), Path::new("/sbin").into()]);
                 (!dirs.any(|dir| dir.join(name).exists())).then(|| format!("{name} is not installed"))
             }
             Need::Kernel(major, minor) => {
@@ -65,7 +66,11 @@ pub fn sh(command: &str) -> anyhow::Result<String> {
     let output = Command::new("sh").arg("-c").arg(command).output()?;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     if !output.status.success() {
-        anyhow::bail!("`{command}` failed ({}): {stdout}{}", output.status, String::from_utf8_lossy(&output.stderr));
+        anyhow::bail!(
+            "`{command}` failed ({}): {stdout}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     Ok(stdout)
 }

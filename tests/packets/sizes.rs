@@ -1,0 +1,220 @@
+//! Lengths and sums at their edges: payloads around the chunks in which they move, the MTU, segments that
+//! wait for offload, skbs in fragments, and checksums that come out as 0 or as all ones.
+
+use anyhow::{Context, Result, ensure};
+use netoken::types::Verdict;
+
+use crate::packet::{DEST_OPTS, HOP_BY_HOP, LINUX, MSS, Packet, ROUTING, STAMP, syn};
+use crate::run::{Bench, How, name};
+use crate::support::{ensure_eq, sh};
+
+const STAMPED: Verdict = Verdict::VERDICT_STAMPED;
+const TOO_BIG: Verdict = Verdict::VERDICT_TOO_BIG;
+
+/// Around every multiple of 1, 2 and 4 KiB that one page holds.
+const PAYLOADS: [usize; 22] = [
+    1, 2, 3, 4, 11, 12, 13, 255, 256, 257, 511, 513, 1023, 1024, 1025, 2036, 2047, 2048, 2049, 2060, 3001, 3400,
+];
+/// More than a page: kernels before 6.18 do not let a test build them.
+const LONG_PAYLOADS: [usize; 12] = [4083, 4084, 4095, 4096, 4097, 6143, 6144, 6145, 8191, 8192, 8193, 15_000];
+
+fn payload_of(len: usize) -> [Packet; 4] {
+    let (v4, v6) = (syn().payload(len), syn().v6().payload(len));
+    [v4.clone(), v6.clone(), v4.options(LINUX).trailer(&[0xee; 7]), v6.vlan(2).options(LINUX)]
+}
+
+pub fn a_payload_of_any_size_moves_whole() -> Result<()> {
+    let mut bench = Bench::new(14)?;
+    for len in PAYLOADS {
+        for packet in payload_of(len) {
+            bench.expect(&format!("{len} bytes of payload"), &packet.build(), STAMPED)?;
+        }
+    }
+    Ok(())
+}
+
+pub fn a_payload_of_several_pages_moves_whole() -> Result<()> {
+    let mut bench = Bench::new(14)?;
+    for len in LONG_PAYLOADS {
+        for packet in payload_of(len) {
+            bench.expect(&format!("{len} bytes of payload"), &packet.build(), STAMPED)?;
+        }
+    }
+    Ok(())
+}
+
+/// Above some 16 KiB the kernel may refuse to grow an skb: then it leaves as it came, and says so.
+pub fn a_payload_beyond_reason_is_stamped_or_left_alone() -> Result<()> {
+    let mut bench = Bench::new(14)?;
+    for len in [16_000, 16_383, 16_384, 20_000, 32_768, 65_480] {
+        let frame = syn().payload(len).build();
+        let outcome = bench.run(&frame, How::default())?;
+        let refused = outcome.verdict == Some(Verdict::VERDICT_HELPER_FAILED) && outcome.frame == frame;
+        if !refused {
+            bench.expect(&format!("{len} bytes of payload"), &frame, STAMPED)?;
+        }
+        println!("{len} bytes of payload: {}", name(outcome.verdict));
+    }
+    Ok(())
+}
+
+/// The loopback device takes 65536 bytes, but IPv4 cannot count them.
+pub fn a_length_that_does_not_fit_into_its_field_is_too_big() -> Result<()> {
+    let mut bench = Bench::new(14)?;
+    // 12 bytes of list of which 9 are used: it grows by 12, or by 4 and 8 below.
+    for (list, growth) in [(&[200, 3, 9, 1][..], 12), (&[1, 200, 3, 9, 1, 1, 1, 1][..], 8), (&[2, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1][..], 4)] {
+        for total in [65_535 - growth + 1, 65_536 - growth, 65_535] {
+            let frame = syn().options(list).payload(total - 40 - list.len()).build();
+            bench.expect(&format!("{total} bytes, growing by {growth}"), &frame, TOO_BIG)?;
+        }
+    }
+    Ok(())
+}
+
+/// In a network namespace of its own, whose loopback device gets a small MTU.
+fn with_mtu(mtu: usize, test: fn(&mut Bench) -> Result<()>) -> Result<()> {
+    std::thread::spawn(move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("leaving the network namespace")?;
+        sh(&format!("ip link set lo mtu {mtu} up"))?;
+        let mut bench = Bench::new(14)?;
+        bench.path.mtu = mtu;
+        test(&mut bench)
+    })
+    .join()
+    .unwrap_or_else(|_| anyhow::bail!("the thread panicked"))
+}
+
+pub fn the_mtu_is_kept_to_the_byte() -> Result<()> {
+    with_mtu(1400, |bench| {
+        for packet in [syn(), syn().v6(), syn().v6().extension(HOP_BY_HOP, 0), syn().ip_options(&[1; 8])] {
+            for packet in [packet.clone(), packet.vlan(5), packet.tag(0x88a8, 6).vlan(5)] {
+                for (list, growth) in [(&[][..], 12), (LINUX, 12), (&[1, 1, 1, 1], 8), (&[1; 12], 0)] {
+                    let headers = packet.tcp_at() - packet.ip_at() + 20 + list.len();
+                    for (len, verdict) in
+                        [(1400 - growth, STAMPED), (1401 - growth, if growth > 0 { TOO_BIG } else { STAMPED })]
+                    {
+                        let packet = packet.clone().options(list).payload(len - headers);
+                        bench.expect(&format!("{len} bytes, growing by {growth}"), &packet.build(), verdict)?;
+                    }
+                }
+            }
+        }
+        // Padding does not count.
+        let padded = syn().options(LINUX).payload(1400 - 12 - 60).trailer(&[0; 30]);
+        bench.expect("padding beyond the MTU", &padded.build(), STAMPED)
+    })
+}
+
+pub fn a_segment_that_waits_for_offload_must_not_grow() -> Result<()> {
+    let mut bench = Bench::new(14)?;
+    let how = How { gso_size: 500, ..How::default() };
+    for packet in [syn(), syn().v6(), syn().vlan(3)] {
+        for list in [&[][..], MSS, LINUX] {
+            let frame = packet.clone().options(list).payload(1200).build();
+            bench.expect_how("gso", &frame, TOO_BIG, how)?;
+        }
+        let roomy = packet.options(&[1; 12]).payload(1200).build();
+        bench.expect_how("gso with room", &roomy, STAMPED, how)?;
+    }
+    Ok(())
+}
+
+/// Headers and payload outside the linear part, cut at every place that matters.
+pub fn an_skb_in_fragments_is_stamped_as_well() -> Result<()> {
+    let mut bench = Bench::new(14)?;
+    let long = syn().v6().extension(HOP_BY_HOP, 20).extension(ROUTING, 10).extension(DEST_OPTS, 31);
+    for (what, packet) in [
+        ("v4", syn().options(LINUX)),
+        ("v6", syn().v6().options(LINUX)),
+        ("qinq", syn().tag(0x88a8, 2).vlan(1).options(LINUX).payload(3000)),
+        ("v4 with payload", syn().options(&[1; 40]).payload(500)),
+        ("v6 with headers beyond 256 bytes", long.options(LINUX).payload(500)),
+    ] {
+        let frame = packet.build();
+        for linear in (14..=frame.len().min(packet.tcp_at() + 64)).chain([frame.len()]) {
+            let how = How { linear: linear as u32, ..How::default() };
+            bench.expect_how(&format!("{what}, {linear} linear bytes"), &frame, STAMPED, how)?;
+        }
+    }
+    Ok(())
+}
+
+/// Walks one field until a sum comes out as wanted.
+fn find(packet: &Packet, set: fn(&mut Packet, u16), found: impl Fn(&[u8]) -> bool) -> Result<Packet> {
+    (0..=u16::MAX)
+        .map(|value| {
+            let mut packet = packet.clone();
+            set(&mut packet, value);
+            packet
+        })
+        .find(|packet| found(&packet.build()))
+        .context("no value gives that sum")
+}
+
+fn sum_at(frame: &[u8], at: usize) -> u16 {
+    u16::from_be_bytes([frame[at], frame[at + 1]])
+}
+
+/// RFC 1624: an update must not turn 0x0000 into 0xffff or back.
+pub fn tcp_checksums_at_the_edges_stay_right() -> Result<()> {
+    let mut bench = Bench::new(14)?;
+    let set: fn(&mut Packet, u16) = |packet, value| packet.isn = 0x0506_0000 | u32::from(value);
+    for base in [syn().payload(3), syn().v6().payload(4)] {
+        let at = base.tcp_at() + 16;
+        for wanted in [0x0000, 0x0001, 0x00ff, 0xff00, 0xfffe] {
+            let before = find(&base, set, |frame| sum_at(frame, at) == wanted)?;
+            bench.expect(&format!("TCP checksum {wanted:#x} before"), &before.build(), STAMPED)?;
+
+            let stamped = find(&base.clone().options(&STAMP), set, |frame| sum_at(frame, at) == wanted)?;
+            let out = bench.run(&stamped.clone().options(&[]).build(), How::default())?.frame;
+            ensure_eq!(sum_at(&out, at), wanted, "TCP checksum after");
+            ensure_eq!(out, stamped.build(), "the whole frame");
+        }
+        // All ones is the other way to write a sum of zero; receivers take it.
+        let zero = find(&base, set, |frame| sum_at(frame, at) == 0)?;
+        let mut frame = zero.build();
+        frame[at..at + 2].fill(0xff);
+        bench.expect("TCP checksum 0xffff before", &frame, STAMPED)?;
+    }
+    Ok(())
+}
+
+pub fn ipv4_checksums_at_the_edges_stay_right() -> Result<()> {
+    let mut bench = Bench::new(14)?;
+    let set: fn(&mut Packet, u16) = |packet, value| packet.ip_id = value;
+    for base in [syn(), syn().ip_options(&[1; 12]).payload(9)] {
+        for wanted in [0x0000, 0x0001, 0x000b, 0x000c, 0x00ff, 0xff00, 0xfff3, 0xfffe] {
+            let before = find(&base, set, |frame| sum_at(frame, 24) == wanted)?;
+            bench.expect(&format!("IPv4 checksum {wanted:#x} before"), &before.build(), STAMPED)?;
+
+            let stamped = find(&base.clone().options(&STAMP), set, |frame| sum_at(frame, 24) == wanted)?;
+            let out = bench.run(&stamped.clone().options(&[]).build(), How::default())?.frame;
+            ensure_eq!(sum_at(&out, 24), wanted, "IPv4 checksum after");
+            ensure_eq!(out, stamped.build(), "the whole frame");
+        }
+        let mut frame = find(&base, set, |frame| sum_at(frame, 24) == 0)?.build();
+        frame[24..26].fill(0xff);
+        bench.expect("IPv4 checksum 0xffff before", &frame, STAMPED)?;
+    }
+    Ok(())
+}
+
+/// A wrong sum must not be healed: whoever would have dropped the SYN must still.
+pub fn a_wrong_checksum_stays_wrong() -> Result<()> {
+    let mut bench = Bench::new(14)?;
+    for base in [syn().options(LINUX).payload(10), syn().v6().options(LINUX)] {
+        for flip in 0..16 {
+            let mut frame = base.build();
+            frame[base.tcp_at() + 16 + flip / 8] ^= 1 << (flip % 8);
+            let what = format!("bit {flip} of the TCP checksum");
+            let got = bench.judge(&what, &frame)?;
+            ensure!(got == Some(STAMPED), "{what}: {}", name(got));
+        }
+    }
+    for flip in 0..16 {
+        let mut frame = syn().build();
+        frame[24 + flip / 8] ^= 1 << (flip % 8);
+        bench.expect(&format!("bit {flip} of the IPv4 checksum"), &frame, STAMPED)?;
+    }
+    Ok(())
+}

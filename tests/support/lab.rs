@@ -1,0 +1,199 @@
+//! A laboratory: network namespaces, veth pairs and a state directory of its own for one case. Everything is
+//! gone when it is dropped. `scripts/test` removes what a killed run left behind, by NETOKEN_TEST_ID.
+
+use std::io::{BufRead, BufReader};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
+
+use anyhow::{Context, Result, bail};
+
+use super::sh;
+
+/// The program under test, as cargo built it.
+pub const NETOKEN: &str = env!("CARGO_BIN_EXE_netoken");
+
+/// How long something that must happen may take.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One case's own small world.
+pub struct Lab {
+    prefix: String,
+    /// What NETOKEN_RUN names in it.
+    pub run: PathBuf,
+    namespaces: Vec<String>,
+}
+
+impl Lab {
+    /// An empty one.
+    pub fn new() -> Result<Lab> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let id = env::var("NETOKEN_TEST_ID").unwrap_or_else(|_| "nt".to_string());
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let prefix = format!("{id}-{}-{number}", std::process::id());
+        let dir = env::var_os("NETOKEN_TEST_DIR").map_or_else(env::temp_dir, PathBuf::from);
+        let run = dir.join(&prefix);
+        fs::create_dir_all(&run)?;
+        Ok(Lab { prefix, run, namespaces: Vec::new() })
+    }
+
+    /// Makes a network namespace with loopback up, and returns the name by which it is known.
+    pub fn netns(&mut self, role: &str) -> Result<String> {
+        let name = format!("{}-{role}", self.prefix);
+        sh(&format!("ip netns add {name}"))?;
+        self.namespaces.push(name.clone());
+        sh(&format!("ip -n {name} link set lo up"))?;
+        Ok(name)
+    }
+
+    /// Joins two namespaces by a veth pair, up, with TX checksum offload on or off at both ends.
+    pub fn veth(&self, one: (&str, &str), other: (&str, &str), tx_offload: bool) -> Result<()> {
+        let ((ns1, if1), (ns2, if2)) = (one, other);
+        sh(&format!("ip link add {if1} netns {ns1} type veth peer name {if2} netns {ns2}"))?;
+        for (ns, iface) in [one, other] {
+            let state = if tx_offload { "on" } else { "off" };
+            sh(&format!("ip netns exec {ns} ethtool -K {iface} tx {state} >/dev/null"))?;
+            sh(&format!("ip -n {ns} link set {iface} up"))?;
+        }
+        Ok(())
+    }
+
+    /// Gives an interface an address, usable at once.
+    pub fn addr(&self, ns: &str, iface: &str, addr: &str) -> Result<()> {
+        let nodad = if addr.contains(':') { "nodad" } else { "" };
+        sh(&format!("ip -n {ns} addr add {addr} dev {iface} {nodad}")).map(drop)
+    }
+
+    /// The program under test with these arguments, not started yet. Its state is the laboratory's.
+    pub fn netoken(&self, args: &str) -> Command {
+        let mut command = Command::new(NETOKEN);
+        command.args(args.split_whitespace()).env("NETOKEN_RUN", &self.run).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the program under test and returns what it printed, successful or not.
+    pub fn run(&self, args: &str) -> Result<Output> {
+        self.netoken(args).output().with_context(|| format!("running netoken {args}"))
+    }
+
+    /// Runs the program under test and returns its standard output; it has to succeed.
+    pub fn ok(&self, args: &str) -> Result<String> {
+        let output = self.run(args)?;
+        if !output.status.success() {
+            bail!("netoken {args}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Does something in a namespace, on a thread of its own. Sockets made there stay there.
+    pub fn within<T: Send>(&self, ns: &str, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let netns = netoken::netns::Netns::open(ns)?;
+        thread::scope(|scope| {
+            let work = scope.spawn(move || {
+                netns.enter()?;
+                f()
+            });
+            work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for name in &self.namespaces {
+            sh(&format!("ip netns del {name}")).ok();
+        }
+        sh(&format!("! mountpoint -q {0}/bpf || umount {0}/bpf", self.run.display())).ok();
+        fs::remove_dir_all(&self.run).ok();
+    }
+}
+
+/// A process of ours that is ended with the case, and whose output can be waited for.
+pub struct Running {
+    /// The process.
+    pub child: Child,
+    lines: Receiver<String>,
+    /// Every line seen so far.
+    pub seen: Vec<String>,
+}
+
+impl Running {
+    /// Starts it. Standard output and standard error are read as one.
+    pub fn start(command: &mut Command) -> Result<Running> {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let (sender, lines) = channel();
+        let err_sender = sender.clone();
+        let (out, err) = (child.stdout.take().context("stdout")?, child.stderr.take().context("stderr")?);
+        thread::spawn(move || BufReader::new(out).lines().map_while(Result::ok).for_each(|l| drop(sender.send(l))));
+        thread::spawn(move || BufReader::new(err).lines().map_while(Result::ok).for_each(|l| drop(err_sender.send(l))));
+        Ok(Running { child, lines, seen: Vec::new() })
+    }
+
+    /// Waits for a line that fits, among those not yet waited for.
+    pub fn wait_for(&mut self, what: &str, fits: impl Fn(&str) -> bool) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if fits(&line) {
+                        return Ok(line);
+                    }
+                }
+                Err(error) => bail!("waiting for {what}: {error}; seen so far:\n{}", self.seen.join("\n")),
+            }
+        }
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
+        Ok(nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id().cast_signed()), signal)?)
+    }
+
+    /// Waits for its end, and returns its exit code and all that it printed.
+    pub fn end(mut self) -> Result<(Option<i32>, Vec<String>)> {
+        let status = wait_until("the process to end", || Ok(self.child.try_wait()?))?;
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_millis(500)) {
+            self.seen.push(line);
+        }
+        Ok((status.code(), std::mem::take(&mut self.seen)))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// Asks again and again until there is an answer, but not for ever.
+pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = ask()? {
+            return Ok(answer);
+        }
+        if Instant::now() >= deadline {
+            bail!("waited {PATIENCE:?} for {what}");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A counter of a namespace's kernel, as nstat calls it: TcpInCsumErrors, IpInHdrErrors, TcpRetransSegs.
+pub fn kernel_counter(ns: &str, name: &str) -> Result<u64> {
+    let text = sh(&format!("ip netns exec {ns} nstat -asz {name}"))?;
+    let line = text.lines().find(|line| line.starts_with(name)).with_context(|| format!("no counter {name}"))?;
+    Ok(line.split_whitespace().nth(1).context("a counter without a value")?.parse()?)
+}
+
+/// An address and port as one writes them in a URL.
+pub fn host(addr: IpAddr, port: u16) -> String {
+    std::net::SocketAddr::new(addr, port).to_string()
+}
