@@ -26,7 +26,7 @@ mod skel {
 pub mod types {
     pub use crate::skel::types::{
         netoken_action as Action, netoken_config as Config, netoken_counter as Counter,
-        netoken_event as Event, netoken_fault as Fault, netoken_flow as Flow,
+        netoken_event as Event, netoken_fault as Fault, netoken_flow as Flow, netoken_live as Live,
         netoken_policy_key as PolicyKey, netoken_rule as Rule, netoken_size as Size,
         netoken_verdict as Verdict, netoken_when_full as WhenFull,
     };

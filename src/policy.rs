@@ -260,8 +260,10 @@ impl Policy {
             let (addr, bits) = rule.dst.mapped();
             entry(addr, bits, rule.port, id, rule.decision)
         });
+        let has_ports = self.rules.iter().any(|rule| rule.port != 0).into();
         // The default comes first, so that a rule for ::/0 takes its place.
-        default.into_iter().chain(rules).collect()
+        let entries = default.into_iter().chain(rules);
+        entries.map(|(key, rule)| (key, RawRule { has_ports, ..rule })).collect()
     }
 
     /// One line for a person: how many rules, and the default.
@@ -296,7 +298,7 @@ fn entry(addr: Ipv6Addr, bits: u8, port: u16, id: u32, decision: Decision) -> (P
         action: action.0 as u8,
         when_full: when_full.0 as u8,
         addr_bits: bits,
-        pad: 0,
+        has_ports: 0,
         token: token.0,
     };
     (key, rule)

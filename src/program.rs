@@ -13,7 +13,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenMapMut, PrintLevel};
 use crate::kernel::Kernel;
 use crate::policy::Policy;
 use crate::skel::NetokenSkelBuilder;
-use crate::types::{Config, PolicyKey, Rule};
+use crate::types::{Config, Live, PolicyKey, Rule};
 
 /// The name that `tc filter show` and `bpftool prog` print.
 pub const PROGRAM_NAME: &str = "netoken_egress";
@@ -62,6 +62,8 @@ pub struct Maps {
     pub counters: MapHandle,
     /// Perf event array.
     pub events: MapHandle,
+    /// Array of one: what an attached program is told.
+    pub live: MapHandle,
 }
 
 /// A loaded classifier. Dropping it unloads it, unless it is attached somewhere.
@@ -104,6 +106,7 @@ impl Program {
             pin_below(dir, &mut open.maps.policies)?;
             pin_below(dir, &mut open.maps.counters)?;
             pin_below(dir, &mut open.maps.events)?;
+            pin_below(dir, &mut open.maps.live)?;
         }
 
         let (loaded, log) = messages(|| open.load());
@@ -115,6 +118,7 @@ impl Program {
                 policies: own(&*skel.maps.policies)?,
                 counters: own(&*skel.maps.counters)?,
                 events: own(&*skel.maps.events)?,
+                live: own(&*skel.maps.live)?,
             },
         })
     }
@@ -135,7 +139,12 @@ impl Maps {
             MapHandle::from_pinned_path(dir.join(name))
                 .with_context(|| format!("opening the pinned map '{name}'"))
         };
-        Ok(Maps { policies: open("policies")?, counters: open("counters")?, events: open("events")? })
+        Ok(Maps {
+            policies: open("policies")?,
+            counters: open("counters")?,
+            events: open("events")?,
+            live: open("live")?,
+        })
     }
 
     /// Puts `policy` into use. A packet sees the old one or this one.
@@ -167,6 +176,17 @@ impl Maps {
         self.policies
             .update(&0u32.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)
             .context("putting the policy into use")
+    }
+
+    /// Tells the attached programs whether somebody reads the events; without a reader they send none.
+    ///
+    /// # Errors
+    /// The kernel refused to write it.
+    pub fn set_reader(&self, has_reader: bool) -> Result<()> {
+        let live = Live { has_reader: has_reader.into() };
+        // SAFETY: plain data without padding.
+        let bytes = unsafe { plain::as_bytes(&live) };
+        self.live.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("turning events on or off")
     }
 
     /// The map of the policy in use, or nothing if none was ever set.

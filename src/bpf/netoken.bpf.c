@@ -59,16 +59,22 @@ __noinline int handle_syn(struct __sk_buff *skb)
 
 	event->verdict = verdict;
 	event->dropped = drop;
-	if (count_verdict(verdict, drop))
+	if (count_verdict(verdict, drop) && has_reader())
 		emit_event(skb, event);
 	/* Not TC_ACT_OK: that would hide the packet from the filters behind ours. */
 	return drop ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
+/* Out of line: what is surely no SYN must not pay for the registers that this one saves. */
+static __noinline int classify(struct __sk_buff *skb)
+{
+	return parse_syn(skb) ? handle_syn(skb) : TC_ACT_UNSPEC;
+}
+
 SEC("tc")
 int netoken_egress(struct __sk_buff *skb)
 {
-	return parse_syn(skb) ? handle_syn(skb) : TC_ACT_UNSPEC;
+	return is_surely_no_syn(skb) ? TC_ACT_UNSPEC : classify(skb);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

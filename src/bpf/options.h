@@ -82,6 +82,7 @@ static __noinline void squeeze_options(struct tcp_rest *to, const struct tcp_res
 {
 	if (!to || !from || !list)
 		return;
+	__builtin_memset(to->options, 0, TCP_OPTIONS_MAX);
 	list->squeezed = 0;
 	list->left = 0;
 	for (__u32 off = 0; off < TCP_OPTIONS_MAX; off++) {
@@ -124,7 +125,7 @@ static __always_inline __u32 append_token(struct tcp_rest *new, const struct tcp
 	__u32 len;
 
 	__builtin_memcpy(option.token, token, TOKEN_LEN);
-	__builtin_memcpy(new, old, TCP_REST_HEAD_LEN + TCP_OPTIONS_MAX);
+	__builtin_memcpy(new, old, TCP_REST_LEN);
 	if (list->end + OPTION_LEN > TCP_OPTIONS_MAX) {
 		if (list->end - list->nops + OPTION_LEN > TCP_OPTIONS_MAX)
 			return 0;

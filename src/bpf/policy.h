@@ -9,11 +9,8 @@
 /* The longest prefix decides; of two rules for the same prefix the one that names the port. */
 static __always_inline const struct netoken_rule *lookup_rule(const struct netoken_flow *flow)
 {
-	struct netoken_policy_key key = {
-		.prefixlen = POLICY_PORT_BITS + ADDR_LEN * 8,
-		.port_be = flow->dport_be,
-	};
-	const struct netoken_rule *of_port, *of_any;
+	struct netoken_policy_key key = { .prefixlen = POLICY_PORT_BITS + ADDR_LEN * 8 };
+	const struct netoken_rule *of_any, *of_port;
 	__u32 zero = 0;
 	void *policy;
 
@@ -21,9 +18,11 @@ static __always_inline const struct netoken_rule *lookup_rule(const struct netok
 	if (!policy)
 		return NULL;
 	__builtin_memcpy(key.addr, flow->daddr, sizeof(key.addr));
-	of_port = bpf_map_lookup_elem(policy, &key);
-	key.port_be = 0;
 	of_any = bpf_map_lookup_elem(policy, &key);
+	if (of_any && !of_any->has_ports)
+		return of_any;
+	key.port_be = flow->dport_be;
+	of_port = bpf_map_lookup_elem(policy, &key);
 	if (of_port && (!of_any || of_port->addr_bits >= of_any->addr_bits))
 		return of_port;
 	return of_any;

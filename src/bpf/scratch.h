@@ -36,10 +36,11 @@ struct tcp_rest {
 	__be16 urgent_be;
 	/* Slack for the verifier, which sees only that an offset is below 64. */
 	__u8 options[TCP_OPTIONS_MAX + 40];
-};
+} __attribute__((aligned(8)));
 
 #define TCP_REST_OFF 12
 #define TCP_REST_HEAD_LEN 8
+#define TCP_REST_LEN (TCP_REST_HEAD_LEN + TCP_OPTIONS_MAX)
 
 /* What the option list of a SYN holds. */
 struct option_list {

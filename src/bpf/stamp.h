@@ -132,6 +132,22 @@ static __always_inline long store_ip(struct __sk_buff *skb, const struct syn *sy
 	return bpf_skb_store_bytes(skb, syn->l3_off, ip4, sizeof(ip4), 0);
 }
 
+/* The sum of all new words less that of all old ones, as a 32-bit one's complement sum (RFC 1071).
+ */
+static __always_inline __u32 sum_changes(const struct scratch *scratch)
+{
+	const __u32 *from = (const __u32 *)&scratch->old_tcp;
+	const __u32 *to = (const __u32 *)&scratch->new_tcp;
+	__u64 sum = 0;
+
+#pragma unroll
+	for (int i = 0; i < TCP_REST_LEN / 4; i++)
+		sum += (__u64)to[i] + (__u32)~from[i];
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	return sum;
+}
+
 /*
  * The length is part of the pseudo-header, whose sum stands in the checksum field of every skb. The
  * changed header bytes are summed by the device where it sums the payload, so there that call does
@@ -142,7 +158,6 @@ static __always_inline long mend_checksum(struct __sk_buff *skb, const struct sy
 {
 	__u32 check_off = syn->l4_off + TCP_CHECK_OFF;
 	__u32 tcp_len = syn->ip_len_bytes - (syn->l4_off - syn->l3_off);
-	__s64 diff;
 
 	if (stamp->grow &&
 	    (fault(FAULT_CSUM_LENGTH) ||
@@ -150,11 +165,9 @@ static __always_inline long mend_checksum(struct __sk_buff *skb, const struct sy
 				 bpf_htons(tcp_len + stamp->grow), BPF_F_PSEUDO_HDR | 2)))
 		return -1;
 
-	diff = bpf_csum_diff((__be32 *)&scratch->old_tcp, tcp_rest_len(stamp->old_options_len),
-			     (__be32 *)&scratch->new_tcp, tcp_rest_len(stamp->new_options_len), 0);
-	if (diff < 0 || fault(FAULT_CSUM_BYTES))
+	if (fault(FAULT_CSUM_BYTES))
 		return -1;
-	return bpf_l4_csum_replace(skb, check_off, 0, diff, 0);
+	return bpf_l4_csum_replace(skb, check_off, 0, sum_changes(scratch), 0);
 }
 
 /* Puts back every byte that a stamp may have changed. The old TCP bytes include the old checksum.
@@ -194,6 +207,8 @@ stamp_syn(struct __sk_buff *skb, struct scratch *scratch, const __u8 *token, boo
 	    syn->l3_off + syn->ip_len_bytes > skb->len)
 		return VERDICT_MALFORMED;
 
+	/* What lies behind the options counts as zero in the copies, and so in their sums. */
+	__builtin_memset(&scratch->old_tcp, 0, TCP_REST_LEN);
 	if (bpf_skb_load_bytes(skb, syn->l4_off + TCP_REST_OFF, &scratch->old_tcp,
 			       tcp_rest_len(options_len)))
 		return VERDICT_HELPER_FAILED;

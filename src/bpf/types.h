@@ -112,6 +112,11 @@ struct netoken_event {
 	__u8 pad[4];
 };
 
+/* What user space tells a program that is already attached. */
+struct netoken_live {
+	__u32 has_reader; /* somebody reads the events */
+};
+
 struct netoken_counter {
 	__u64 packets;
 	__u64 dropped;
@@ -130,7 +135,7 @@ struct netoken_rule {
 	__u8 action;	/* enum netoken_action */
 	__u8 when_full; /* enum netoken_when_full */
 	__u8 addr_bits; /* of the prefix, 0 to 128; longer wins */
-	__u8 pad;
+	__u8 has_ports; /* some rule of this policy names a port */
 	__u8 token[TOKEN_LEN];
 };
 

@@ -44,11 +44,9 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         let reading = if options.quiet { None } else { Some(state.lock_reader(&instance)?) };
         instance.create()?;
         let (maps, note) = job.attach_all(&lock, &targets, policy.as_ref())?;
-        // Before the lock is given back, so that no SYN of ours is missed by the stream.
-        let reader = if options.quiet { None } else { Some(Reader::open(&maps)?) };
-        Ok((targets, maps, note, reading, reader))
+        Ok((targets, maps, note, reading))
     });
-    let (targets, maps, note, _reading, reader) = match attached {
+    let (targets, maps, note, _reading) = match attached {
         Ok(attached) => attached,
         Err(error) => {
             job.undo(&lock);
@@ -63,6 +61,8 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let links: Vec<Link> = targets.into_iter().map(|target| target.link).collect();
     let names: Names = links.iter().map(|link| ((job.netns, link.index), link.name.clone())).collect();
     let mut output = Output::new(scope.json, names);
+    // Before anybody is told that we are attached, so that the stream misses nothing of what follows.
+    let reader = if options.quiet { None } else { Some(Reader::open(&maps)?) };
     let told = job.tell(&mut output, &note);
     let netns = job.netns;
     drop((job, lock));
@@ -76,7 +76,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let mut watch = Watch::start(&state, &instance.name, netns, links)?;
     let end = stream::run(&maps, &mut reader, &mut output, &mut watch, &stop)?;
     let left: Vec<String> = watch.links().iter().map(|link| link.name.clone()).collect();
-    drop((watch, reader, maps));
+    drop((watch, reader));
     finish(scope, options, end, &left, &state)
 }
 

@@ -26,17 +26,18 @@ pub struct Batch {
 }
 
 /// The one reader of an instance's events.
-pub struct Reader {
+pub struct Reader<'a> {
+    maps: &'a Maps,
     buffer: PerfBuffer<'static>,
     inbox: Rc<RefCell<(Batch, Clock)>>,
 }
 
-impl Reader {
-    /// Opens the buffer. From here on the kernel sends events.
+impl<'a> Reader<'a> {
+    /// Opens the buffer. From here on the kernel sends events, until this is dropped.
     ///
     /// # Errors
     /// The kernel refused a perf event.
-    pub fn open(maps: &Maps) -> Result<Reader> {
+    pub fn open(maps: &'a Maps) -> Result<Reader<'a>> {
         let inbox = Rc::new(RefCell::new((Batch::default(), Clock::now())));
         let (syns, losses) = (Rc::clone(&inbox), Rc::clone(&inbox));
         let cpus = num_possible_cpus().context("counting the CPUs")?;
@@ -49,7 +50,8 @@ impl Reader {
             .lost_cb(move |_cpu, count| losses.borrow_mut().0.lost += count)
             .build()
             .context("opening the event buffer; it needs CAP_PERFMON (try sudo)")?;
-        Ok(Reader { buffer, inbox })
+        maps.set_reader(true)?;
+        Ok(Reader { maps, buffer, inbox })
     }
 
     /// Waits for events, at most that long, and returns what there is.
@@ -62,6 +64,13 @@ impl Reader {
             Err(error) if error.kind() != ErrorKind::Interrupted => Err(error).context("waiting for events"),
             _ => Ok(std::mem::take(&mut self.inbox.borrow_mut().0)),
         }
+    }
+}
+
+impl Drop for Reader<'_> {
+    fn drop(&mut self) {
+        // A reader that was killed leaves it on, which costs time and nothing else; the next one turns it off.
+        self.maps.set_reader(false).ok();
     }
 }
 

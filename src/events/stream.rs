@@ -35,7 +35,7 @@ pub enum End {
 /// The kernel refused to be read, or the output failed for another reason than a closed pipe.
 pub fn run(
     maps: &Maps,
-    reader: &mut Reader,
+    reader: &mut Reader<'_>,
     output: &mut Output,
     watch: &mut Watch<'_>,
     stop: &AtomicBool,
@@ -57,7 +57,7 @@ struct Stream<'a> {
 impl Stream<'_> {
     fn run(
         &mut self,
-        reader: &mut Reader,
+        reader: &mut Reader<'_>,
         output: &mut Output,
         watch: &mut Watch<'_>,
         stop: &AtomicBool,
@@ -86,7 +86,7 @@ impl Stream<'_> {
         Ok(end)
     }
 
-    fn events(&mut self, reader: &mut Reader, output: &mut Output, timeout: Duration) -> Result<()> {
+    fn events(&mut self, reader: &mut Reader<'_>, output: &mut Output, timeout: Duration) -> Result<()> {
         let batch = reader.read(timeout)?;
         self.lost += batch.lost;
         batch.syns.iter().try_for_each(|syn| output.syn(syn)).context("printing an event")

@@ -1,11 +1,11 @@
 //! A helper fails half way: the packet must leave as it came, or, if even that fails, not at all.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use netoken::program::Settings;
 use netoken::types::{Fault, Verdict};
 
 use crate::packet::{LINUX, MSS, Packet, syn};
-use crate::run::{Bench, How};
+use crate::run::{Bench, How, name};
 
 /// FAULT_MOVE is the second chunk of the payload, FAULT_STORE_IP and FAULT_CSUM_LENGTH need growth.
 const FAULTS: [(&str, Fault); 6] = [
@@ -27,8 +27,7 @@ fn packets() -> Vec<Packet> {
     ]
 }
 
-fn bench_for(packet: &Packet, faults: u32, drops: bool) -> Result<Bench> {
-    let l2_len_bytes = packet.ip_at().min(14) as u32;
+fn bench_for(l2_len_bytes: u32, faults: u32, drops: bool) -> Result<Bench> {
     let settings = Settings { l2_len_bytes, faults, ..Settings::default() };
     let mut bench = Bench::strict(settings)?;
     if !drops {
@@ -38,46 +37,56 @@ fn bench_for(packet: &Packet, faults: u32, drops: bool) -> Result<Bench> {
     Ok(bench)
 }
 
-pub fn a_helper_that_fails_leaves_the_packet_as_it_came() -> Result<()> {
+/// Every fault, together with `more`, on every packet.
+fn for_each(more: u32, drops: bool, test: fn(&mut Bench, &str, Fault, &[u8]) -> Result<()>) -> Result<()> {
     for (what, fault) in FAULTS {
-        for packet in packets() {
-            let mut bench = bench_for(&packet, fault.0, false)?;
-            let frame = packet.build();
-            bench.expect_untouched(what, &frame, Verdict::VERDICT_HELPER_FAILED, false)?;
-            // A second packet on the same CPU finds nothing left behind by the first.
-            bench.expect_untouched(what, &frame, Verdict::VERDICT_HELPER_FAILED, false)?;
+        for ethernet in [true, false] {
+            let mut bench = bench_for(if ethernet { 14 } else { 0 }, fault.0 | more, drops)?;
+            for packet in packets().iter().filter(|packet| packet.ethernet == ethernet) {
+                test(&mut bench, what, fault, &packet.build())?;
+            }
         }
     }
     Ok(())
 }
 
+pub fn a_helper_that_fails_leaves_the_packet_as_it_came() -> Result<()> {
+    for_each(0, false, |bench, what, _, frame| {
+        bench.expect_untouched(what, frame, Verdict::VERDICT_HELPER_FAILED, false)?;
+        // A second packet on the same CPU finds nothing left behind by the first.
+        bench.expect_untouched(what, frame, Verdict::VERDICT_HELPER_FAILED, false)
+    })
+}
+
 pub fn a_helper_that_fails_drops_where_the_policy_says_so() -> Result<()> {
-    for (what, fault) in FAULTS {
-        for packet in packets() {
-            let mut bench = bench_for(&packet, fault.0, true)?;
-            bench.expect_untouched(what, &packet.build(), Verdict::VERDICT_HELPER_FAILED, true)?;
-        }
-    }
-    Ok(())
+    for_each(0, true, |bench, what, _, frame| {
+        let outcome = bench.run(frame, How::default())?;
+        ensure!(
+            outcome.verdict == Some(Verdict::VERDICT_HELPER_FAILED) && outcome.dropped,
+            "{what}: {} dropped: {}",
+            name(outcome.verdict),
+            outcome.dropped
+        );
+        Ok(())
+    })
 }
 
 /// A packet that is neither stamped nor as it came must not leave.
 pub fn a_restore_that_fails_drops_the_packet() -> Result<()> {
-    for (what, fault) in FAULTS {
-        for packet in packets() {
-            let mut bench = bench_for(&packet, fault.0 | Fault::FAULT_RESTORE.0, false)?;
-            let outcome = bench.run(&packet.build(), How::default())?;
-            // Nothing had changed yet when growing failed.
-            let drops = fault != Fault::FAULT_GROW;
-            anyhow::ensure!(
-                outcome.verdict == Some(Verdict::VERDICT_HELPER_FAILED) && outcome.dropped == drops,
-                "{what}, then the restore: {} dropped: {}, expected {drops}",
-                crate::run::name(outcome.verdict),
-                outcome.dropped
-            );
+    for_each(Fault::FAULT_RESTORE.0, false, |bench, what, fault, frame| {
+        // Nothing had changed yet when growing failed.
+        if fault == Fault::FAULT_GROW {
+            return bench.expect_untouched(what, frame, Verdict::VERDICT_HELPER_FAILED, false);
         }
-    }
-    Ok(())
+        let outcome = bench.run(frame, How::default())?;
+        ensure!(
+            outcome.verdict == Some(Verdict::VERDICT_HELPER_FAILED) && outcome.dropped,
+            "{what}, then the restore: {} dropped: {}",
+            name(outcome.verdict),
+            outcome.dropped
+        );
+        Ok(())
+    })
 }
 
 /// The faults sit at steps that not every packet takes.
@@ -89,7 +98,7 @@ pub fn a_fault_off_the_way_changes_nothing() -> Result<()> {
         ("nothing to move", Fault::FAULT_MOVE, roomy.clone()),
         ("nothing to restore", Fault::FAULT_RESTORE, roomy),
     ] {
-        let mut bench = bench_for(&packet, fault.0, false)?;
+        let mut bench = bench_for(14, fault.0, false)?;
         bench.expect(what, &packet.build(), Verdict::VERDICT_STAMPED)?;
     }
     Ok(())

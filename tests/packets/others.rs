@@ -86,7 +86,7 @@ fn raw() -> Vec<(&'static str, Vec<u8>)> {
         ("header length of 4 words", with_byte(&v4, 14, 0x44)),
         ("header length of 0 words", with_byte(&v4, 14, 0x40)),
         ("an extension that ends behind the frame", with_byte(&v6.clone().extension(DEST_OPTS, 0), 55, 200)),
-        ("only an Ethernet header", v4.build()[..14].to_vec()),
+        ("only an Ethernet header", with_ether_type(0x0806)[..14].to_vec()),
         ("a VLAN tag and nothing behind", v4.vlan(1).build()[..18].to_vec()),
     ]
 }

@@ -188,7 +188,8 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> 
 
 /// A counter of a namespace's kernel, as nstat calls it: TcpInCsumErrors, IpInHdrErrors, TcpRetransSegs.
 pub fn kernel_counter(ns: &str, name: &str) -> Result<u64> {
-    let text = sh(&format!("ip netns exec {ns} nstat -asz {name}"))?;
+    // The history, which nstat would otherwise leave in /tmp, is not asked for.
+    let text = sh(&format!("ip netns exec {ns} env NSTAT_HISTORY=/dev/null nstat -asz {name}"))?;
     let line = text.lines().find(|line| line.starts_with(name)).with_context(|| format!("no counter {name}"))?;
     Ok(line.split_whitespace().nth(1).context("a counter without a value")?.parse()?)
 }

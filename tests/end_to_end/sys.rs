@@ -1,0 +1,113 @@
+//! The few system calls that neither std nor socket2 has. All unsafe code of these tests is here.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use anyhow::{Context, Result};
+use socket2::{MaybeUninitSlice, MsgHdrMut, SockAddr, Socket};
+
+/// Sets a socket option that is a plain run of bytes.
+pub fn set_option(socket: &impl AsRawFd, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    // SAFETY: the kernel reads `value.len()` bytes from `value` and keeps no pointer to them.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Reads a socket option of at most `max` bytes.
+pub fn get_option(socket: &impl AsRawFd, level: i32, name: i32, max: usize) -> io::Result<Vec<u8>> {
+    let mut value = vec![0u8; max];
+    let mut len = max as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, which is the size of `value`, and says how many.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len)
+    };
+    value.truncate(len as usize);
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Binds an AF_PACKET socket to one interface and all protocols.
+pub fn bind_packet(socket: &Socket, interface: &str) -> Result<()> {
+    let ifindex = nix::net::if_::if_nametoindex(interface).with_context(|| interface.to_string())?;
+    // SAFETY: the storage is larger than any kind of address, zero is a value of every field, and the length
+    // is that of the kind that was written.
+    let (_, addr) = unsafe {
+        SockAddr::try_init(|storage, len| {
+            let addr = storage.cast::<libc::sockaddr_ll>();
+            (*addr).sll_family = libc::AF_PACKET as u16;
+            (*addr).sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+            (*addr).sll_ifindex = ifindex as i32;
+            *len = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+            Ok(())
+        })?
+    };
+    socket.bind(&addr).with_context(|| format!("binding a packet socket to {interface}"))
+}
+
+/// Type and control information of the VLAN tag that the device keeps beside a frame.
+pub type Tag = (u16, u16);
+
+/// Receives a frame from an AF_PACKET socket with PACKET_AUXDATA.
+pub fn receive_frame(socket: &Socket) -> io::Result<(Vec<u8>, Option<Tag>)> {
+    let mut frame = vec![MaybeUninit::uninit(); 1 << 16];
+    let mut control = [MaybeUninit::uninit(); 256];
+    let (frame_len, control_len) = {
+        let mut buffers = [MaybeUninitSlice::new(&mut frame)];
+        let mut message = MsgHdrMut::new().with_buffers(&mut buffers).with_control(&mut control);
+        let len = socket.recvmsg(&mut message, 0)?;
+        (len, message.control_len())
+    };
+    // SAFETY: the kernel has written this much of both.
+    let (frame, control) =
+        unsafe { (frame[..frame_len].assume_init_ref().to_vec(), control[..control_len].assume_init_ref()) };
+    Ok((frame, tag_of(control)))
+}
+
+/// Finds the tag in control data: a `struct cmsghdr` with a `struct tpacket_auxdata` behind it, the only kind
+/// of message that was asked for.
+fn tag_of(control: &[u8]) -> Option<Tag> {
+    const HEADER: usize = size_of::<libc::cmsghdr>();
+    let u16_at = |at: usize| Some(u16::from_ne_bytes(control.get(at..at + 2)?.try_into().ok()?));
+    let status = u32::from_ne_bytes(control.get(HEADER..HEADER + 4)?.try_into().ok()?);
+    if status & libc::TP_STATUS_VLAN_VALID == 0 {
+        return None;
+    }
+    Some((u16_at(HEADER + 18)?, u16_at(HEADER + 16)?))
+}
+
+/// Makes a tun device, without packet information, in the network namespace of the calling thread. It lives as
+/// long as the file.
+pub fn open_tun(name: &str) -> Result<File> {
+    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").context("/dev/net/tun")?;
+    // `struct ifreq`: the name, then the flags, in the size that the kernel copies.
+    let mut request = [0u8; 40];
+    request[..name.len()].copy_from_slice(name.as_bytes());
+    let flags = (libc::IFF_TUN | libc::IFF_NO_PI) as u16;
+    request[libc::IFNAMSIZ..libc::IFNAMSIZ + 2].copy_from_slice(&flags.to_ne_bytes());
+    // SAFETY: the kernel reads and writes `struct ifreq`, which is 40 bytes, and keeps no pointer to it.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error()).with_context(|| format!("making the tun device {name}"));
+    }
+    Ok(file)
+}
+
+/// Does something in a network namespace that nothing else is in and that is gone afterwards.
+pub fn in_nowhere<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let work = scope.spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("a new network namespace")?;
+            Ok(f())
+        });
+        work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}

@@ -1,0 +1,207 @@
+//! The networks that the cases play in: a client and a server, on one link or with a router between them.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::support::lab::{Lab, kernel_counter};
+use crate::support::{ensure_eq, sh};
+
+/// The client's interface, and the router's towards the server.
+pub const OUT: &str = "out0";
+/// The server's interface, and the router's towards the client.
+pub const IN: &str = "in0";
+
+/// IPv4 or IPv6, where a case is the same for both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+/// How a case's name calls it.
+pub const OFFLOADS: [(bool, &str); 2] = [(true, "with TX offload"), (false, "without TX offload")];
+
+impl Family {
+    pub fn name(self) -> &'static str {
+        match self {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        }
+    }
+
+    /// Host number `host` of network number `net`.
+    pub fn addr(self, net: u8, host: u8) -> IpAddr {
+        match self {
+            Family::V4 => Ipv4Addr::new(10, net, 0, host).into(),
+            Family::V6 => Ipv6Addr::new(0xfd00, net.into(), 0, 0, 0, 0, 0, host.into()).into(),
+        }
+    }
+
+    fn on_link(self, net: u8, host: u8) -> String {
+        let bits = if self == Family::V4 { 24 } else { 64 };
+        format!("{}/{bits}", self.addr(net, host))
+    }
+}
+
+const CLIENT_HOST: u8 = 1;
+const SERVER_HOST: u8 = 2;
+const ROUTER_HOST: u8 = 254;
+const CLIENT_NET: u8 = 1;
+const SERVER_NET: u8 = 2;
+
+/// Where netoken is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    Client,
+    Router,
+}
+
+/// One case's networks. SYNs leave the client by [`OUT`] and reach the server by [`IN`].
+pub struct World {
+    pub lab: Lab,
+    pub client: String,
+    pub server: String,
+    /// Namespace and interface that netoken is attached to.
+    hook: (String, &'static str),
+    server_net: u8,
+}
+
+impl World {
+    /// Client and server on one link.
+    pub fn new(tx_offload: bool) -> Result<World> {
+        let mut lab = Lab::new()?;
+        let (client, server) = (lab.netns("client")?, lab.netns("server")?);
+        lab.veth((&client, OUT), (&server, IN), tx_offload)?;
+        for family in FAMILIES {
+            lab.addr(&client, OUT, &family.on_link(CLIENT_NET, CLIENT_HOST))?;
+            lab.addr(&server, IN, &family.on_link(CLIENT_NET, SERVER_HOST))?;
+        }
+        Ok(World { hook: (client.clone(), OUT), lab, client, server, server_net: CLIENT_NET })
+    }
+
+    /// Client and server with a router between them.
+    pub fn routed(tx_offload: bool, hook: Hook) -> Result<(World, String)> {
+        let mut lab = Lab::new()?;
+        let (client, router, server) = (lab.netns("client")?, lab.netns("router")?, lab.netns("server")?);
+        lab.veth((&client, OUT), (&router, IN), tx_offload)?;
+        lab.veth((&router, OUT), (&server, IN), tx_offload)?;
+        for family in FAMILIES {
+            lab.addr(&client, OUT, &family.on_link(CLIENT_NET, CLIENT_HOST))?;
+            lab.addr(&router, IN, &family.on_link(CLIENT_NET, ROUTER_HOST))?;
+            lab.addr(&router, OUT, &family.on_link(SERVER_NET, ROUTER_HOST))?;
+            lab.addr(&server, IN, &family.on_link(SERVER_NET, SERVER_HOST))?;
+            for (ns, net) in [(&client, CLIENT_NET), (&server, SERVER_NET)] {
+                sh(&format!("ip -n {ns} route add default via {}", family.addr(net, ROUTER_HOST)))?;
+            }
+        }
+        let hook = match hook {
+            Hook::Client => (client.clone(), OUT),
+            Hook::Router => (router.clone(), OUT),
+        };
+        let world = World { lab, client, server, hook, server_net: SERVER_NET };
+        world.set(&router, "ipv4/ip_forward", "1")?;
+        world.set(&router, "ipv6/conf/all/forwarding", "1")?;
+        Ok((world, router))
+    }
+
+    pub fn client_addr(&self, family: Family) -> IpAddr {
+        family.addr(CLIENT_NET, CLIENT_HOST)
+    }
+
+    pub fn server_addr(&self, family: Family) -> IpAddr {
+        family.addr(self.server_net, SERVER_HOST)
+    }
+
+    /// Gives the server another network, `net`, which the client reaches through it.
+    pub fn add_server_net(&self, net: u8) -> Result<()> {
+        for family in FAMILIES {
+            self.lab.addr(&self.server, IN, &family.on_link(net, SERVER_HOST))?;
+            let (to, via) = (family.on_link(net, 0), self.server_addr(family));
+            sh(&format!("ip -n {} route add {to} via {via}", self.client))?;
+        }
+        Ok(())
+    }
+
+    /// Writes a setting below /proc/sys/net of a namespace.
+    pub fn set(&self, ns: &str, setting: &str, value: &str) -> Result<()> {
+        self.lab.within(ns, || {
+            fs::write(format!("/proc/sys/net/{setting}"), value).with_context(|| format!("setting {setting}"))
+        })
+    }
+
+    /// Attaches netoken where this world has it, with further arguments, and comes back.
+    pub fn attach(&self, arguments: &str) -> Result<()> {
+        self.lab.ok(&format!("{} --attach --quiet {arguments}", self.place())).map(drop)
+    }
+
+    /// The arguments that name where netoken is attached.
+    pub fn place(&self) -> String {
+        format!("--netns {} --iface {}", self.hook.0, self.hook.1)
+    }
+
+    /// The counters of netoken, as `--query --json` prints them.
+    pub fn counters(&self) -> Result<Value> {
+        let text = self.lab.ok(&format!("{} --query --json", self.place()))?;
+        for line in text.lines() {
+            let record: Value = serde_json::from_str(line)?;
+            if record["type"] == "counters" {
+                return Ok(record);
+            }
+        }
+        bail!("no counters in {text}")
+    }
+
+    /// Fails unless these verdicts have been counted so often, and no others.
+    pub fn expect_counters(&self, expected: &[(&str, u64)]) -> Result<()> {
+        let counters = self.counters()?;
+        for (name, value) in counters.as_object().context("not an object")? {
+            let Some(value) = value.as_u64() else { continue };
+            let wanted = match name.as_str() {
+                "syns" => expected.iter().filter(|(name, _)| *name != "not_sent").map(|(_, n)| n).sum(),
+                _ => expected.iter().find(|(wanted, _)| wanted == name).map_or(0, |(_, n)| *n),
+            };
+            ensure_eq!(value, wanted, "counter {name} of {counters}");
+        }
+        for (name, _) in expected {
+            counters[name].as_u64().with_context(|| format!("no counter {name} in {counters}"))?;
+        }
+        Ok(())
+    }
+
+    /// Fails if the server's kernel has seen a packet that is wrong.
+    pub fn expect_no_bad_packets(&self) -> Result<()> {
+        for name in ["TcpInCsumErrors", "TcpInErrs", "IpInHdrErrors", "Ip6InHdrErrors", "IpInTruncatedPkts"] {
+            // An absent line is a zero that this version of the kernel does not print.
+            ensure_eq!(self.server_counter(name)?, 0, "{name} of the server");
+        }
+        Ok(())
+    }
+
+    /// A counter of the server's kernel.
+    pub fn server_counter(&self, name: &str) -> Result<u64> {
+        kernel_counter(&self.server, name)
+    }
+
+    /// Adds rules to the chain of what the server receives.
+    pub fn server_rules(&self, rules: &[&str]) -> Result<()> {
+        self.nft("add table inet lab; add chain inet lab in { type filter hook input priority 0; }")?;
+        rules.iter().try_for_each(|rule| self.nft(&format!("add rule inet lab in {rule}")).map(drop))
+    }
+
+    /// Packets that a named counter of nftables in the server has seen.
+    pub fn server_counted(&self, counter: &str) -> Result<u64> {
+        let text = self.nft(&format!("list counter inet lab {counter}"))?;
+        let number = text.split_whitespace().skip_while(|word| *word != "packets").nth(1);
+        Ok(number.with_context(|| format!("no number in {text}"))?.parse()?)
+    }
+
+    /// Runs nft in the server.
+    pub fn nft(&self, command: &str) -> Result<String> {
+        sh(&format!("ip netns exec {} nft '{command}'", self.server))
+    }
+}
