@@ -275,14 +275,15 @@ static __always_inline enum parsed parse_linear(struct __sk_buff *skb)
  */
 static __always_inline bool is_surely_no_syn(struct __sk_buff *skb)
 {
-	__u8 *l3 = (void *)(long)skb->data + config.l2_len_bytes;
+	__u32 l2_len = config.l2_len_bytes;
+	__u8 *l3 = (void *)(long)skb->data + l2_len;
 	void *end = (void *)(long)skb->data_end;
 	__u8 flags;
 
 	if ((void *)l3 + IPV4_HEADER_LEN + sizeof(struct tcp_head) > end)
 		return false;
 	if (l3[0] == 0x45) {
-		if (config.l2_len_bytes && *(__be16 *)(l3 - 2) != bpf_htons(ETH_P_IP))
+		if (l2_len && *(__be16 *)(l3 - 2) != bpf_htons(ETH_P_IP))
 			return false;
 		if (l3[offsetof(struct iphdr, protocol)] != IPPROTO_TCP)
 			return true;
@@ -290,7 +291,7 @@ static __always_inline bool is_surely_no_syn(struct __sk_buff *skb)
 	} else {
 		if ((void *)l3 + IPV6_HEADER_LEN + sizeof(struct tcp_head) > end)
 			return false;
-		if (config.l2_len_bytes && *(__be16 *)(l3 - 2) != bpf_htons(ETH_P_IPV6))
+		if (l2_len && *(__be16 *)(l3 - 2) != bpf_htons(ETH_P_IPV6))
 			return false;
 		if (l3[0] >> 4 != 6 || l3[offsetof(struct ipv6hdr, nexthdr)] != IPPROTO_TCP)
 			return false;

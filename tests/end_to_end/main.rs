@@ -1,2 +1,60 @@
-//! Placeholder.
-fn main() {}
+//! netoken and real TCP, in network namespaces: what a promise of the design looks like from the outside.
+
+mod connects;
+mod segment;
+mod sockets;
+#[path = "../support/mod.rs"]
+mod support;
+mod sys;
+mod wire;
+mod world;
+
+use std::process::ExitCode;
+use std::sync::{PoisonError, RwLock};
+
+use anyhow::Result;
+use libtest_mimic::Trial;
+use support::Need;
+
+/// What every case here needs.
+const NET: &[Need] = &[Need::Root, Need::Tool("ip"), Need::Tool("ethtool"), Need::Tool("nstat")];
+
+/// The same, and another tool.
+fn with(tool: &'static str) -> Vec<Need> {
+    [NET, &[Need::Tool(tool)]].concat()
+}
+
+/// Held alone by a case that measures, and shared by all others.
+static QUIET: RwLock<()> = RwLock::new(());
+
+/// One case; others may run at the same time.
+fn case(name: &str, needs: &[Need], test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
+    support::case(name, needs, move || {
+        let _shared = QUIET.read().unwrap_or_else(PoisonError::into_inner);
+        test()
+    })
+}
+
+/// One case that is SKIPPED, visibly, where the kernel lacks what `has` looks for.
+fn case_if(
+    name: &str,
+    needs: &[Need],
+    test: impl FnOnce() -> Result<()> + Send + 'static,
+    has: impl FnOnce() -> Result<(), String>,
+) -> Trial {
+    let trial = case(name, needs, test);
+    if trial.has_ignored_flag() {
+        return trial;
+    }
+    match has() {
+        Ok(()) => trial,
+        Err(reason) => {
+            eprintln!("SKIPPED {name}: {reason}");
+            trial.with_ignored_flag(true)
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    support::run(connects::cases())
+}

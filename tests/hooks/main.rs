@@ -1,2 +1,83 @@
-//! Placeholder.
-fn main() {}
+//! Attaches to real interfaces and asks the kernel, not the program, what is there. Every case has namespaces
+//! and a state directory of its own.
+//!
+//! [`world`] builds two hosts and connects them, [`look`] reads what is attached and what is left; the other
+//! modules hold the cases.
+
+mod changes;
+mod crash;
+mod foreign;
+mod half;
+#[path = "../support/lab.rs"]
+#[allow(dead_code)]
+mod lab;
+mod look;
+mod marks;
+mod netns;
+mod place;
+mod replace;
+mod rounds;
+#[path = "../support/mod.rs"]
+mod support;
+mod together;
+mod world;
+
+use std::process::ExitCode;
+
+use support::{Need, sh};
+
+/// Each case under the name of its function.
+macro_rules! cases {
+    ($($module:ident: $($function:ident)*;)*) => {
+        vec![$($(support::case(
+            concat!(stringify!($module), "::", stringify!($function)),
+            &[Need::Root, Need::Tool("ip"), Need::Tool("tc"), Need::Tool("ethtool")],
+            $module::$function,
+        ),)*)*]
+    };
+}
+
+fn main() -> ExitCode {
+    // One case runs a part of itself in a process of its own: this one.
+    if let Ok(ns) = std::env::var(rounds::ALONE) {
+        return match rounds::alone(&ns) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error:?}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    support::run(cases![
+        replace: an_interface_may_be_given_in_three_ways and_more_than_once
+            attaching_twice_keeps_policy_counters_and_place
+            replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect
+            two_interfaces_are_attached_by_one_command two_instances_share_an_interface;
+        netns: a_query_without_an_interface_lists_every_named_namespace a_namespace_has_a_name_or_a_path
+            commands_inside_ip_netns_exec_find_each_other
+            commands_inside_ip_netns_exec_find_each_other_below_another_process_1;
+        foreign: foreign_filters_stay_in_place_and_in_order foreign_filters_on_our_clsact_stay
+            destroy_says_what_became_of_the_qdisc destroy_counts_the_filters_that_keep_the_qdisc
+            a_foreign_ingress_qdisc_is_an_error_and_stays query_counts_the_filters_that_run_before
+            a_foreign_program_of_our_name_stays;
+        marks: a_clsact_that_was_made_anew_is_not_ours a_clsact_of_an_interface_with_a_used_index_is_not_ours
+            a_clsact_of_a_namespace_with_a_used_number_is_not_ours a_deleted_namespace_leaves_no_mark;
+        place: priority_and_handle_can_be_chosen another_place_leaves_exactly_one_filter
+            a_taken_place_is_an_error_that_says_so the_default_is_in_front_of_what_is_there
+            a_place_that_cannot_be_is_wrong_usage;
+        half: a_missing_second_interface_leaves_nothing a_second_interface_that_refuses_leaves_nothing
+            a_second_interface_that_refuses_leaves_the_first_as_it_was
+            a_failed_attach_keeps_what_detach_kept detach_keeps_policy_and_counters
+            the_last_destroy_removes_policy_and_counters destroy_without_an_interface_takes_all;
+        changes: a_removed_interface_is_reported_and_ends_the_stream a_renamed_interface_is_reported_and_streams_on
+            a_moved_interface_is_reported_and_ends_the_stream a_deleted_filter_is_reported_and_ends_the_stream
+            a_deleted_qdisc_is_reported_and_ends_the_stream the_stream_goes_on_while_one_interface_is_left
+            changes_are_json_lines_too;
+        together: eight_attaches_at_once_leave_one_filter attaches_and_destroys_at_once_leave_one_state
+            a_second_reader_is_told_who_the_first_is a_killed_reader_does_not_block_the_next
+            two_instances_have_two_readers;
+        rounds: two_hundred_rounds_of_commands_leave_nothing two_hundred_rounds_in_one_process_leave_nothing;
+        crash: a_killed_attach_is_repaired_by_the_next a_killed_replacement_is_repaired_by_the_next
+            a_killed_destroy_is_finished_by_the_next;
+    ])
+}

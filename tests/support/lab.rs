@@ -128,8 +128,12 @@ impl Running {
         let (sender, lines) = channel();
         let err_sender = sender.clone();
         let (out, err) = (child.stdout.take().context("stdout")?, child.stderr.take().context("stderr")?);
-        thread::spawn(move || BufReader::new(out).lines().map_while(Result::ok).for_each(|l| drop(sender.send(l))));
-        thread::spawn(move || BufReader::new(err).lines().map_while(Result::ok).for_each(|l| drop(err_sender.send(l))));
+        thread::spawn(move || {
+            BufReader::new(out).lines().map_while(Result::ok).for_each(|l| drop(sender.send(l)))
+        });
+        thread::spawn(move || {
+            BufReader::new(err).lines().map_while(Result::ok).for_each(|l| drop(err_sender.send(l)))
+        });
         Ok(Running { child, lines, seen: Vec::new() })
     }
 
@@ -190,7 +194,8 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> 
 pub fn kernel_counter(ns: &str, name: &str) -> Result<u64> {
     // The history, which nstat would otherwise leave in /tmp, is not asked for.
     let text = sh(&format!("ip netns exec {ns} env NSTAT_HISTORY=/dev/null nstat -asz {name}"))?;
-    let line = text.lines().find(|line| line.starts_with(name)).with_context(|| format!("no counter {name}"))?;
+    let line =
+        text.lines().find(|line| line.starts_with(name)).with_context(|| format!("no counter {name}"))?;
     Ok(line.split_whitespace().nth(1).context("a counter without a value")?.parse()?)
 }
 
