@@ -170,7 +170,7 @@ impl Output {
 /// The counters in one line: those that are not zero, and always the stamped ones.
 pub fn totals_line(counters: &Counters, lost: u64) -> String {
     let stamped = crate::counters::verdict_name(Verdict::VERDICT_STAMPED.0);
-    let mut line = format!("{} SYNs", counters.total());
+    let mut line = format!("{} SYN{}", counters.total(), if counters.total() == 1 { "" } else { "s" });
     for (name, packets) in counters.iter().filter(|(name, packets)| *packets > 0 || *name == stamped) {
         line.push_str(&format!(", {packets} {name}"));
     }

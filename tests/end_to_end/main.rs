@@ -1,6 +1,8 @@
 //! netoken and real TCP, in network namespaces: what a promise of the design looks like from the outside.
 
 mod connects;
+#[path = "../support/lab.rs"]
+mod lab;
 mod segment;
 mod sockets;
 #[path = "../support/mod.rs"]
@@ -14,7 +16,7 @@ use std::sync::{PoisonError, RwLock};
 
 use anyhow::Result;
 use libtest_mimic::Trial;
-use support::Need;
+use support::{Need, sh};
 
 /// What every case here needs.
 const NET: &[Need] = &[Need::Root, Need::Tool("ip"), Need::Tool("ethtool"), Need::Tool("nstat")];

@@ -9,7 +9,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::segment::Segment;
 use crate::support::ensure_eq;
-use crate::support::lab::{Lab, PATIENCE};
+use crate::lab::{Lab, PATIENCE};
 use crate::sys;
 use crate::world::{Family, World};
 

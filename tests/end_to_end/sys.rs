@@ -1,9 +1,9 @@
 //! The few system calls that neither std nor socket2 has. All unsafe code of these tests is here.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result};
 use socket2::{MaybeUninitSlice, MsgHdrMut, SockAddr, Socket};

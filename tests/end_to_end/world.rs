@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::support::lab::{Lab, kernel_counter};
+use crate::lab::{Lab, kernel_counter};
 use crate::support::{ensure_eq, sh};
 
 /// The client's interface, and the router's towards the server.
@@ -175,8 +175,7 @@ impl World {
 
     /// Fails if the server's kernel has seen a packet that is wrong.
     pub fn expect_no_bad_packets(&self) -> Result<()> {
-        for name in ["TcpInCsumErrors", "TcpInErrs", "IpInHdrErrors", "Ip6InHdrErrors", "IpInTruncatedPkts"] {
-            // An absent line is a zero that this version of the kernel does not print.
+        for name in ["TcpInCsumErrors", "TcpInErrs", "IpInHdrErrors", "Ip6InHdrErrors", "IpExtInCsumErrors", "IpExtInTruncatedPkts"] {
             ensure_eq!(self.server_counter(name)?, 0, "{name} of the server");
         }
         Ok(())

@@ -170,6 +170,7 @@ pub fn an_event_says_what_happened() -> Result<()> {
     on_one_cpu(|| {
         let mut bench = Bench::load(Settings { netns_ino: NETNS_INO, ..Settings::default() })?;
         bench.set_policy(POLICY)?;
+        bench.program.maps.set_reader(true)?;
         let map = MapHandle::try_from(&bench.program.maps.events)?;
         let log = Log::default();
         let buffer = log.open(&map)?;
@@ -187,9 +188,26 @@ pub fn an_event_says_what_happened() -> Result<()> {
     })
 }
 
+/// What would find no reader is not sent; the counters do not mind.
+pub fn without_a_reader_syns_are_counted_but_make_no_event() -> Result<()> {
+    on_one_cpu(|| {
+        let mut bench = Bench::new(14)?;
+        let map = MapHandle::try_from(&bench.program.maps.events)?;
+        let log = Log::default();
+        let buffer = log.open(&map)?;
+        for (has_reader, number) in [(None, 0), (Some(true), 1), (Some(false), 0), (Some(true), 1)] {
+            has_reader.map_or(Ok(()), |on| bench.program.maps.set_reader(on))?;
+            bench.expect("with or without a reader", &syn().build(), Verdict::VERDICT_STAMPED)?;
+            ensure_eq!(log.take(&buffer)?.len(), number, "events with reader {has_reader:?}");
+        }
+        Ok(())
+    })
+}
+
 pub fn what_is_not_a_syn_makes_no_event() -> Result<()> {
     on_one_cpu(|| {
         let mut bench = Bench::new(14)?;
+        bench.program.maps.set_reader(true)?;
         let map = MapHandle::try_from(&bench.program.maps.events)?;
         let log = Log::default();
         let buffer = log.open(&map)?;
@@ -205,6 +223,7 @@ pub fn one_of_ten_syns_makes_an_event_and_all_are_counted() -> Result<()> {
     on_one_cpu(|| {
         let mut bench = Bench::load(Settings { sample: 10, ..Settings::default() })?;
         bench.set_policy(POLICY)?;
+        bench.program.maps.set_reader(true)?;
         let map = MapHandle::try_from(&bench.program.maps.events)?;
         let log = Log::default();
         let buffer = log.open(&map)?;

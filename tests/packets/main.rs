@@ -49,20 +49,24 @@ fn everywhere() -> Vec<Trial> {
         others: what_is_not_a_syn_passes_untouched what_is_not_a_syn_passes_without_a_link_header
             only_a_syn_counts;
         named: an_ecn_syn_is_stamped the_bits_beside_the_data_offset_stay a_signed_syn_leaves_as_it_came
-            a_second_pass_changes_nothing kind_and_exid_are_settings only_this_option_and_exid_is_already_stamped
+            a_second_pass_changes_nothing kind_and_exid_are_settings
+            only_this_option_and_exid_is_already_stamped
             the_token_stands_where_it_must nops_between_options_make_room the_limit_is_forty_bytes
             extreme_lists_are_walked_to_the_end ethernet_padding_stays_behind_the_packet;
-        sizes: a_payload_of_any_size_moves_whole a_segment_that_waits_for_offload_must_not_grow
+        sizes: a_payload_of_any_size_moves_whole extension_headers_may_be_long
+            a_segment_that_waits_for_offload_must_not_grow
             tcp_checksums_at_the_edges_stay_right ipv4_checksums_at_the_edges_stay_right
             a_wrong_checksum_stays_wrong;
         policies: the_longest_prefix_then_the_port_decides a_default_is_for_both_families_and_rules_beat_it
             without_any_policy_nothing_changes each_rule_stamps_its_own_token
+            a_narrow_port_rule_beats_a_wide_rule_for_any_port random_policies_decide_as_the_file_reads
             skip_and_drop_come_before_everything_else when_full_drop_drops_what_cannot_be_stamped
             of_two_reasons_the_first_is_named the_oracle_agrees_with_the_list_of_failures;
         faults: a_helper_that_fails_leaves_the_packet_as_it_came
             a_helper_that_fails_drops_where_the_policy_says_so a_restore_that_fails_drops_the_packet
             a_fault_off_the_way_changes_nothing;
-        events: an_event_says_what_happened what_is_not_a_syn_makes_no_event
+        events: an_event_says_what_happened without_a_reader_syns_are_counted_but_make_no_event
+            what_is_not_a_syn_makes_no_event
             one_of_ten_syns_makes_an_event_and_all_are_counted;
         layout: structures_have_their_documented_sizes an_event_has_its_fields_where_they_are_documented
             maps_have_keys_and_values_of_those_sizes;

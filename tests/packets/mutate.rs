@@ -53,31 +53,31 @@ pub fn a_truncated_frame_leaves_as_it_came() -> Result<()> {
 }
 
 /// Xorshift64*: small, and the same everywhere.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    fn below(&mut self, end: usize) -> usize {
+    pub fn below(&mut self, end: usize) -> usize {
         ((self.next() >> 32) as usize) % end.max(1)
     }
 
-    fn one_of<T: Clone>(&mut self, all: &[T]) -> T {
+    pub fn one_of<T: Clone>(&mut self, all: &[T]) -> T {
         all[self.below(all.len())].clone()
     }
 }
 
-fn seed() -> Result<u64> {
+pub fn seed() -> Result<u64> {
     let seed = match std::env::var("NETOKEN_SEED") {
         Ok(text) => text.parse()?,
         Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64,
     };
-    println!("mutation: NETOKEN_SEED={seed}");
+    println!("random: NETOKEN_SEED={seed}");
     // Zero is the one state that xorshift never leaves.
     Ok(seed.max(1))
 }

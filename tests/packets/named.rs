@@ -93,6 +93,8 @@ pub fn only_this_option_and_exid_is_already_stamped() -> Result<()> {
         (vec![254, 12, 0x4e, 0x54, 1, 2, 3, 4, 5, 6, 7, 8], STAMPED),
         (vec![253, 2, 0x4e, 2], STAMPED),
         (vec![253, 3, 0x4e, 1], STAMPED),
+        // Too short for an ExID: the byte behind it is the next option's kind.
+        (vec![253, 3, 0x4e, 0x54, 5, 9, 9, 9], STAMPED),
         (vec![253, 2, 253, 2], STAMPED),
         // The bytes are there, but inside another option.
         (vec![200, 6, 253, 4, 0x4e, 0x54, 1, 1], STAMPED),

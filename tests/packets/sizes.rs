@@ -118,6 +118,32 @@ pub fn a_segment_that_waits_for_offload_must_not_grow() -> Result<()> {
     Ok(())
 }
 
+/// A header counts its length in one byte: up to 2048 bytes each, and the page that a test can fill in all.
+pub fn extension_headers_may_be_long() -> Result<()> {
+    let mut bench = Bench::new(14)?;
+    for (hop_by_hop, routing, dest_opts) in [
+        (0, 0, 23),
+        (0, 0, 24),
+        (20, 10, 31),
+        (31, 31, 31),
+        (63, 0, 64),
+        (127, 0, 0),
+        (128, 0, 0),
+        (255, 0, 100),
+    ] {
+        let packet = syn()
+            .v6()
+            .extension(HOP_BY_HOP, hop_by_hop)
+            .extension(ROUTING, routing)
+            .extension(DEST_OPTS, dest_opts)
+            .options(LINUX)
+            .payload(77);
+        let what = format!("TCP {} bytes behind the beginning", packet.tcp_at());
+        bench.expect(&what, &packet.build(), STAMPED)?;
+    }
+    Ok(())
+}
+
 /// Everything from some byte on lies outside the linear part.
 pub fn an_skb_in_fragments_is_stamped_as_well() -> Result<()> {
     let mut bench = Bench::new(14)?;

@@ -1,0 +1,124 @@
+//! What the classifier costs where it is used: connections a second and bulk throughput over a veth pair, with
+//! the stamp and without, rounds of both alternating in one run.
+//!
+//! `cargo bench --bench connections`, as root. Makes two network namespaces and removes them.
+
+#[path = "../tests/support/lab.rs"]
+#[allow(dead_code)]
+mod lab;
+#[path = "../tests/support/mod.rs"]
+#[allow(dead_code)]
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use lab::Lab;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+use support::sh;
+
+const ROUNDS: usize = 15;
+const CONNECTIONS: u32 = 3000;
+const BULK_BYTES: usize = 512 << 20;
+const ADDR: &str = "192.0.2.2:7000";
+
+fn main() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("SKIPPED: it needs root");
+        return Ok(());
+    }
+    let mut lab = Lab::new()?;
+    let (client, server) = (lab.netns("client")?, lab.netns("server")?);
+    lab.veth((&client, "veth0"), (&server, "veth0"), true)?;
+    lab.addr(&client, "veth0", "192.0.2.1/24")?;
+    lab.addr(&server, "veth0", "192.0.2.2/24")?;
+
+    println!("{:<28} {:>12} {:>12} {:>8}", "", "without", "with stamp", "ratio");
+    report(&lab, &client, &server, "connections a second", connections)?;
+    report(&lab, &client, &server, "bulk transfer, MB/s", bulk)
+}
+
+/// Alternates rounds, prints the best of each: what disturbs a round only makes it slower.
+fn report(
+    lab: &Lab,
+    client: &str,
+    server: &str,
+    what: &str,
+    round: fn(&TcpListener) -> Result<f64>,
+) -> Result<()> {
+    let listener = lab.within(server, listen)?;
+    let hook = format!("--netns {client} --iface veth0");
+    let mut best = [0f64; 2];
+    for _ in 0..ROUNDS {
+        for (best, stamped) in best.iter_mut().zip([false, true]) {
+            lab.ok(&format!("{hook} {}", if stamped { "--attach --quiet" } else { "--detach" }))?;
+            *best = best.max(lab.within(client, || round(&listener))?);
+        }
+    }
+    lab.ok(&format!("{hook} --destroy"))?;
+    let [without, with] = best;
+    println!("{what:<28} {without:>12.0} {with:>12.0} {:>8.3}", with / without);
+    Ok(())
+}
+
+fn listen() -> Result<TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+    socket.bind(&ADDR.parse::<SocketAddr>()?.into()).context("choosing the address to listen at")?;
+    socket.listen(CONNECTIONS.cast_signed() + 10).context("listening")?;
+    Ok(socket.into())
+}
+
+/// All in one thread on one CPU: over veth the whole handshake runs inside connect(), so that nothing waits for
+/// a wake-up and what the stamp costs is seen in full. Nobody accepts meanwhile; the backlog holds them all.
+fn connections(listener: &TcpListener) -> Result<f64> {
+    let addr: SocketAddr = ADDR.parse()?;
+    let mut cpu = CpuSet::new();
+    cpu.set(0)?;
+    sched_setaffinity(Pid::from_raw(0), &cpu).context("staying on one CPU")?;
+    let start = Instant::now();
+    for _ in 0..CONNECTIONS {
+        connect_and_reset(addr)?;
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    for _ in 0..CONNECTIONS {
+        listener.accept()?;
+    }
+    Ok(f64::from(CONNECTIONS) / seconds)
+}
+
+/// Closing with a reset leaves no TIME-WAIT behind, which would use up the ports.
+fn connect_and_reset(addr: SocketAddr) -> Result<()> {
+    let socket = socket2::Socket::from(TcpStream::connect_timeout(&addr, Duration::from_secs(5))?);
+    socket.set_linger(Some(Duration::ZERO)).context("asking for a reset at the end")
+}
+
+fn bulk(listener: &TcpListener) -> Result<f64> {
+    let addr: SocketAddr = ADDR.parse()?;
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| -> Result<usize> {
+            let (mut socket, _) = listener.accept()?;
+            let mut buffer = vec![0; 1 << 18];
+            let mut total = 0;
+            loop {
+                match socket.read(&mut buffer)? {
+                    0 => return Ok(total),
+                    n => total += n,
+                }
+            }
+        });
+        let block = vec![0x5a; 1 << 18];
+        let start = Instant::now();
+        let mut socket = TcpStream::connect(addr)?;
+        for _ in 0..BULK_BYTES / block.len() {
+            socket.write_all(&block)?;
+        }
+        drop(socket);
+        let received = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        ensure!(received == BULK_BYTES, "{received} bytes of {BULK_BYTES} arrived");
+        Ok(BULK_BYTES as f64 / 1e6 / start.elapsed().as_secs_f64())
+    })
+}

@@ -1,0 +1,188 @@
+//! What others put on an interface stays, whatever is typed.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+use anyhow::{Result, ensure};
+use libbpf_rs::{TC_EGRESS, TcHook};
+
+use crate::look::{expect_bare, expect_no_state, expect_ours, foreign, has_clsact, ours, records};
+use crate::support::{ensure_eq, sh};
+use crate::world::World;
+
+/// Filters of two kinds that let every packet go on, at the priorities of somebody who was there first. Kinds
+/// that every kernel has which can run ours: `u32`, and `bpf` with a classic program.
+fn add_foreign(ns: &str, iface: &str) -> Result<()> {
+    for side in ["ingress", "egress"] {
+        let add = format!("tc -n {ns} filter add dev {iface} {side}");
+        sh(&format!("{add} pref 10 protocol ip u32 match ip dst 192.0.2.1/32 classid 1:1"))?;
+        sh(&format!("{add} pref 20 bpf da bytecode '1,6 0 0 4294967295,'"))?;
+        sh(&format!("{add} pref 20 handle 0x7 bpf da bytecode '1,6 0 0 4294967295,'"))?;
+        sh(&format!("{add} pref 60000 protocol ipv6 u32 match ip6 dst 2001:db8::1/128 classid 1:2"))?;
+    }
+    Ok(())
+}
+
+/// Every command, in an order that somebody could type; `before` and `behind` are priorities around others'.
+const COMMANDS: [&str; 14] = [
+    "--query",
+    "--attach --quiet",
+    "--query",
+    "--attach --quiet",
+    "--attach --quiet --priority 5",
+    "--attach --quiet --priority 20",
+    "--attach --quiet --priority 20 --handle 0x99",
+    "--attach --quiet --priority 65000",
+    "--attach --quiet --priority 10",
+    "--detach",
+    "--attach --quiet",
+    "--destroy",
+    "--destroy",
+    "--detach",
+];
+
+fn expect_untouched_by_every_command(world: &World) -> Result<()> {
+    let before = foreign(&world.ns, "c0")?;
+    ensure!(before.len() > 8, "the foreign filters are not there: {before:#?}");
+    for command in COMMANDS {
+        let output = world.run(&format!("-i c0 {command}"))?;
+        ensure_eq!(foreign(&world.ns, "c0")?, before, "the others' filters after {command} ({output:?})");
+        ensure!(has_clsact(&world.ns, "c0")?, "the qdisc is gone after {command}");
+    }
+    expect_ours(&world.ns, "c0", 0)
+}
+
+pub fn foreign_filters_stay_in_place_and_in_order() -> Result<()> {
+    let world = World::new()?;
+    sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
+    add_foreign(&world.ns, "c0")?;
+    expect_untouched_by_every_command(&world)?;
+    expect_no_state(&world.lab)
+}
+
+pub fn foreign_filters_on_our_clsact_stay() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    add_foreign(&world.ns, "c0")?;
+    expect_untouched_by_every_command(&world)
+}
+
+pub fn destroy_says_what_became_of_the_qdisc() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+    ensure!(said.contains("clsact qdisc removed"), "ours, unused: {said}");
+    expect_bare(&world.ns, "c0")?;
+
+    sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
+    world.ok("-i c0 --attach --quiet")?;
+    let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+    ensure!(said.contains("clsact qdisc kept: somebody else made it"), "foreign: {said}");
+    ensure!(has_clsact(&world.ns, "c0")?, "a foreign qdisc is gone");
+    sh(&format!("tc -n {} qdisc del dev c0 clsact", world.ns))?;
+
+    world.ok("-i c0 --attach --quiet")?;
+    sh(&format!("tc -n {} filter add dev c0 ingress bpf da bytecode '1,6 0 0 4294967295,'", world.ns))?;
+    let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+    ensure!(said.contains("clsact qdisc kept: 1 other filter"), "in use: {said}");
+    expect_ours(&world.ns, "c0", 0)?;
+
+    // It is still known to be ours when the other one has left.
+    sh(&format!("tc -n {} filter del dev c0 ingress", world.ns))?;
+    let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+    ensure!(said.contains("clsact qdisc removed"), "ours, unused again: {said}");
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
+pub fn destroy_counts_the_filters_that_keep_the_qdisc() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    // One filter, of a kind whose hash table the kernel lists beside it.
+    sh(&format!("tc -n {} filter add dev c0 egress protocol ip u32 match u32 0 0 classid 1:1", world.ns))?;
+    let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+    ensure!(said.contains("kept: 1 other filter"), "one u32 filter keeps it: {said}");
+    Ok(())
+}
+
+pub fn a_foreign_ingress_qdisc_is_an_error_and_stays() -> Result<()> {
+    let world = World::new()?;
+    sh(&format!("tc -n {} qdisc add dev c0 ingress", world.ns))?;
+    let before = sh(&format!("tc -n {} qdisc show dev c0", world.ns))?;
+    let said = world.fails("-i c0 --attach --quiet")?;
+    ensure!(said.contains("clsact") && said.contains("c0"), "{said}");
+    ensure!(said.contains("ingress qdisc"), "the message does not say what is in the way: {said}");
+    for command in ["--detach", "--destroy"] {
+        world.ok(&format!("-i c0 {command}"))?;
+        ensure_eq!(
+            sh(&format!("tc -n {} qdisc show dev c0", world.ns))?,
+            before,
+            "the qdiscs after {command}"
+        );
+    }
+    expect_no_state(&world.lab)
+}
+
+pub fn query_counts_the_filters_that_run_before() -> Result<()> {
+    let world = World::new()?;
+    sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
+    add_foreign(&world.ns, "c0")?;
+    world.ok("-i c0 --attach --quiet --priority 100")?;
+    let out = world.ok("-i c0 --query --json")?;
+    ensure_eq!(records(&out, "hook")?[0]["filters_before"], 3, "one u32 and two bpf filters run before");
+    world.ok("-i c0 --attach --quiet --priority 1")?;
+    let out = world.ok("-i c0 --query --json")?;
+    ensure_eq!(records(&out, "hook")?[0]["filters_before"], 0, "none runs before");
+    Ok(())
+}
+
+/// Loads `return TC_ACT_UNSPEC`, by another tool that calls its program as we call ours.
+fn load_namesake() -> Result<OwnedFd> {
+    let name = CString::new("netoken_egress")?;
+    let instructions = [
+        libbpf_sys::bpf_insn { code: 0xb7, imm: -1, ..Default::default() },
+        libbpf_sys::bpf_insn { code: 0x95, ..Default::default() },
+    ];
+    // SAFETY: name, license and instructions outlive the call; no options are given.
+    let fd = unsafe {
+        libbpf_sys::bpf_prog_load(
+            libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
+            name.as_ptr(),
+            c"GPL".as_ptr(),
+            instructions.as_ptr(),
+            instructions.len() as _,
+            ptr::null_mut(),
+        )
+    };
+    ensure!(fd >= 0, "loading a program: {}", std::io::Error::last_os_error());
+    // SAFETY: it was made a line ago, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+pub fn a_foreign_program_of_our_name_stays() -> Result<()> {
+    let world = World::new()?;
+    sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
+    let program = load_namesake()?;
+    let (index, ns) = (sh(&format!("ip netns exec {} cat /sys/class/net/c0/ifindex", world.ns))?, &world.ns);
+    let index: i32 = index.trim().parse()?;
+    world.lab.within(ns, || {
+        let mut hook = TcHook::new(program.as_fd());
+        hook.ifindex(index).attach_point(TC_EGRESS).priority(10).handle(1);
+        hook.attach()?;
+        Ok(())
+    })?;
+    drop(program);
+    let before = ours(ns, "c0")?;
+    for (command, count) in
+        [("--attach --quiet", 2), ("--detach", 1), ("--attach --quiet", 2), ("--destroy", 1)]
+    {
+        world.ok(&format!("-i c0 {command}"))?;
+        let now = ours(ns, "c0")?;
+        ensure!(
+            now.len() == count && now.contains(&before[0]),
+            "after {command}: {now:#?}, before: {before:#?}"
+        );
+    }
+    Ok(())
+}

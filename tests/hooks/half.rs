@@ -1,0 +1,112 @@
+//! Nothing half done stays, and nothing that was kept is lost: policy and counters live from the first attach
+//! to the last destroy.
+
+use anyhow::{Result, ensure};
+
+use crate::look::{counter, expect_bare, expect_no_state, expect_ours, expect_unloaded, map_id, ours};
+use crate::support::{ensure_eq, sh};
+use crate::world::World;
+
+const TOKEN: &str = "00112233aabbccdd";
+
+pub fn a_missing_second_interface_leaves_nothing() -> Result<()> {
+    let world = World::new()?;
+    let said = world.fails("-i c0 -i c9 --attach --quiet")?;
+    ensure!(said.contains("'c9'") && said.contains("did you mean c0"), "{said}");
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)?;
+    for command in ["--detach", "--destroy", "--query"] {
+        let said = world.fails(&format!("-i c0 -i c9 {command}"))?;
+        ensure!(said.contains("'c9'"), "{command}: {said}");
+    }
+    expect_no_state(&world.lab)
+}
+
+pub fn a_second_interface_that_refuses_leaves_nothing() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    sh(&format!("tc -n {} qdisc add dev c1 ingress", world.ns))?;
+    let said = world.fails("-i c0 -i c1 --attach --quiet")?;
+    ensure!(said.contains("c1"), "{said}");
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
+pub fn a_second_interface_that_refuses_leaves_the_first_as_it_was() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok(&format!("-i c0 --attach --quiet --priority 10 --token {TOKEN}"))?;
+    let before = ours(&world.ns, "c0")?;
+    sh(&format!("tc -n {} qdisc add dev c1 ingress", world.ns))?;
+    world.fails("-i c0 -i c1 --attach --quiet --priority 20 --exid 0x1234 --token 1111111111111111")?;
+    let place = |lines: &[String]| {
+        lines.iter().map(|l| l.split(" netoken").next().unwrap_or("").to_string()).collect()
+    };
+    let (before, after): (Vec<String>, Vec<String>) = (place(&before), place(&ours(&world.ns, "c0")?));
+    world.expect_token(TOKEN, "the token, under its own ExID")?;
+    ensure_eq!(after, before, "the place of the filter on the first");
+    Ok(())
+}
+
+pub fn a_failed_attach_keeps_what_detach_kept() -> Result<()> {
+    let world = World::new()?;
+    world.ok(&format!("-i c0 --attach --quiet --token {TOKEN}"))?;
+    world.syns(4)?;
+    world.ok("-i c0 --detach")?;
+    world.fails("-i nothing --attach --quiet")?;
+    world.ok("-i c0 --attach --quiet")?;
+    world.expect_token(TOKEN, "the token after a failed attach")?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 5, "the counter after a failed attach");
+    Ok(())
+}
+
+pub fn detach_keeps_policy_and_counters() -> Result<()> {
+    let world = World::new()?;
+    world.ok(&format!("-i c0 --attach --quiet --token {TOKEN}"))?;
+    world.syns(4)?;
+    world.ok("-i c0 --detach")?;
+    expect_ours(&world.ns, "c0", 0)?;
+    world.syns(3)?;
+    world.ok("-i c0 --attach --quiet")?;
+    world.expect_token(TOKEN, "the token after detach and attach")?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "syns")?, 5, "SYNs, without those in between");
+    Ok(())
+}
+
+pub fn the_last_destroy_removes_policy_and_counters() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok(&format!("-i c0 -i c1 --attach --quiet --token {TOKEN}"))?;
+    world.syns(4)?;
+    let counters = map_id(&world.lab, "default", "counters")?;
+
+    let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+    ensure!(said.contains("instance 'default' is still used") && said.contains("stay"), "{said}");
+    ensure_eq!(
+        counter(&world.lab, &world.ns, "default", "stamped")?,
+        4,
+        "the counter after the first destroy"
+    );
+    world.ok("-i c0 --attach --quiet")?;
+    world.expect_token(TOKEN, "the token after the first destroy")?;
+
+    world.ok("-i c0 --destroy")?;
+    let said = String::from_utf8(world.run("-i c1 --destroy")?.stderr)?;
+    ensure!(!said.contains("still used"), "{said}");
+    expect_no_state(&world.lab)?;
+    expect_unloaded(counters)?;
+    world.ok("-i c0 --attach --quiet")?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "syns")?, 0, "the counter after the last destroy");
+    world.expect_token("4e45544f4b454e31", "the token is the default again")?;
+    Ok(())
+}
+
+pub fn destroy_without_an_interface_takes_all() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok("-i c0 -i c1 --attach --quiet")?;
+    world.ok("--destroy")?;
+    expect_bare(&world.ns, "c0")?;
+    expect_bare(&world.ns, "c1")?;
+    expect_no_state(&world.lab)
+}

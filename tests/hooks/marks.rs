@@ -1,0 +1,82 @@
+//! Whether a clsact qdisc is ours is written down beside the pins. A note that outlives the qdisc which it was
+//! made for must not make somebody else's qdisc ours.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Result, bail, ensure};
+
+use crate::lab::Lab;
+use crate::look::{expect_no_state, has_clsact};
+use crate::support::{ensure_eq, sh};
+use crate::world::World;
+
+/// Destroys on an interface whose clsact somebody else made: it has to stay.
+fn expect_kept(lab: &Lab, ns: &str, iface: &str) -> Result<()> {
+    let output = lab.run(&format!("--netns {ns} -i {iface} --destroy"))?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(output.status.success(), "{}: {said}", output.status);
+    ensure!(has_clsact(ns, iface)?, "somebody else's qdisc was removed: {said}");
+    ensure!(said.contains("somebody else made it"), "{said}");
+    Ok(())
+}
+
+pub fn a_clsact_that_was_made_anew_is_not_ours() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    sh(&format!("tc -n {} qdisc del dev c0 clsact", world.ns))?;
+    sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
+    expect_kept(&world.lab, &world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
+pub fn a_clsact_of_an_interface_with_a_used_index_is_not_ours() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ns = lab.netns("reuse")?;
+    let add = format!("ip -n {ns} link add d0 index 7777 type veth peer name d1");
+    sh(&add)?;
+    lab.ok(&format!("--netns {ns} -i d0 --attach --quiet"))?;
+    sh(&format!("ip -n {ns} link del d0"))?;
+    sh(&add)?;
+    sh(&format!("tc -n {ns} qdisc add dev d0 clsact"))?;
+    expect_kept(&lab, &ns, "d0")?;
+    expect_no_state(&lab)
+}
+
+/// The kernel gives the number of a deleted namespace to a new one.
+pub fn a_clsact_of_a_namespace_with_a_used_number_is_not_ours() -> Result<()> {
+    const TRIES: usize = 64;
+    let mut lab = Lab::new()?;
+    let first = lab.netns("first")?;
+    let number = |ns: &str| fs::metadata(format!("/run/netns/{ns}")).map(|metadata| metadata.ino());
+    let link = |ns: &str| sh(&format!("ip -n {ns} link add d0 index 7777 type veth peer name d1"));
+    link(&first)?;
+    lab.ok(&format!("--netns {first} -i d0 --attach --quiet"))?;
+    let used = number(&first)?;
+    sh(&format!("ip netns del {first}"))?;
+
+    for attempt in 0..TRIES {
+        let ns = lab.netns(&format!("next{attempt}"))?;
+        if number(&ns)? != used {
+            continue;
+        }
+        link(&ns)?;
+        sh(&format!("tc -n {ns} qdisc add dev d0 clsact"))?;
+        return expect_kept(&lab, &ns, "d0");
+    }
+    bail!("of {TRIES} new namespaces none got the number {used} of the deleted one")
+}
+
+pub fn a_deleted_namespace_leaves_no_mark() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ns = lab.netns("gone")?;
+    let other = lab.netns("other")?;
+    for ns in [&ns, &other] {
+        sh(&format!("ip -n {ns} link add d0 type veth peer name d1"))?;
+        lab.ok(&format!("--netns {ns} -i d0 --attach --quiet"))?;
+    }
+    sh(&format!("ip netns del {ns}"))?;
+    let out = lab.ok(&format!("--netns {other} -i d0 --destroy"))?;
+    ensure_eq!(out, "", "what a person reads is on standard error");
+    expect_no_state(&lab)
+}

@@ -1,0 +1,163 @@
+//! Attaching again replaces in place.
+
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use anyhow::{Result, ensure};
+
+use crate::look::{counter, expect_bare, expect_no_state, expect_ours, ours, records};
+use crate::support::ensure_eq;
+use crate::world::{World, connect, saved_syn, token};
+
+pub fn an_interface_may_be_given_in_three_ways() -> Result<()> {
+    let world = World::new()?;
+    for flag in ["-i", "--iface", "--interface"] {
+        world.ok(&format!("{flag} c0 --attach --quiet"))?;
+        expect_ours(&world.ns, "c0", 1)?;
+        let out = world.ok(&format!("{flag} c0 --query --json"))?;
+        ensure_eq!(records(&out, "hook")?.len(), 1, "hooks of {out}");
+        world.ok(&format!("{flag} c0 --detach"))?;
+        expect_ours(&world.ns, "c0", 0)?;
+        world.ok(&format!("{flag} c0 --destroy"))?;
+        expect_bare(&world.ns, "c0")?;
+    }
+    expect_no_state(&world.lab)
+}
+
+pub fn and_more_than_once() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    let both = "--iface c0 -i c1";
+    world.ok(&format!("{both} --attach --quiet"))?;
+    expect_ours(&world.ns, "c0", 1)?;
+    expect_ours(&world.ns, "c1", 1)?;
+    let out = world.ok(&format!("{both} --query --json"))?;
+    ensure_eq!(records(&out, "hook")?.len(), 2, "hooks of {out}");
+    world.ok(&format!("{both} --detach"))?;
+    expect_ours(&world.ns, "c0", 0)?;
+    expect_ours(&world.ns, "c1", 0)?;
+    world.ok(&format!("{both} -i c0 --attach --quiet"))?;
+    expect_ours(&world.ns, "c0", 1)?;
+    world.ok(&format!("{both} -i c0 --destroy"))?;
+    expect_bare(&world.ns, "c0")?;
+    expect_bare(&world.ns, "c1")?;
+    expect_no_state(&world.lab)
+}
+
+pub fn attaching_twice_keeps_policy_counters_and_place() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet --token 00112233aabbccdd")?;
+    world.syns(5)?;
+    let place = |line: &str| line.split(" netoken_egress").next().unwrap_or_default().to_string();
+    let before = ours(&world.ns, "c0")?;
+    world.ok("-i c0 --attach --quiet --sample 10")?;
+    expect_ours(&world.ns, "c0", 1)?;
+    let after = ours(&world.ns, "c0")?;
+    ensure_eq!(place(&before[0]), place(&after[0]), "the place of the filter");
+    ensure!(before != after, "the program was not replaced: {after:?}");
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 5, "SYNs stamped before");
+    world.expect_token("00112233aabbccdd", "the token")?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 6, "SYNs stamped in all");
+
+    world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+    world.expect_token("1111111111111111", "the new token")?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 7, "SYNs stamped in the end");
+    expect_ours(&world.ns, "c0", 1)
+}
+
+pub fn replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect() -> Result<()> {
+    const REPLACEMENTS: usize = 30;
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    let listener = world.listen("10.77.0.2:0")?;
+    let addr = listener.local_addr()?;
+    let (stop, connected) = (AtomicBool::new(false), AtomicU64::new(0));
+
+    thread::scope(|scope| -> Result<()> {
+        let clients = scope.spawn(|| world.lab.within(&world.ns, || connect_until(addr, &stop, &connected)));
+        let servers = scope.spawn(|| -> Result<u64> {
+            let mut accepted = 0;
+            // Whoever connects counts first, so that nothing is left in the queue at the end.
+            while !stop.load(Ordering::Acquire) || accepted < connected.load(Ordering::Acquire) {
+                match listener.accept() {
+                    Ok((stream, _)) => {
+                        accepted += 1;
+                        let syn = saved_syn(&stream)?;
+                        ensure!(token(&syn).is_some(), "SYN {accepted} has no token: {syn:02x?}");
+                    }
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => thread::yield_now(),
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Ok(accepted)
+        });
+        let replaced = (0..REPLACEMENTS).try_for_each(|_| world.ok("-i c0 --attach --quiet").map(drop));
+        // The clients end first: what they count has to be complete when the server looks.
+        stop.store(true, Ordering::Release);
+        let made = clients.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let accepted = servers.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        replaced?;
+        ensure!(made >= REPLACEMENTS as u64, "only {made} connections in {REPLACEMENTS} replacements");
+        ensure!(accepted >= made, "{made} connections made, {accepted} accepted");
+        let stamped = counter(&world.lab, &world.ns, "default", "stamped")?;
+        ensure!(stamped >= made, "{made} connections made, {stamped} SYNs stamped");
+        Ok(())
+    })?;
+    expect_ours(&world.ns, "c0", 1)
+}
+
+/// Connects again and again, and returns how often.
+fn connect_until(addr: SocketAddr, stop: &AtomicBool, connected: &AtomicU64) -> Result<u64> {
+    let mut made = 0;
+    while !stop.load(Ordering::Acquire) {
+        let stream = connect(addr)?;
+        // A reset leaves no TIME_WAIT behind, and the ports last.
+        socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO))?;
+        made += 1;
+        connected.store(made, Ordering::Release);
+    }
+    Ok(made)
+}
+
+pub fn two_interfaces_are_attached_by_one_command() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok("-i c0 -i c1 --attach --quiet")?;
+    world.syns(3)?;
+    world.syns_to("10.78.0.2:9", 4)?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 7, "SYNs on both interfaces");
+    world.ok("-i c0 --destroy")?;
+    expect_bare(&world.ns, "c0")?;
+    expect_ours(&world.ns, "c1", 1)?;
+    world.syns_to("10.78.0.2:9", 1)?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 8, "SYNs in the end");
+    world.ok("-i c1 --destroy")?;
+    expect_bare(&world.ns, "c1")?;
+    expect_no_state(&world.lab)
+}
+
+pub fn two_instances_share_an_interface() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+    world.ok("-i c0 --attach --quiet --token 2222222222222222 --instance blue")?;
+    expect_ours(&world.ns, "c0", 2)?;
+    // The younger stands in front; the other finds the SYN stamped.
+    world.expect_token("2222222222222222", "the token")?;
+    let read = |instance, name| counter(&world.lab, &world.ns, instance, name);
+    ensure_eq!(read("blue", "stamped")?, 1, "stamped by blue");
+    ensure_eq!(read("default", "already_stamped")?, 1, "found stamped by default");
+
+    world.ok("-i c0 --attach --quiet")?;
+    expect_ours(&world.ns, "c0", 2)?;
+    world.ok("-i c0 --detach --instance blue")?;
+    expect_ours(&world.ns, "c0", 1)?;
+    world.expect_token("1111111111111111", "the token that is left")?;
+    world.ok("-i c0 --destroy --instance blue")?;
+    expect_ours(&world.ns, "c0", 1)?;
+    ensure_eq!(read("default", "stamped")?, 1, "stamped by default");
+    world.ok("-i c0 --destroy")?;
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}

@@ -1,0 +1,118 @@
+//! Two commands at once, and two readers.
+
+use std::process::{Child, Stdio};
+
+use anyhow::{Result, bail, ensure};
+use nix::sys::signal::Signal;
+
+use crate::lab::{Running, wait_until};
+use crate::look::{expect_bare, expect_no_state, expect_ours};
+use crate::support::ensure_eq;
+use crate::world::World;
+
+fn start(world: &World, args: &str) -> Result<Child> {
+    let mut command = world.lab.netoken(&world.args(args));
+    Ok(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+}
+
+/// Waits for all of them; each has to succeed.
+fn expect_all(children: Vec<Child>) -> Result<()> {
+    let outputs: Vec<_> = children
+        .into_iter()
+        .map(|mut child| {
+            let ended = wait_until("a command to end", || Ok(child.try_wait()?));
+            child.kill().ok();
+            Ok(ended.and(Ok(child.wait_with_output()?))?)
+        })
+        .collect::<Result<_>>()?;
+    match outputs.iter().find(|output| !output.status.success()) {
+        Some(output) => bail!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)),
+        None => Ok(()),
+    }
+}
+
+pub fn eight_attaches_at_once_leave_one_filter() -> Result<()> {
+    let world = World::new()?;
+    for _ in 0..3 {
+        let children = (0..8).map(|_| start(&world, "-i c0 --attach --quiet")).collect::<Result<Vec<_>>>()?;
+        expect_all(children)?;
+        expect_ours(&world.ns, "c0", 1)?;
+        world.ok("-i c0 --destroy")?;
+        expect_bare(&world.ns, "c0")?;
+        expect_no_state(&world.lab)?;
+    }
+    Ok(())
+}
+
+pub fn attaches_and_destroys_at_once_leave_one_state() -> Result<()> {
+    let world = World::new()?;
+    for _ in 0..4 {
+        let children = (0..8)
+            .map(|n| start(&world, if n % 2 == 0 { "-i c0 --attach --quiet" } else { "-i c0 --destroy" }))
+            .collect::<Result<Vec<_>>>()?;
+        expect_all(children)?;
+        world.ok("-i c0 --attach --quiet")?;
+        expect_ours(&world.ns, "c0", 1)?;
+        world.ok("-i c0 --destroy")?;
+        expect_bare(&world.ns, "c0")?;
+        expect_no_state(&world.lab)?;
+    }
+    Ok(())
+}
+
+fn stream(world: &World, flags: &str) -> Result<Running> {
+    let mut stream = Running::start(&mut world.lab.netoken(&world.args(&format!("-i c0 --attach {flags}"))))?;
+    stream.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
+    Ok(stream)
+}
+
+/// Ends a stream with Ctrl-C and returns how many SYNs it showed.
+fn shown(stream: Running) -> Result<usize> {
+    stream.signal(Signal::SIGINT)?;
+    let (code, lines) = stream.end()?;
+    ensure_eq!(code, Some(0), "the exit code of the stream; it said {lines:#?}");
+    Ok(lines.iter().filter(|line| line.contains("10.77.0.2:9")).count())
+}
+
+pub fn a_second_reader_is_told_who_the_first_is() -> Result<()> {
+    let world = World::new()?;
+    let first = stream(&world, "")?;
+    world.syns(50)?;
+    let said = world.fails("-i c0 --attach")?;
+    let pid = format!("process {}", first.child.id());
+    ensure!(said.contains(&pid), "'{pid}' expected: {said}");
+    ensure!(said.contains("--quiet") && said.contains("--instance"), "no remedy: {said}");
+    expect_ours(&world.ns, "c0", 1)?;
+    world.syns(50)?;
+    // Replacing without reading is allowed, and takes nothing away either.
+    world.ok("-i c0 --attach --quiet")?;
+    world.syns(50)?;
+    ensure_eq!(shown(first)?, 150, "SYNs that the first reader showed");
+    Ok(())
+}
+
+pub fn a_killed_reader_does_not_block_the_next() -> Result<()> {
+    let world = World::new()?;
+    let mut first = stream(&world, "")?;
+    first.child.kill()?;
+    first.child.wait()?;
+    expect_ours(&world.ns, "c0", 1)?;
+    let second = stream(&world, "")?;
+    world.syns(5)?;
+    ensure_eq!(shown(second)?, 5, "SYNs that the second reader showed");
+    world.ok("-i c0 --destroy")?;
+    expect_no_state(&world.lab)
+}
+
+pub fn two_instances_have_two_readers() -> Result<()> {
+    let world = World::new()?;
+    let first = stream(&world, "")?;
+    let second = stream(&world, "--instance blue")?;
+    world.syns(20)?;
+    ensure_eq!(shown(first)?, 20, "SYNs that the reader of 'default' showed");
+    ensure_eq!(shown(second)?, 20, "SYNs that the reader of 'blue' showed");
+    world.ok("-i c0 --destroy")?;
+    world.ok("-i c0 --destroy --instance blue")?;
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
