@@ -9,6 +9,9 @@ use nix::errno::Errno;
 /// The oldest kernel that is supported: 5.10.
 pub const OLDEST: (u32, u32) = (5, 10);
 
+/// What libbpf prints in front of a verifier's log.
+const LOG_BEGINS: &str = "BEGIN PROG LOAD LOG";
+
 /// Facts about the running kernel.
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -56,7 +59,7 @@ impl Kernel {
         let denied = cause == Some(libbpf_rs::ErrorKind::PermissionDenied);
         let remedy = if self.version().is_some_and(|version| version < OLDEST) {
             format!("this kernel is {}; netoken needs 5.10 or later", self.release)
-        } else if log.contains("BEGIN PROG LOAD LOG") {
+        } else if log.contains(LOG_BEGINS) {
             match save_log(log) {
                 Ok(path) => format!(
                     "the verifier of kernel {} refused the program; its log is in {path}, please report it",
@@ -80,10 +83,12 @@ impl Kernel {
         } else if denied {
             "it needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN (try sudo)".to_string()
         } else {
-            "see what libbpf said below".to_string()
+            "see what libbpf said".to_string()
         };
-        let said =
-            log.lines().filter(|line| line.starts_with("libbpf:")).take(3).collect::<Vec<_>>().join("; ");
+        // A verifier's log is in its file; anything else that libbpf said is short.
+        let short = if log.contains(LOG_BEGINS) { "" } else { log };
+        let said: Vec<_> = short.lines().filter(|line| line.starts_with("libbpf:")).take(3).collect();
+        let said = said.join("; ");
         let said = if said.is_empty() { said } else { format!(" ({said})") };
         anyhow!("loading the classifier into the kernel: {error}; {remedy}{said}")
     }

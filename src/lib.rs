@@ -17,7 +17,7 @@ pub mod state;
 pub mod token;
 
 /// What `libbpf-cargo` generates from `src/bpf`: the loader, and the types that cross the border.
-#[allow(missing_docs, clippy::all, clippy::pedantic)]
+#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
 mod skel {
     include!(concat!(env!("OUT_DIR"), "/netoken.skel.rs"));
 }

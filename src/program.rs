@@ -115,10 +115,10 @@ impl Program {
         Ok(Program {
             fd: skel.progs.netoken_egress.as_fd().try_clone_to_owned().context("keeping the program open")?,
             maps: Maps {
-                policies: own(&*skel.maps.policies)?,
-                counters: own(&*skel.maps.counters)?,
-                events: own(&*skel.maps.events)?,
-                live: own(&*skel.maps.live)?,
+                policies: own(&skel.maps.policies)?,
+                counters: own(&skel.maps.counters)?,
+                events: own(&skel.maps.events)?,
+                live: own(&skel.maps.live)?,
             },
         })
     }

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Not /sys/fs/bpf, because `ip netns exec` mounts a new /sys. For the same reason the file system is mounted
-//! where process 1 sees it, and reached through a descriptor that works in every mount namespace.
+//! where the first process sees it, and reached through a descriptor that works in every mount namespace.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -312,7 +312,7 @@ fn same_file(held: &File, path: &Path) -> bool {
 }
 
 fn is_bpffs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|fs| fs.filesystem_type().0 as i64 == BPF_FS_MAGIC)
+    statfs(path).is_ok_and(|fs| fs.filesystem_type().0 == BPF_FS_MAGIC)
 }
 
 fn mount_error(path: &Path, errno: Errno) -> anyhow::Error {
@@ -324,19 +324,39 @@ fn mount_error(path: &Path, errno: Errno) -> anyhow::Error {
     anyhow!("mounting a BPF file system on {}: {errno}; {remedy}", path.display())
 }
 
-/// Runs `f` in the mount namespace of process 1. `ip netns exec` runs its command in a new one, which ends with
-/// the command, and with it what was mounted there. Without the right to enter, our own has to do.
+/// Runs `f` in the mount namespace of the first process of the system. `ip netns exec` runs its command in a new
+/// one, which ends with the command, and with it what was mounted there.
 fn in_first_mount_namespace<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let first = File::open("/proc/1/ns/mnt").ok();
-    let ours = fs::metadata("/proc/thread-self/ns/mnt").map(|metadata| metadata.ino()).ok();
-    let other = first.filter(|file| file.metadata().map(|metadata| metadata.ino()).ok() != ours);
-    let Some(other) = other else { return f() };
+    let Some(first) = first_mount_namespace() else { return f() };
     // A thread of its own: the namespace goes with the thread, and the process keeps its paths.
     thread::scope(|scope| {
         let work = scope.spawn(move || {
-            let _ = unshare(CloneFlags::CLONE_FS).and_then(|()| setns(&other, CloneFlags::CLONE_NEWNS));
+            unshare(CloneFlags::CLONE_FS).and_then(|()| setns(&first, CloneFlags::CLONE_NEWNS)).context(
+                "entering the mount namespace of the first process; it needs CAP_SYS_ADMIN (try sudo)",
+            )?;
             f()
         });
         work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Nothing if that is where we are. Process 1 may have rights that we lack, and then cannot be looked at; the
+/// outermost of our ancestors that can be is as good.
+fn first_mount_namespace() -> Option<File> {
+    let ours = fs::metadata("/proc/thread-self/ns/mnt").ok()?.ino();
+    let mut ancestors = vec![1];
+    let mut above = Vec::new();
+    let mut pid = parent("self");
+    while let Some(id) = pid.filter(|id| *id > 1) {
+        above.push(id);
+        pid = parent(&id.to_string());
+    }
+    ancestors.extend(above.into_iter().rev());
+    let outermost = ancestors.iter().find_map(|pid| File::open(format!("/proc/{pid}/ns/mnt")).ok())?;
+    (outermost.metadata().ok()?.ino() != ours).then_some(outermost)
+}
+
+fn parent(pid: &str) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:")).and_then(|id| id.trim().parse().ok())
 }

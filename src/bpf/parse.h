@@ -27,14 +27,16 @@
 
 #define VLAN_TAGS_MAX 2
 #define IPV6_EXTENSIONS_MAX 8
-/* Eight extension headers of usual size end far before; the verifier wants a bound. */
-#define L4_OFF_MAX 4095
+/* Link header, tags and IPv6 header, then as many extension headers as we walk, each at its
+ * largest. */
+#define L4_OFF_MAX (128 + IPV6_EXTENSIONS_MAX * 2048)
 /* In the answer of skip_extensions(), beside the offset. */
 #define EXTENSIONS_SHORT (1U << 30)
 #define EXTENSIONS_FRAGMENT (1U << 31)
-/* What is pulled into the linear part when the headers are not there: link, IP, and TCP at their
- * largest. */
+/* What is pulled into the linear part when the headers are not there: nearly always, and at most.
+ */
 #define PULL_LEN_BYTES 256
+#define PULL_LEN_MAX_BYTES (L4_OFF_MAX + TCP_HEADER_LEN)
 
 #define TCP_FLAG_FIN 0x01
 #define TCP_FLAG_SYN 0x02
@@ -300,19 +302,26 @@ static __always_inline bool is_surely_no_syn(struct __sk_buff *skb)
 	return (flags & TCP_FLAGS_OF_SYN) != TCP_FLAG_SYN;
 }
 
+/* Out of line: the compiler would share the loads with those that become pointers, and cut them to
+ * 32 bits. */
+static __noinline bool is_linear(struct __sk_buff *skb)
+{
+	return skb->len <= skb->data_end - skb->data;
+}
+
 /* True if `skb` is a SYN, which this CPU's scratch then describes. */
 static __always_inline bool parse_syn(struct __sk_buff *skb)
 {
 	enum parsed parsed = parse_linear(skb);
+	__u32 pull_len = PULL_LEN_BYTES;
 
-	if (parsed == PARSED_SHORT) {
-		__u32 linear = skb->data_end - skb->data;
-
-		if (skb->len <= linear)
+	for (int i = 0; i < 2 && parsed == PARSED_SHORT; i++) {
+		if (is_linear(skb))
 			return false; /* nothing more to see: too short to show a SYN flag */
-		if (bpf_skb_pull_data(skb, skb->len < PULL_LEN_BYTES ? skb->len : PULL_LEN_BYTES))
+		if (bpf_skb_pull_data(skb, skb->len < pull_len ? skb->len : pull_len))
 			return false;
 		parsed = parse_linear(skb);
+		pull_len = PULL_LEN_MAX_BYTES;
 	}
 	return parsed == PARSED_SYN;
 }

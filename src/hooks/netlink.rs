@@ -1,7 +1,5 @@
 //! Asks the kernel over rtnetlink which interfaces, qdiscs and filters there are. Changes nothing.
 
-use std::io;
-
 use anyhow::{Context, Result, bail};
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -138,7 +136,7 @@ impl Netlink {
                 match reply.payload {
                     NetlinkPayload::Done(_) => return Ok(replies),
                     NetlinkPayload::Error(error) if error.code.is_some() => {
-                        return Err(io::Error::from(error.to_io()).into());
+                        return Err(error.to_io().into());
                     }
                     NetlinkPayload::InnerMessage(message) => replies.push(message),
                     _ => {}

@@ -5,10 +5,10 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::lab::PATIENCE;
 use crate::segment::{ECE_CWR, KIND_MD5, KIND_MPTCP, TOKEN};
 use crate::sockets::{Listener, connect_with, echo, exchange};
 use crate::support::ensure_eq;
-use crate::lab::PATIENCE;
 use crate::wire::Tap;
 use crate::world::{FAMILIES, Family, Hook, IN, OFFLOADS, World};
 use crate::{NET, case, case_if, sys, with};
@@ -20,9 +20,11 @@ pub fn cases() -> Vec<Trial> {
     for family in FAMILIES {
         let name = family.name();
         for (tx, offload) in OFFLOADS {
-            cases.push(case(&format!("connecting over {name} {offload} works and is stamped"), NET, move || {
-                direct(family, tx)
-            }));
+            cases.push(case(
+                &format!("connecting over {name} {offload} works and is stamped"),
+                NET,
+                move || direct(family, tx),
+            ));
             for hook in [Hook::Client, Hook::Router] {
                 let what =
                     format!("a SYN over {name} {offload} stamped on the {hook:?} is right behind a router");
@@ -196,9 +198,8 @@ fn md5(family: Family) -> Result<()> {
     let world = World::new(false)?;
     world.attach("")?;
     let (client, server) = (world.client_addr(family), world.server_addr(family));
-    let listener = Listener::open_with(&world.lab, &world.server, (server, 0).into(), |socket| {
-        sign(socket, client)
-    })?;
+    let listener =
+        Listener::open_with(&world.lab, &world.server, (server, 0).into(), |socket| sign(socket, client))?;
     let mut near = connect_with(&world.lab, &world.client, listener.addr, PATIENCE, |s| sign(s, server))?;
     let mut far = listener.accept()?;
     echo(&mut near, &mut far.stream)?;

@@ -1,10 +1,17 @@
 //! netoken and real TCP, in network namespaces: what a promise of the design looks like from the outside.
 
 mod connects;
+mod devices;
+mod fastopen;
 #[path = "../support/lab.rs"]
 mod lab;
+mod measures;
+mod policies;
+mod receivers;
 mod segment;
+mod skbs;
 mod sockets;
+mod streams;
 #[path = "../support/mod.rs"]
 mod support;
 mod sys;
@@ -57,6 +64,24 @@ fn case_if(
     }
 }
 
+/// One case while which no other runs.
+fn alone(name: &str, needs: &[Need], test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
+    support::case(name, needs, move || {
+        let _alone = QUIET.write().unwrap_or_else(PoisonError::into_inner);
+        test()
+    })
+}
+
 fn main() -> ExitCode {
-    support::run(connects::cases())
+    let cases = [
+        connects::cases(),
+        fastopen::cases(),
+        receivers::cases(),
+        policies::cases(),
+        skbs::cases(),
+        devices::cases(),
+        streams::cases(),
+        measures::cases(),
+    ];
+    support::run(cases.into_iter().flatten().collect())
 }

@@ -69,9 +69,7 @@ impl Segment {
     /// Reads a packet that begins with IP. Of a saved SYN, which ends with its options, the sums say nothing.
     pub fn from_ip(packet: &[u8]) -> Result<Segment> {
         let (header_len, ip_len, protocol, addresses) = match packet.first().context("empty")? >> 4 {
-            4 => {
-                (usize::from(packet[0] & 15) * 4, usize::from(u16_at(packet, 2)?), packet.get(9), 12..20)
-            }
+            4 => (usize::from(packet[0] & 15) * 4, usize::from(u16_at(packet, 2)?), packet.get(9), 12..20),
             6 => (40, 40 + usize::from(u16_at(packet, 4)?), packet.get(6), 8..40),
             version => bail!("IP version {version}"),
         };

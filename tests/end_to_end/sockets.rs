@@ -7,9 +7,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use crate::lab::{Lab, PATIENCE};
 use crate::segment::Segment;
 use crate::support::ensure_eq;
-use crate::lab::{Lab, PATIENCE};
 use crate::sys;
 use crate::world::{Family, World};
 
@@ -60,8 +60,8 @@ impl Listener {
     pub fn accept(&self) -> Result<Accepted> {
         let (socket, _) = self.socket.accept().context("accepting a connection")?;
         socket.set_read_timeout(Some(PATIENCE))?;
-        let saved = sys::get_option(&socket, libc::IPPROTO_TCP, libc::TCP_SAVED_SYN, 512)
-            .context("TCP_SAVED_SYN")?;
+        let saved =
+            sys::get_option(&socket, libc::IPPROTO_TCP, libc::TCP_SAVED_SYN, 512).context("TCP_SAVED_SYN")?;
         Ok(Accepted { syn: Segment::from_ip(&saved).context("the saved SYN")?, stream: socket.into() })
     }
 }

@@ -28,9 +28,8 @@ pub fn get_option(socket: &impl AsRawFd, level: i32, name: i32, max: usize) -> i
     let mut value = vec![0u8; max];
     let mut len = max as libc::socklen_t;
     // SAFETY: the kernel writes at most `len` bytes, which is the size of `value`, and says how many.
-    let result = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len)
-    };
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
     value.truncate(len as usize);
     if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }

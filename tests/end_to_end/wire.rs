@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
 use socket2::{Domain, Socket, Type};
 
-use crate::segment::{self, Segment};
 use crate::lab::{Lab, PATIENCE};
+use crate::segment::{self, Segment};
 use crate::sys;
 
 /// MSS, SACK permitted, timestamps, NOP, window scale: what Linux sends.

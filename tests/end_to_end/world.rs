@@ -175,7 +175,14 @@ impl World {
 
     /// Fails if the server's kernel has seen a packet that is wrong.
     pub fn expect_no_bad_packets(&self) -> Result<()> {
-        for name in ["TcpInCsumErrors", "TcpInErrs", "IpInHdrErrors", "Ip6InHdrErrors", "IpExtInCsumErrors", "IpExtInTruncatedPkts"] {
+        for name in [
+            "TcpInCsumErrors",
+            "TcpInErrs",
+            "IpInHdrErrors",
+            "Ip6InHdrErrors",
+            "IpExtInCsumErrors",
+            "IpExtInTruncatedPkts",
+        ] {
             ensure_eq!(self.server_counter(name)?, 0, "{name} of the server");
         }
         Ok(())

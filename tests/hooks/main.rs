@@ -63,9 +63,9 @@ fn main() -> ExitCode {
         marks: a_clsact_that_was_made_anew_is_not_ours a_clsact_of_an_interface_with_a_used_index_is_not_ours
             a_clsact_of_a_namespace_with_a_used_number_is_not_ours a_deleted_namespace_leaves_no_mark;
         place: priority_and_handle_can_be_chosen another_place_leaves_exactly_one_filter
-            a_taken_place_is_an_error_that_says_so the_default_is_in_front_of_what_is_there
+            another_handle_stays_within_the_priority a_taken_place_is_an_error_that_says_so the_default_is_in_front_of_what_is_there
             a_place_that_cannot_be_is_wrong_usage;
-        half: a_missing_second_interface_leaves_nothing a_second_interface_that_refuses_leaves_nothing
+        half: a_missing_second_interface_leaves_nothing a_command_for_a_missing_interface_makes_no_state a_second_interface_that_refuses_leaves_nothing
             a_second_interface_that_refuses_leaves_the_first_as_it_was
             a_failed_attach_keeps_what_detach_kept detach_keeps_policy_and_counters
             the_last_destroy_removes_policy_and_counters destroy_without_an_interface_takes_all;

@@ -4,9 +4,9 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 
-use crate::lab::Lab;
+use crate::lab::{Lab, wait_until};
 use crate::look::{expect_no_state, has_clsact};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -43,9 +43,8 @@ pub fn a_clsact_of_an_interface_with_a_used_index_is_not_ours() -> Result<()> {
     expect_no_state(&lab)
 }
 
-/// The kernel gives the number of a deleted namespace to a new one.
+/// The kernel gives the number of a deleted namespace to a new one: always the lowest that is free.
 pub fn a_clsact_of_a_namespace_with_a_used_number_is_not_ours() -> Result<()> {
-    const TRIES: usize = 64;
     let mut lab = Lab::new()?;
     let first = lab.netns("first")?;
     let number = |ns: &str| fs::metadata(format!("/run/netns/{ns}")).map(|metadata| metadata.ino());
@@ -55,16 +54,20 @@ pub fn a_clsact_of_a_namespace_with_a_used_number_is_not_ours() -> Result<()> {
     let used = number(&first)?;
     sh(&format!("ip netns del {first}"))?;
 
-    for attempt in 0..TRIES {
-        let ns = lab.netns(&format!("next{attempt}"))?;
-        if number(&ns)? != used {
-            continue;
+    let mut tries = 0;
+    let ns = wait_until("a new namespace with the number of the deleted one", || {
+        tries += 1;
+        let ns = lab.netns(&format!("next{tries}"))?;
+        let got = number(&ns)?;
+        if got > used {
+            // Not free yet. A lower number is kept, so that the next one is higher.
+            sh(&format!("ip netns del {ns}"))?;
         }
-        link(&ns)?;
-        sh(&format!("tc -n {ns} qdisc add dev d0 clsact"))?;
-        return expect_kept(&lab, &ns, "d0");
-    }
-    bail!("of {TRIES} new namespaces none got the number {used} of the deleted one")
+        Ok((got == used).then_some(ns))
+    })?;
+    link(&ns)?;
+    sh(&format!("tc -n {ns} qdisc add dev d0 clsact"))?;
+    expect_kept(&lab, &ns, "d0")
 }
 
 pub fn a_deleted_namespace_leaves_no_mark() -> Result<()> {

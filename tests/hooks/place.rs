@@ -36,7 +36,6 @@ pub fn another_place_leaves_exactly_one_filter() -> Result<()> {
     for (flags, place) in [
         ("--priority 50", "pref 50 "),
         ("--priority 40 --handle 3", "pref 40 bpf chain 0 handle 0x3 "),
-        ("--handle 4", "pref 40 bpf chain 0 handle 0x4 "),
         ("--priority 40 --handle 5", "pref 40 bpf chain 0 handle 0x5 "),
         ("--priority 1", "pref 1 "),
     ] {
@@ -50,6 +49,13 @@ pub fn another_place_leaves_exactly_one_filter() -> Result<()> {
         "the policy is lost"
     );
     Ok(())
+}
+
+pub fn another_handle_stays_within_the_priority() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet --priority 40 --handle 3")?;
+    world.ok("-i c0 --attach --quiet --handle 4")?;
+    expect_place(&world, "pref 40 bpf chain 0 handle 0x4 ")
 }
 
 pub fn a_taken_place_is_an_error_that_says_so() -> Result<()> {

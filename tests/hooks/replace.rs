@@ -73,14 +73,13 @@ pub fn replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect() -> Result<()
     world.ok("-i c0 --attach --quiet")?;
     let listener = world.listen("10.77.0.2:0")?;
     let addr = listener.local_addr()?;
-    let (stop, connected) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (stop, all_made) = (AtomicBool::new(false), AtomicU64::new(u64::MAX));
 
     thread::scope(|scope| -> Result<()> {
-        let clients = scope.spawn(|| world.lab.within(&world.ns, || connect_until(addr, &stop, &connected)));
+        let clients = scope.spawn(|| world.lab.within(&world.ns, || connect_until(addr, &stop)));
         let servers = scope.spawn(|| -> Result<u64> {
             let mut accepted = 0;
-            // Whoever connects counts first, so that nothing is left in the queue at the end.
-            while !stop.load(Ordering::Acquire) || accepted < connected.load(Ordering::Acquire) {
+            while accepted < all_made.load(Ordering::Acquire) {
                 match listener.accept() {
                     Ok((stream, _)) => {
                         accepted += 1;
@@ -94,13 +93,15 @@ pub fn replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect() -> Result<()
             Ok(accepted)
         });
         let replaced = (0..REPLACEMENTS).try_for_each(|_| world.ok("-i c0 --attach --quiet").map(drop));
-        // The clients end first: what they count has to be complete when the server looks.
         stop.store(true, Ordering::Release);
-        let made = clients.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let made = clients.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // Only now is it known how many there are to accept.
+        all_made.store(made.as_ref().map_or(0, |made| *made), Ordering::Release);
         let accepted = servers.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let made = made?;
         replaced?;
         ensure!(made >= REPLACEMENTS as u64, "only {made} connections in {REPLACEMENTS} replacements");
-        ensure!(accepted >= made, "{made} connections made, {accepted} accepted");
+        ensure_eq!(accepted, made, "connections accepted and made");
         let stamped = counter(&world.lab, &world.ns, "default", "stamped")?;
         ensure!(stamped >= made, "{made} connections made, {stamped} SYNs stamped");
         Ok(())
@@ -109,14 +110,13 @@ pub fn replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect() -> Result<()
 }
 
 /// Connects again and again, and returns how often.
-fn connect_until(addr: SocketAddr, stop: &AtomicBool, connected: &AtomicU64) -> Result<u64> {
+fn connect_until(addr: SocketAddr, stop: &AtomicBool) -> Result<u64> {
     let mut made = 0;
     while !stop.load(Ordering::Acquire) {
         let stream = connect(addr)?;
         // A reset leaves no TIME_WAIT behind, and the ports last.
         socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO))?;
         made += 1;
-        connected.store(made, Ordering::Release);
     }
     Ok(made)
 }

@@ -33,7 +33,7 @@ fn expect_all(children: Vec<Child>) -> Result<()> {
 
 pub fn eight_attaches_at_once_leave_one_filter() -> Result<()> {
     let world = World::new()?;
-    for _ in 0..3 {
+    for _ in 0..8 {
         let children = (0..8).map(|_| start(&world, "-i c0 --attach --quiet")).collect::<Result<Vec<_>>>()?;
         expect_all(children)?;
         expect_ours(&world.ns, "c0", 1)?;

@@ -124,7 +124,10 @@ impl World {
     pub fn expect_token(&self, expected: &str, what: &str) -> Result<()> {
         let syn = self.one_syn()?;
         let found = token(&syn);
-        ensure!(found.as_deref() == Some(expected), "{what}: {expected} expected, found {found:?} in {syn:02x?}");
+        ensure!(
+            found.as_deref() == Some(expected),
+            "{what}: {expected} expected, found {found:?} in {syn:02x?}"
+        );
         Ok(())
     }
 }

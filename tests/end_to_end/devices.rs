@@ -1,0 +1,124 @@
+//! What lies in front of IP: VLAN tags that the device keeps beside the packet, and no link header at all.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use libtest_mimic::Trial;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::{Domain, Socket, Type};
+
+use crate::lab::{Lab, PATIENCE};
+use crate::segment::{Segment, TOKEN};
+use crate::skbs::{Bench, payload};
+use crate::support::{ensure_eq, sh};
+use crate::wire::{Checksum, LINUX_OPTIONS};
+use crate::world::{FAMILIES, Family, OUT};
+use crate::{NET, case, case_if, sys, with};
+
+pub fn cases() -> Vec<Trial> {
+    let mut cases = Vec::new();
+    for family in FAMILIES {
+        let name = family.name();
+        let needs = [with("clang"), with("tc")].concat();
+        for (tags, what) in [(1, "a VLAN tag"), (2, "two VLAN tags")] {
+            cases.push(case(
+                &format!("a SYN over {name} with {what} beside the packet is stamped"),
+                &needs,
+                move || vlan(family, tags),
+            ));
+        }
+        cases.push(case_if(
+            &format!("a SYN over {name} through a tun device, which has no link header, is stamped"),
+            NET,
+            move || tun(family),
+            has_tun,
+        ));
+    }
+    cases
+}
+
+/// A filter in front of ours pushes the tags. The last stays in the skb's metadata, an earlier one is in the
+/// packet.
+fn vlan(family: Family, tags: usize) -> Result<()> {
+    let bench = Bench::new(family, 9000)?;
+    let world = &bench.world;
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/end_to_end/vlan_push.bpf.c");
+    let object = world.lab.run.join("vlan_push.o");
+    let (source, object) = (source.display(), object.display());
+    sh(&format!("clang -O2 -target bpf -DTAGS={tags} -c {source} -o {object}"))?;
+    sh(&format!("tc -n {} qdisc add dev {OUT} clsact", world.client))?;
+    sh(&format!("tc -n {} filter add dev {OUT} egress pref 1 bpf da obj {object} sec tc", world.client))?;
+    world.attach("--priority 10")?;
+
+    let expected = [(0x88a8, 9), (0x8100, 7)];
+    let mut sent = 0;
+    for checksum in [Checksum::Partial, Checksum::Complete] {
+        for (len, linear) in [(0, 0), (100, 0), (1, 0), (5000, 14), (5000, 100)] {
+            let syn = bench.expect_stamped(&LINUX_OPTIONS, &payload(len), (checksum, linear))?;
+            ensure_eq!(syn.tags, expected[2 - tags..], "tags");
+            sent += 1;
+        }
+    }
+    world.expect_counters(&[("stamped", sent)])
+}
+
+const TUN: &str = "tun0";
+
+fn has_tun() -> Result<(), String> {
+    match sys::in_nowhere(|| sys::open_tun(TUN)) {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) | Err(error) => Err(format!("no tun devices here: {error:#}")),
+    }
+}
+
+fn tun(family: Family) -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ns = lab.netns("client")?;
+    let mut device = lab.within(&ns, || sys::open_tun(TUN))?;
+    sh(&format!("ip -n {ns} link set {TUN} up"))?;
+    let bits = if family == Family::V4 { 24 } else { 64 };
+    lab.addr(&ns, TUN, &format!("{}/{bits}", family.addr(9, 1)))?;
+    let place = format!("--netns {ns} --iface {TUN}");
+    lab.ok(&format!("{place} --attach --quiet"))?;
+
+    let to = std::net::SocketAddr::new(family.addr(9, 2), 80);
+    let (socket, from) = lab.within(&ns, || {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        socket.set_nonblocking(true)?;
+        let started = socket.connect(&to.into()).err().and_then(|error| error.raw_os_error());
+        ensure_eq!(started, Some(libc::EINPROGRESS), "connecting to {to}");
+        let from = socket.local_addr()?.as_socket().context("no address")?;
+        Ok((socket, from))
+    })?;
+    let syn = read_syn(&mut device)?;
+    drop(socket);
+    syn.check_stamped(TOKEN)?;
+    syn.check_sums()?;
+    ensure_eq!((syn.src, syn.dst), (from, to), "the flow");
+    let counters = lab.ok(&format!("{place} --query --json"))?;
+    ensure!(counters.contains("\"no_policy\":0") && !counters.contains("\"stamped\":0"), "{counters}");
+    Ok(())
+}
+
+/// The first SYN among what the kernel sends through the device, which is IPv6's own chatter else.
+fn read_syn(device: &mut File) -> Result<Segment> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut packet = vec![0; 1 << 16];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+        if poll(&mut [PollFd::new(device.as_fd(), PollFlags::POLLIN)], timeout)? == 0 {
+            bail!("waited {PATIENCE:?} for a SYN in the tun device");
+        }
+        let len = device.read(&mut packet)?;
+        if let Ok(segment) = Segment::from_ip(&packet[..len])
+            && segment.is_syn()
+        {
+            return Ok(segment);
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! What an operator measures: throughput, memory, and how soon after the command the first SYN is stamped. Each
+//! of these cases runs alone.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use libtest_mimic::Trial;
+use nix::sys::signal::Signal;
+
+use crate::lab::{PATIENCE, kernel_counter};
+use crate::sockets::{Listener, connect};
+use crate::support::ensure_eq;
+use crate::world::{Family, World};
+use crate::{NET, alone, streams};
+
+pub fn cases() -> Vec<Trial> {
+    vec![
+        alone("a bulk transfer is as fast with the stamp as without", NET, bulk),
+        alone("a thousand connections leave the streaming process below 12 MiB", NET, memory),
+        alone("the first SYN is stamped soon after the command", NET, first_stamp),
+    ]
+}
+
+const BULK: usize = 200 << 20;
+const ROUNDS: usize = 3;
+const TRIES: usize = 2;
+
+/// What one way of sending has cost, at its best.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    seconds: f64,
+    retransmitted: u64,
+}
+
+impl Cost {
+    const NONE: Cost = Cost { seconds: f64::INFINITY, retransmitted: u64::MAX };
+
+    fn best(self, other: Cost) -> Cost {
+        Cost {
+            seconds: self.seconds.min(other.seconds),
+            retransmitted: self.retransmitted.min(other.retransmitted),
+        }
+    }
+}
+
+fn transfer(world: &World, listener: &Listener) -> Result<Cost> {
+    let before = kernel_counter(&world.client, "TcpRetransSegs")?;
+    let mut client = connect(&world.lab, &world.client, listener.addr, PATIENCE)?;
+    let mut server = listener.accept()?.stream;
+    let start = Instant::now();
+    let got = std::thread::scope(|scope| {
+        let receiver = scope.spawn(move || -> Result<usize> {
+            let mut block = vec![0; 1 << 18];
+            let mut sum = 0;
+            loop {
+                match server.read(&mut block)? {
+                    0 => return Ok(sum),
+                    len => sum += len,
+                }
+            }
+        });
+        let block = vec![0x5a; 1 << 18];
+        (0..BULK / block.len()).try_for_each(|_| client.write_all(&block))?;
+        drop(client);
+        receiver.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    ensure_eq!(got, BULK, "bytes that arrived");
+    let retransmitted = kernel_counter(&world.client, "TcpRetransSegs")? - before;
+    Ok(Cost { seconds: start.elapsed().as_secs_f64(), retransmitted })
+}
+
+fn bulk() -> Result<()> {
+    let mut said = String::new();
+    for _ in 0..TRIES {
+        let world = World::new(true)?;
+        let listener = Listener::open(&world, Family::V4)?;
+        transfer(&world, &listener)?;
+        let (mut without, mut with) = (Cost::NONE, Cost::NONE);
+        // In turns, so that what else the machine does hits both.
+        for _ in 0..ROUNDS {
+            without = without.best(transfer(&world, &listener)?);
+            world.attach("")?;
+            with = with.best(transfer(&world, &listener)?);
+            world.lab.ok(&format!("{} --detach", world.place()))?;
+        }
+        world.expect_no_bad_packets()?;
+        said = format!("{} MiB, without: {without:?}, with: {with:?}", BULK >> 20);
+        println!("{said}");
+        if without.seconds / with.seconds >= 0.8 && with.retransmitted <= without.retransmitted + 5 {
+            return Ok(());
+        }
+    }
+    bail!("{said}")
+}
+
+/// Opens a connection and ends it at once, without a trace.
+fn touch(listener: &Listener, connect: impl FnOnce() -> Result<TcpStream>) -> Result<bool> {
+    let client = connect()?;
+    let syn = listener.accept()?.syn;
+    socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO))?;
+    Ok(syn.token().is_some())
+}
+
+fn memory() -> Result<()> {
+    const LIMIT_KIB: u64 = 12 * 1024;
+    const CONNECTIONS: u64 = 1000;
+    let world = World::new(true)?;
+    let mut stream = streams::start(&world)?;
+    let listener = Listener::open(&world, Family::V4)?;
+    let addr = listener.addr;
+    world.lab.within(&world.client, || {
+        for _ in 0..CONNECTIONS {
+            ensure!(touch(&listener, || Ok(TcpStream::connect_timeout(&addr, PATIENCE)?))?, "not stamped");
+        }
+        Ok(())
+    })?;
+    let all = format!("\"syns\":{CONNECTIONS},");
+    stream.wait_for("totals of all", |line| line.contains("\"type\":\"totals\"") && line.contains(&all))?;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", stream.child.id()))?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
+    println!("after {CONNECTIONS} connections: {line}");
+    let kib: u64 = line.split_whitespace().nth(1).context("no number")?.parse()?;
+    ensure!(kib < LIMIT_KIB, "{line}, more than {LIMIT_KIB} kB");
+    stream.signal(Signal::SIGINT)?;
+    stream.end().map(drop)
+}
+
+fn first_stamp() -> Result<()> {
+    const LIMIT: Duration = Duration::from_millis(150);
+    const TRIES: usize = 3;
+    let mut best = Duration::MAX;
+    for _ in 0..TRIES {
+        let world = World::new(true)?;
+        let listener = Listener::open(&world, Family::V4)?;
+        let addr = listener.addr;
+        let took = world.lab.within(&world.client, || {
+            let start = Instant::now();
+            let mut command = world.lab.netoken(&format!("{} --attach --quiet", world.place())).spawn()?;
+            let mut ended = None;
+            while !touch(&listener, || Ok(TcpStream::connect_timeout(&addr, PATIENCE)?))? {
+                ensure!(start.elapsed() < PATIENCE, "no SYN was stamped");
+                ended = command.try_wait()?;
+                ensure!(ended.is_none_or(|status| status.success()), "netoken failed: {ended:?}");
+            }
+            let took = start.elapsed();
+            ensure!(ended.map_or_else(|| command.wait(), Ok)?.success(), "netoken failed");
+            Ok(took)
+        })?;
+        best = best.min(took);
+        if best < LIMIT {
+            break;
+        }
+    }
+    println!("from the command to the first stamped SYN: {best:?}");
+    // Without optimisation the program itself is slow, and nobody runs it so.
+    ensure!(cfg!(debug_assertions) || best < LIMIT, "it took {best:?}, more than {LIMIT:?}");
+    Ok(())
+}

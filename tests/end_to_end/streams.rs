@@ -1,0 +1,105 @@
+//! What `--attach` tells while it runs: one record for each SYN, and none lost without a word.
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::lab::{Running, wait_until};
+use crate::segment::TOKEN;
+use crate::sockets::{Listener, exchange};
+use crate::support::{Hex, ensure_eq};
+use crate::wire::{Checksum, Frame, LINUX_OPTIONS, Tap};
+use crate::world::{FAMILIES, Family, OUT, World};
+use crate::{NET, case};
+
+const CONNECTIONS: usize = 5;
+
+pub fn cases() -> Vec<Trial> {
+    let mut cases = vec![case("a reader that cannot keep up is told how many events it has lost", NET, lost)];
+    for family in FAMILIES {
+        cases.push(case(
+            &format!("every connection over {} is one record in the stream", family.name()),
+            NET,
+            move || records(family),
+        ));
+    }
+    cases
+}
+
+/// Attaches, and waits until SYNs are stamped.
+pub fn start(world: &World) -> Result<Running> {
+    let mut stream = Running::start(&mut world.lab.netoken(&format!("{} --attach --json", world.place())))?;
+    stream.wait_for("the hook", |line| line.contains("\"type\":\"attached\""))?;
+    Ok(stream)
+}
+
+/// The next record of that type.
+fn next(stream: &mut Running, kind: &str) -> Result<Value> {
+    let wanted = format!("\"type\":\"{kind}\"");
+    let line = stream.wait_for(kind, |line| line.contains(&wanted))?;
+    serde_json::from_str(&line).with_context(|| format!("not JSON: {line}"))
+}
+
+fn records(family: Family) -> Result<()> {
+    let world = World::new(false)?;
+    let mut stream = start(&world)?;
+    let listener = Listener::open(&world, family)?;
+    for _ in 0..CONNECTIONS {
+        let syn = exchange(&world, &listener)?;
+        let record = next(&mut stream, "syn")?;
+        for (name, expected) in [
+            ("interface", Value::from(OUT)),
+            ("src", syn.src.ip().to_string().into()),
+            ("sport", syn.src.port().into()),
+            ("dst", syn.dst.ip().to_string().into()),
+            ("dport", syn.dst.port().into()),
+            ("isn", syn.isn.into()),
+            ("verdict", "stamped".into()),
+            ("dropped", false.into()),
+            ("rule", 0.into()),
+            ("token", Hex(&TOKEN).to_string().into()),
+            ("old_options_len", (syn.options_len - 12).into()),
+            ("new_options_len", syn.options_len.into()),
+        ] {
+            ensure_eq!(record[name], expected, "{name} in {record}");
+        }
+    }
+    let totals = next(&mut stream, "totals")?;
+    ensure_eq!(totals["lost"], 0, "lost events");
+    stream.signal(Signal::SIGINT)?;
+    let (code, lines) = stream.end()?;
+    ensure_eq!(code, Some(0), "exit code");
+    let records = lines.iter().filter(|line| line.contains("\"type\":\"syn\"")).count();
+    ensure_eq!(records, CONNECTIONS, "records of SYNs");
+    world.expect_counters(&[("stamped", CONNECTIONS as u64)])
+}
+
+fn lost() -> Result<()> {
+    const SYNS: usize = 20_000;
+    let world = World::new(true)?;
+    let mut stream = start(&world)?;
+    let sender = Tap::sender(&world.lab, &world.client, OUT)?;
+    let to = (world.server_addr(Family::V4), 5000).into();
+    let frame = Frame::syn(world.client_addr(Family::V4), to, &LINUX_OPTIONS, b"")?;
+
+    stream.signal(Signal::SIGSTOP)?;
+    let status = format!("/proc/{}/stat", stream.child.id());
+    wait_until("the reader to stop", || {
+        Ok(std::fs::read_to_string(&status)?.contains(") T ").then_some(()))
+    })?;
+    (0..SYNS).try_for_each(|_| sender.send(&frame, Checksum::Partial, 0))?;
+    stream.signal(Signal::SIGCONT)?;
+    let all = format!("\"syns\":{SYNS},");
+    stream.wait_for("totals of all", |line| line.contains("\"type\":\"totals\"") && line.contains(&all))?;
+    stream.signal(Signal::SIGINT)?;
+    let (_, lines) = stream.end()?;
+
+    let seen = lines.iter().filter(|line| line.contains("\"type\":\"syn\"")).count();
+    let last = lines.iter().rfind(|line| line.contains("\"type\":\"totals\"")).context("no totals")?;
+    let last: Value = serde_json::from_str(last)?;
+    let lost = last["lost"].as_u64().context("no number of lost events")? as usize;
+    ensure!(lost > 0, "{SYNS} events fit the buffer");
+    ensure_eq!(seen + lost, SYNS, "{seen} events seen and {lost} lost");
+    world.expect_counters(&[("stamped", SYNS as u64)])
+}
