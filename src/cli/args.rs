@@ -25,6 +25,9 @@ Exit codes: 0 done, 1 failed, 2 wrong usage.";
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES, arg_required_else_help = true)]
 #[command(group = ArgGroup::new("mode").required(true).args(["attach", "query", "detach", "destroy"]))]
+#[command(group = ArgGroup::new("attaching").multiple(true).conflicts_with_all(["query", "detach", "destroy"]).args([
+    "token", "policy", "quiet", "sample", "detach_on_exit", "priority", "handle", "option_kind", "exid",
+]))]
 pub struct Args {
     /// Interface to act on; may be given more than once
     #[arg(short, long = "iface", visible_alias = "interface", value_name = "NAME")]
@@ -48,47 +51,41 @@ pub struct Args {
     destroy: bool,
 
     /// Token to stamp every SYN with, 16 hexadecimal digits [default: 4e45544f4b454e31, "NETOKEN1"]
-    #[arg(
-        long,
-        value_name = "HEX",
-        requires = "attach",
-        conflicts_with = "policy",
-        help_heading = "With --attach"
-    )]
+    #[arg(long, value_name = "HEX", conflicts_with = "policy", help_heading = "With --attach")]
     token: Option<Token>,
 
     /// Policy file: what to stamp, skip or drop, by destination prefix and port
-    #[arg(long, value_name = "FILE", requires = "attach", help_heading = "With --attach")]
+    #[arg(long, value_name = "FILE", help_heading = "With --attach")]
     policy: Option<PathBuf>,
 
     /// Attach and return at once
-    #[arg(long, requires = "attach", help_heading = "With --attach")]
+    #[arg(long, help_heading = "With --attach")]
     quiet: bool,
 
     /// Send one event for every N SYNs of the same verdict and CPU; counters always count all
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "attach", help_heading = "With --attach",
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "With --attach",
           value_parser = clap::value_parser!(u32).range(1..))]
     sample: u32,
 
     /// Remove everything again when the stream ends
-    #[arg(long, requires = "attach", conflicts_with = "quiet", help_heading = "With --attach")]
+    #[arg(long, conflicts_with = "quiet", help_heading = "With --attach")]
     detach_on_exit: bool,
 
     /// Place among the filters of the interface, 1 to 65535, lower runs first [default: in front of those there]
-    #[arg(long, value_name = "N", requires = "attach", help_heading = "With --attach")]
+    #[arg(long, value_name = "N", help_heading = "With --attach")]
     priority: Option<u16>,
 
     /// Handle of the filter within its priority [default: the next free one]
-    #[arg(long, value_name = "N", requires = "attach", help_heading = "With --attach", value_parser = number)]
+    #[arg(long, value_name = "N", help_heading = "With --attach", value_parser = number)]
     handle: Option<u32>,
 
     /// Kind byte of the TCP option, 253 or 254 (RFC 4727)
-    #[arg(long, value_name = "KIND", default_value_t = DEFAULT_KIND, requires = "attach",
+    #[arg(long, value_name = "KIND", default_value_t = DEFAULT_KIND,
           help_heading = "With --attach", value_parser = clap::value_parser!(u8).range(253..=254))]
     option_kind: u8,
 
     /// Experiment identifier of the option (RFC 6994) [default: 0x4e54]
-    #[arg(long, value_name = "ID", requires = "attach", help_heading = "With --attach", value_parser = exid)]
+    #[arg(long, value_name = "ID", help_heading = "With --attach", value_parser = exid)]
     exid: Option<u16>,
 
     /// Act on the interfaces of another network namespace: a name from `ip netns`, or a path

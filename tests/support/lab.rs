@@ -107,7 +107,8 @@ impl Drop for Lab {
         for name in &self.namespaces {
             sh(&format!("ip netns del {name}")).ok();
         }
-        sh(&format!("! mountpoint -q {0}/bpf || umount {0}/bpf", self.run.display())).ok();
+        // As often as it was mounted.
+        sh(&format!("while mountpoint -q {0}/bpf; do umount {0}/bpf || exit; done", self.run.display())).ok();
         fs::remove_dir_all(&self.run).ok();
     }
 }
