@@ -82,3 +82,23 @@ impl Serialize for Counters {
         map.end()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_explains_every_verdict_under_its_number() {
+        let readme = include_str!("../README.md");
+        for (number, name) in VERDICTS {
+            assert!(readme.contains(&format!("| `{name}` | {number} |")), "no row for {name} ({number})");
+        }
+    }
+
+    #[test]
+    fn numbers_count_up_from_one_and_have_names() {
+        assert!((1..).zip(VERDICTS).all(|(expected, (number, _))| expected == *number));
+        assert_eq!(verdict_name(Verdict::VERDICT_NO_ROOM.0), "no_room");
+        assert_eq!(verdict_name(Verdict::VERDICT_COUNT.0), "unknown");
+    }
+}

@@ -360,6 +360,15 @@ mod tests {
     }
 
     #[test]
+    fn the_example_and_the_readme_show_policies_that_work() {
+        let example = Policy::from_file(Path::new("examples/policy.toml")).unwrap();
+        assert_eq!(example.summary(), "3 rules, default: stamp 4e45544f4b454e31");
+        let readme = include_str!("../README.md");
+        let shown = readme.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        assert_eq!(Policy::from_toml(shown).unwrap().rules, example.rules[..1]);
+    }
+
+    #[test]
     fn prefixes_at_their_edges() {
         for good in ["0.0.0.0/0", "::/0", "255.255.255.255/32", "ffff::/16", "::1/128", "10.0.0.1"] {
             assert!(good.parse::<Prefix>().is_ok(), "{good}");
