@@ -76,9 +76,7 @@ fn listen() -> Result<TcpListener> {
 /// a wake-up and what the stamp costs is seen in full. Nobody accepts meanwhile; the backlog holds them all.
 fn connections(listener: &TcpListener) -> Result<f64> {
     let addr: SocketAddr = ADDR.parse()?;
-    let mut cpu = CpuSet::new();
-    cpu.set(0)?;
-    sched_setaffinity(Pid::from_raw(0), &cpu).context("staying on one CPU")?;
+    stay_on(0)?;
     let start = Instant::now();
     for _ in 0..CONNECTIONS {
         connect_and_reset(addr)?;
@@ -88,6 +86,13 @@ fn connections(listener: &TcpListener) -> Result<f64> {
         listener.accept()?;
     }
     Ok(f64::from(CONNECTIONS) / seconds)
+}
+
+/// Keeps the calling thread on one CPU: moving about is the largest noise there is.
+fn stay_on(cpu: usize) -> Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu)?;
+    sched_setaffinity(Pid::from_raw(0), &set).context("staying on one CPU")
 }
 
 /// Closing with a reset leaves no TIME-WAIT behind, which would use up the ports.
@@ -100,6 +105,7 @@ fn bulk(listener: &TcpListener) -> Result<f64> {
     let addr: SocketAddr = ADDR.parse()?;
     thread::scope(|scope| {
         let reader = scope.spawn(|| -> Result<usize> {
+            stay_on(1)?;
             let (mut socket, _) = listener.accept()?;
             let mut buffer = vec![0; 1 << 18];
             let mut total = 0;
@@ -110,6 +116,7 @@ fn bulk(listener: &TcpListener) -> Result<f64> {
                 }
             }
         });
+        stay_on(0)?;
         let block = vec![0x5a; 1 << 18];
         let start = Instant::now();
         let mut socket = TcpStream::connect(addr)?;

@@ -183,10 +183,15 @@ static __noinline bool restore(struct __sk_buff *skb, struct syn *syn, struct sc
 	       !(stamp->grow && bpf_skb_change_tail(skb, stamp->tail_end, 0));
 }
 
+/* Also true if the length would not fit into the IP header: the MTU of loopback is larger than
+ * that. */
 static __always_inline bool exceeds_mtu(struct __sk_buff *skb, const struct syn *syn, __u32 grow)
 {
+	__u32 len_max = syn->event.flow.family == 6 ? IPV6_HEADER_LEN + 0xffff : 0xffff;
 	__u32 len = syn->ip_len_bytes;
 
+	if (len + grow > len_max)
+		return true;
 	return config.has_check_mtu && bpf_check_mtu(skb, 0, &len, grow, 0) != 0;
 }
 

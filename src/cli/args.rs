@@ -1,5 +1,6 @@
 //! What may be typed, and the checked value that it becomes.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
@@ -142,7 +143,8 @@ pub(super) enum PolicySource {
 
 impl Args {
     pub(super) fn check(mut self) -> Result<(Mode, Scope)> {
-        self.iface.dedup();
+        let mut seen = HashSet::new();
+        self.iface.retain(|name| seen.insert(name.clone()));
         let mode = if self.query {
             Mode::Query
         } else if self.detach {

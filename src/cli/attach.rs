@@ -46,7 +46,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         let (maps, note) = job.attach_all(&lock, &targets, policy.as_ref())?;
         Ok((targets, maps, note, reading))
     });
-    let (targets, maps, note, _reading) = match attached {
+    let (targets, maps, note, reading) = match attached {
         Ok(attached) => attached,
         Err(error) => {
             job.undo(&lock);
@@ -76,15 +76,13 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let mut watch = Watch::start(&state, &instance.name, netns, links)?;
     let end = stream::run(&maps, &mut reader, &mut output, &mut watch, &stop)?;
     let left: Vec<String> = watch.links().iter().map(|link| link.name.clone()).collect();
-    drop((watch, reader));
-    finish(scope, options, end, &left, &state)
-}
-
-fn finish(scope: &Scope, options: &AttachOptions, end: End, left: &[String], state: &State) -> Result<()> {
-    if options.detach_on_exit {
-        return detach::remove(scope, left, true, state);
+    drop((watch, reader, reading));
+    if options.detach_on_exit && !left.is_empty() {
+        detach::remove(scope, &left, true, &state)?;
+        let lock = state.lock()?;
+        return state.remove_if_empty(lock);
     }
-    for name in left {
+    for name in &left {
         eprintln!("still attached to {name}; remove it with: netoken {} --destroy", scope.flags(name));
     }
     match end {

@@ -74,7 +74,11 @@ fn check_names(scope: &Scope) -> Result<()> {
 
 fn nothing(scope: &Scope) -> Result<()> {
     if !scope.ifaces.is_empty() {
-        bail!("netoken is not attached to {}", scope.ifaces.join(", "));
+        bail!(
+            "looking for filters of ours on {0}: there are none; attach one with: netoken {1} --attach",
+            scope.ifaces.join(", "),
+            scope.flags(&scope.ifaces[0])
+        );
     }
     if !scope.json {
         eprintln!("netoken is not attached to any interface");

@@ -2,18 +2,21 @@
 
 use anyhow::{Result, bail};
 use netlink_packet_route::link::LinkLayerType;
+use nix::net::if_::if_nametoindex;
 
 use super::netlink::Link;
 
 /// How much a name may differ from one that exists to be offered as what was meant.
 const NEAR: f64 = 0.6;
 
-/// Finds an interface by its name.
+/// Finds an interface by its name in the network namespace of the calling thread, where `links` were listed.
 ///
 /// # Errors
 /// There is none; the message offers near names.
 pub fn find_link<'a>(links: &'a [Link], name: &str, netns: &str) -> Result<&'a Link> {
-    if let Some(link) = links.iter().find(|link| link.name == name) {
+    // The kernel also knows alternative names, `ip link property add dev eth0 altname uplink`.
+    let index = if_nametoindex(name).ok();
+    if let Some(link) = links.iter().find(|link| link.name == name || Some(link.index) == index) {
         return Ok(link);
     }
     let mut near: Vec<(f64, &str)> =

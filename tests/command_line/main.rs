@@ -1,2 +1,82 @@
-//! Placeholder.
-fn main() {}
+//! Types what a person or a script would type, and reads what comes back: output, errors, exit codes. What an
+//! attach does to packets is elsewhere.
+//!
+//! [`said`] runs the program and holds every output against what no output may contain; the other modules
+//! hold the cases.
+
+mod help;
+mod json;
+#[path = "../support/lab.rs"]
+#[allow(dead_code)]
+mod lab;
+#[path = "../hooks/look.rs"]
+#[allow(dead_code)]
+mod look;
+mod names;
+mod output;
+mod policy;
+mod rights;
+mod said;
+mod state;
+mod stream;
+#[path = "../support/mod.rs"]
+mod support;
+#[path = "../hooks/world.rs"]
+#[allow(dead_code)]
+mod world;
+
+use std::process::ExitCode;
+
+use libtest_mimic::Trial;
+use support::{Need, sh};
+
+/// Each case under the name of its function.
+macro_rules! cases {
+    ($needs:expr; $($module:ident: $($function:ident)*;)*) => {
+        vec![$($(support::case(
+            concat!(stringify!($module), "::", stringify!($function)),
+            $needs,
+            $module::$function,
+        ),)*)*]
+    };
+}
+
+fn main() -> ExitCode {
+    let mut cases = everywhere();
+    cases.extend(with_root());
+    support::run(cases)
+}
+
+fn everywhere() -> Vec<Trial> {
+    cases![&[];
+        help: every_flag_is_described an_example_is_shown help_and_version_are_no_errors
+            wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
+        policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
+        names: an_unknown_namespace_is_named;
+        rights: without_rights_the_capabilities_and_the_remedy_are_named;
+    ]
+}
+
+fn with_root() -> Vec<Trial> {
+    let needs =
+        &[Need::Root, Need::Tool("ip"), Need::Tool("tc"), Need::Tool("ethtool"), Need::Tool("setpriv")];
+    cases![needs;
+        names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
+            a_query_where_nothing_is_attached;
+        policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
+        rights: each_missing_capability_is_named without_the_right_to_mount_the_error_says_so;
+        state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
+            a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
+            a_query_names_a_broken_instance;
+        json: attach_prints_one_object_a_line query_prints_one_object_a_line
+            detach_and_destroy_print_one_object_a_line;
+        stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything
+            detach_on_exit_leaves_what_others_use a_sample_counts_all_and_shows_some
+            every_syn_is_shown_once;
+        output: an_early_reader_ends_the_stream_in_peace a_closed_pipe_is_no_error_anywhere
+            a_closed_output_is_no_panic an_output_that_is_full_is_an_error
+            an_error_of_the_output_says_what_it_is_about a_stream_that_fails_says_what_stays
+            a_stream_that_fails_still_detaches_on_exit a_full_standard_error_is_no_panic
+            a_pipe_of_both_that_closes_early_is_no_panic;
+    ]
+}

@@ -11,12 +11,15 @@ use crate::sockets::{Listener, exchange};
 use crate::support::{Hex, ensure_eq};
 use crate::wire::{Checksum, Frame, LINUX_OPTIONS, Tap};
 use crate::world::{FAMILIES, Family, OUT, World};
-use crate::{NET, case};
+use crate::{NET, case, sys};
 
 const CONNECTIONS: usize = 5;
 
 pub fn cases() -> Vec<Trial> {
-    let mut cases = vec![case("a reader that cannot keep up is told how many events it has lost", NET, lost)];
+    let mut cases = vec![
+        case("a reader that cannot keep up is told how many events it has lost", NET, || lost(1)),
+        case("losses are told also if no event follows them", NET, || lost(0)),
+    ];
     for family in FAMILIES {
         cases.push(case(
             &format!("every connection over {} is one record in the stream", family.name()),
@@ -75,31 +78,43 @@ fn records(family: Family) -> Result<()> {
     world.expect_counters(&[("stamped", CONNECTIONS as u64)])
 }
 
-fn lost() -> Result<()> {
+/// Sends many SYNs while the reader is stopped, from one CPU, and `more` when it has woken and read what there
+/// is. Of each there must be a record, or it must be counted as lost.
+fn lost(more: usize) -> Result<()> {
     const SYNS: usize = 20_000;
     let world = World::new(true)?;
     let mut stream = start(&world)?;
     let sender = Tap::sender(&world.lab, &world.client, OUT)?;
     let to = (world.server_addr(Family::V4), 5000).into();
     let frame = Frame::syn(world.client_addr(Family::V4), to, &LINUX_OPTIONS, b"")?;
+    let send = |count: usize| (0..count).try_for_each(|_| sender.send(&frame, Checksum::Partial, 0));
 
     stream.signal(Signal::SIGSTOP)?;
     let status = format!("/proc/{}/stat", stream.child.id());
     wait_until("the reader to stop", || {
         Ok(std::fs::read_to_string(&status)?.contains(") T ").then_some(()))
     })?;
-    (0..SYNS).try_for_each(|_| sender.send(&frame, Checksum::Partial, 0))?;
-    stream.signal(Signal::SIGCONT)?;
-    let all = format!("\"syns\":{SYNS},");
-    stream.wait_for("totals of all", |line| line.contains("\"type\":\"totals\"") && line.contains(&all))?;
+    sys::on_one_cpu(|| -> Result<()> {
+        send(SYNS)?;
+        stream.signal(Signal::SIGCONT)?;
+        totals_of(&mut stream, SYNS)?;
+        send(more)?;
+        totals_of(&mut stream, SYNS + more)
+    })??;
     stream.signal(Signal::SIGINT)?;
     let (_, lines) = stream.end()?;
 
     let seen = lines.iter().filter(|line| line.contains("\"type\":\"syn\"")).count();
+    ensure!(seen < SYNS, "{SYNS} events fit the buffer");
     let last = lines.iter().rfind(|line| line.contains("\"type\":\"totals\"")).context("no totals")?;
     let last: Value = serde_json::from_str(last)?;
     let lost = last["lost"].as_u64().context("no number of lost events")? as usize;
-    ensure!(lost > 0, "{SYNS} events fit the buffer");
-    ensure_eq!(seen + lost, SYNS, "{seen} events seen and {lost} lost");
-    world.expect_counters(&[("stamped", SYNS as u64)])
+    ensure_eq!(seen + lost, SYNS + more, "{seen} events seen and {lost} said to be lost");
+    world.expect_counters(&[("stamped", (SYNS + more) as u64)])
+}
+
+/// Waits for totals of so many SYNs.
+fn totals_of(stream: &mut Running, syns: usize) -> Result<()> {
+    let all = format!("\"syns\":{syns},");
+    stream.wait_for("totals", |line| line.contains("\"type\":\"totals\"") && line.contains(&all)).map(drop)
 }

@@ -66,9 +66,9 @@ pub fn receive_frame(socket: &Socket) -> io::Result<(Vec<u8>, Option<Tag>)> {
         (len, message.control_len())
     };
     // SAFETY: the kernel has written this much of both.
-    let (frame, control) =
-        unsafe { (frame[..frame_len].assume_init_ref().to_vec(), control[..control_len].assume_init_ref()) };
-    Ok((frame, tag_of(control)))
+    let written =
+        |bytes: &[MaybeUninit<u8>]| bytes.iter().map(|b| unsafe { b.assume_init() }).collect::<Vec<_>>();
+    Ok((written(&frame[..frame_len]), tag_of(&written(&control[..control_len]))))
 }
 
 /// Finds the tag in control data: a `struct cmsghdr` with a `struct tpacket_auxdata` behind it, the only kind
@@ -105,6 +105,24 @@ pub fn in_nowhere<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let work = scope.spawn(|| {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("a new network namespace")?;
+            Ok(f())
+        });
+        work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Does something on one CPU, the first that is allowed.
+pub fn on_one_cpu<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
+    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+    use nix::unistd::Pid;
+    let this = Pid::from_raw(0);
+    std::thread::scope(|scope| {
+        let work = scope.spawn(|| {
+            let allowed = sched_getaffinity(this)?;
+            let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap_or(false));
+            let mut one = CpuSet::new();
+            one.set(first.context("no CPU is allowed")?)?;
+            sched_setaffinity(this, &one)?;
             Ok(f())
         });
         work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

@@ -1,0 +1,115 @@
+//! Help, and wrong usage. Nothing here needs any right.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::said::netoken;
+
+/// Every flag that the first users know.
+const FLAGS: [&str; 20] = [
+    "--iface",
+    "--interface",
+    "--attach",
+    "--query",
+    "--detach",
+    "--destroy",
+    "--token",
+    "--policy",
+    "--quiet",
+    "--sample",
+    "--detach-on-exit",
+    "--priority",
+    "--handle",
+    "--option-kind",
+    "--exid",
+    "--netns",
+    "--instance",
+    "--json",
+    "--help",
+    "--version",
+];
+
+/// The flag that a line of help describes, and what it says of it on the same line.
+fn described(line: &str) -> Option<(&str, &str)> {
+    let line = line.trim_start();
+    let at = line.find("--").filter(|_| line.starts_with('-'))?;
+    let (names, about) = line.split_once("  ").unwrap_or((line, ""));
+    Some((names.get(at..)?.split([' ', ',', '=']).next()?, about.trim()))
+}
+
+pub fn every_flag_is_described() -> Result<()> {
+    let help = netoken(&["--help"])?.code(0)?;
+    for flag in FLAGS {
+        ensure!(help.out.contains(flag), "{flag} is not in the help:\n{}", help.out);
+    }
+    let lines: Vec<&str> = help.out.lines().collect();
+    let mut count = 0;
+    for (at, line) in lines.iter().enumerate() {
+        let Some((flag, about)) = described(line) else { continue };
+        count += 1;
+        let next = lines.get(at + 1).map_or("", |next| next.trim());
+        let about = if about.is_empty() && !next.starts_with('-') { next } else { about };
+        ensure!(about.len() > 8, "{flag} has no description:\n{}", help.out);
+    }
+    // --interface is another name of --iface and has no line of its own.
+    ensure!(count == FLAGS.len() - 1, "{count} lines of flags in\n{}", help.out);
+    Ok(())
+}
+
+pub fn an_example_is_shown() -> Result<()> {
+    let help = netoken(&["--help"])?.code(0)?;
+    let (_, examples) = help.out.split_once("Examples:").context("no examples")?;
+    for example in ["netoken --iface eth0 --attach", "netoken --query", "netoken --iface eth0 --destroy"] {
+        ensure!(examples.contains(example), "'{example}' is not among the examples:\n{examples}");
+    }
+    ensure!(help.out.contains("Exit codes: 0"), "{}", help.out);
+    Ok(())
+}
+
+pub fn help_and_version_are_no_errors() -> Result<()> {
+    for flag in ["--help", "-h", "--version", "-V"] {
+        let said = netoken(&[flag])?.code(0)?;
+        ensure!(!said.out.is_empty() && said.err.is_empty(), "{flag}: {said:#?}");
+    }
+    Ok(())
+}
+
+pub fn wrong_usage_is_exit_code_2() -> Result<()> {
+    for line in [
+        "",
+        "--iface eth0",
+        "--attach",
+        "--detach",
+        "--attach --iface",
+        "--iface eth0 --attach --detach",
+        "--iface eth0 --query --destroy",
+        "--iface eth0 --query --quiet",
+        "--iface eth0 --destroy --priority 7",
+        "--iface eth0 --attach --sample 0",
+        "--iface eth0 --attach --sample many",
+        "--iface eth0 --attach --quiet --detach-on-exit",
+        "--iface eth0 --attach --option-kind 8",
+        "--iface eth0 --attach --exid 0x10000",
+        "--iface eth0 --attach --instance a.b",
+        "--iface eth0 --attach --instance ../up",
+        "--iface eth0 --attach --priority 65536",
+        "--iface eth0 --attach --token 0011223344556677 --policy p.toml",
+        "--iface eth0 --attach extra",
+        "--iface eth0 --attch",
+        "--nonsense",
+    ] {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        let said = netoken(&args)?.code(2).context(line)?;
+        ensure!(said.out.is_empty() && !said.err.is_empty(), "netoken {line}: {said:#?}");
+    }
+    Ok(())
+}
+
+pub fn a_bad_token_is_named_with_what_is_right() -> Result<()> {
+    for token in ["00", "001122334455667g", "00112233445566778", "", "ä0112233445566"] {
+        netoken(&["--iface", "lo", "--attach", "--token", token])?
+            .code(2)?
+            .err(&["--token", "16 hexadecimal digits", "4e45544f4b454e31"])
+            .with_context(|| format!("token '{token}'"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,58 @@
+//! Names of interfaces and namespaces that are wrong, or have nothing attached.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::lab::Lab;
+use crate::look::expect_no_state;
+use crate::said::{netoken, said};
+use crate::world::World;
+
+const MODES: [&str; 4] = ["--attach --quiet", "--query", "--detach", "--destroy"];
+
+pub fn an_unknown_namespace_is_named() -> Result<()> {
+    for netns in ["no-such-namespace", "/no/such/namespace"] {
+        netoken(&["--netns", netns, "--iface", "lo", "--query"])?.code(1)?.err(&[
+            "network namespace",
+            netns,
+            "No such file",
+        ])?;
+    }
+    Ok(())
+}
+
+pub fn an_unknown_namespace_gets_a_list_of_those_known() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ns = lab.netns("known")?;
+    for mode in MODES {
+        said(&mut lab.netoken(&format!("--netns no-such-namespace -i lo {mode}")))?
+            .code(1)?
+            .err(&["no-such-namespace", &ns])
+            .context(mode)?;
+    }
+    // A file that is no namespace is an error as well.
+    said(&mut lab.netoken("--netns /etc/hostname -i lo --query"))?.code(1)?.err(&["/etc/hostname"])?;
+    expect_no_state(&lab)
+}
+
+pub fn an_unknown_interface_gets_near_names() -> Result<()> {
+    let world = World::new()?;
+    for mode in MODES {
+        let said = said(&mut world.lab.netoken(&world.args(&format!("-i co {mode}"))))?.code(1)?;
+        said.err(&["'co'", "no such interface", "did you mean", "c0", &world.ns]).context(mode)?;
+    }
+    said(&mut world.lab.netoken(&world.args("-i zzzzzz --attach")))?
+        .code(1)?
+        .err(&["'zzzzzz'", "there are: lo, c0"])
+        .map(drop)
+}
+
+pub fn a_query_where_nothing_is_attached() -> Result<()> {
+    let world = World::new()?;
+    let query = |args: &str| said(&mut world.lab.netoken(&world.args(args)));
+    query("-i c0 --query")?.code(1)?.err(&["not attached to c0"])?;
+    query("-i c0 --query --json")?.code(1)?.err(&["not attached to c0"])?;
+    query("--query")?.code(0)?.err(&["not attached to any interface"])?;
+    let said = query("--query --json")?.code(0)?;
+    ensure!(said.out.is_empty() && said.err.is_empty(), "{said:#?}");
+    expect_no_state(&world.lab)
+}

@@ -1,0 +1,94 @@
+//! Policy files: what is wrong is shown, and what is wrong changes nothing.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::lab::Lab;
+use crate::look::{counter, expect_no_state, ours};
+use crate::said::said;
+use crate::support::ensure_eq;
+use crate::world::World;
+
+const GOOD: &str = r#"
+default = { action = "skip" }
+
+[[rule]]
+name = "all"
+dst = "10.77.0.0/24"
+action = "stamp"
+token = "2222222222222222"
+"#;
+
+/// Each with the line that is wrong and a word of what is wrong with it.
+const BAD: [(&str, &str, &str); 7] = [
+    ("nonsense = 1\n", "line 1", "nonsense"),
+    ("\n\n[[rule]\n", "line 3", "expected"),
+    ("default = { action = \"stmp\" }\n", "line 1", "stmp"),
+    ("[[rule]]\nname = 'a'\ndst = '10.0.0.1/8'\naction = 'skip'\n", "line 3", "did you mean 10.0.0.0/8"),
+    ("[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\nport = 65536\naction = 'skip'\n", "line 4", "65536"),
+    ("\n[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\naction = 'stamp'\n", "line 2", "needs a token"),
+    ("default = { action = \"stamp\", token = \"00\" }\n", "line 1", "16 hexadecimal digits"),
+];
+
+fn write(lab: &Lab, text: &str) -> Result<PathBuf> {
+    // Not in the state directory, which netoken removes when it is empty.
+    let path = lab.run.with_extension("toml");
+    fs::write(&path, text)?;
+    Ok(path)
+}
+
+pub fn a_missing_file_is_named() -> Result<()> {
+    let lab = Lab::new()?;
+    said(&mut lab.netoken("-i lo --attach --policy /no/such/policy.toml"))?.code(1)?.err(&[
+        "reading the policy",
+        "/no/such/policy.toml",
+        "No such file",
+    ])?;
+    said(&mut lab.netoken("-i lo --attach --policy /"))?
+        .code(1)?
+        .err(&["reading the policy", "directory"])?;
+    expect_no_state(&lab)
+}
+
+pub fn a_bad_file_is_named_with_the_line() -> Result<()> {
+    let lab = Lab::new()?;
+    for (text, line, word) in BAD {
+        let path = write(&lab, text)?;
+        let said = said(&mut lab.netoken(&format!("-i lo --attach --policy {}", path.display())));
+        fs::remove_file(&path)?;
+        let name = path.display().to_string();
+        said?.code(1)?.err(&["checking the policy", &name, line, word]).with_context(|| text.to_string())?;
+    }
+    expect_no_state(&lab)
+}
+
+pub fn a_rejected_file_changes_nothing_that_runs() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+    world.syns(3)?;
+    let before = ours(&world.ns, "c0")?;
+    for (text, _, _) in BAD {
+        let path = write(&world.lab, text)?;
+        let result = world.fails(&format!("-i c0 --attach --quiet --priority 9 --policy {}", path.display()));
+        fs::remove_file(&path)?;
+        result.with_context(|| text.to_string())?;
+        ensure_eq!(ours(&world.ns, "c0")?, before, "the filter after {text:?}");
+    }
+    world.expect_token("1111111111111111", "the token after rejected policies")?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 4, "SYNs stamped");
+    Ok(())
+}
+
+pub fn a_policy_is_summed_up() -> Result<()> {
+    let world = World::new()?;
+    let path = write(&world.lab, GOOD)?;
+    let said = said(
+        &mut world.lab.netoken(&world.args(&format!("-i c0 --attach --quiet --policy {}", path.display()))),
+    );
+    fs::remove_file(&path)?;
+    let said = said?.code(0)?.err(&["attached to c0 egress", "policy: 1 rule, default: skip"])?;
+    ensure!(!said.err.contains("2222222222222222"), "{said:#?}");
+    world.expect_token("2222222222222222", "the token of the rule")
+}

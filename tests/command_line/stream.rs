@@ -1,0 +1,108 @@
+//! The stream: what it shows, and how it ends when it is asked to.
+
+use std::net::TcpStream;
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+use crate::lab::Running;
+use crate::look::{counter, expect_bare, expect_no_state, expect_ours};
+use crate::said::sign_of_panic;
+use crate::support::{ensure_eq, sh};
+use crate::world::World;
+
+fn stream(world: &World, flags: &str) -> Result<Running> {
+    let mut stream = Running::start(&mut world.lab.netoken(&world.args(&format!("-i c0 --attach {flags}"))))?;
+    stream.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
+    Ok(stream)
+}
+
+/// Asks it to end, which has to be in peace, and returns all that it said.
+fn end(stream: Running, signal: Signal) -> Result<Vec<String>> {
+    stream.signal(signal)?;
+    let (code, lines) = stream.end()?;
+    ensure_eq!(code, Some(0), "the exit code after {signal}: {lines:#?}");
+    ensure!(sign_of_panic(&lines.join("\n")).is_none(), "{lines:#?}");
+    Ok(lines)
+}
+
+fn shown(lines: &[String]) -> usize {
+    lines.iter().filter(|line| line.contains("10.77.0.2:9")).count()
+}
+
+pub fn ctrl_c_and_sigterm_end_it_in_peace() -> Result<()> {
+    let world = World::new()?;
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let stream = stream(&world, "")?;
+        world.syns(1)?;
+        let lines = end(stream, signal)?;
+        ensure_eq!(shown(&lines), 1, "SYNs shown before {signal}: {lines:#?}");
+        ensure!(lines.iter().any(|line| line.starts_with("-- ")), "no totals: {lines:#?}");
+        let advice = format!("netoken --iface c0 --netns {} --destroy", world.ns);
+        let last = lines.iter().filter(|line| line.contains("still attached to c0")).collect::<Vec<_>>();
+        ensure!(last.len() == 1 && last[0].ends_with(&advice), "'{advice}' expected: {lines:#?}");
+        expect_ours(&world.ns, "c0", 1)?;
+    }
+    // The advice is good.
+    world.lab.ok(&format!("--iface c0 --netns {} --destroy", world.ns))?;
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
+pub fn detach_on_exit_removes_everything() -> Result<()> {
+    let world = World::new()?;
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let stream = stream(&world, "--detach-on-exit")?;
+        world.syns(1)?;
+        let lines = end(stream, signal)?;
+        ensure!(!lines.iter().any(|line| line.contains("still attached")), "{lines:#?}");
+        expect_bare(&world.ns, "c0")?;
+        expect_no_state(&world.lab)?;
+    }
+    Ok(())
+}
+
+pub fn detach_on_exit_leaves_what_others_use() -> Result<()> {
+    let world = World::new()?;
+    sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
+    world.ok("-i c0 --attach --quiet --instance blue")?;
+    end(stream(&world, "--detach-on-exit")?, Signal::SIGINT)?;
+    expect_ours(&world.ns, "c0", 1)?;
+    world.syns(1)?;
+    ensure_eq!(counter(&world.lab, &world.ns, "blue", "stamped")?, 1, "SYNs stamped by the other instance");
+    Ok(())
+}
+
+pub fn every_syn_is_shown_once() -> Result<()> {
+    let world = World::new()?;
+    let stream = stream(&world, "")?;
+    world.syns(200)?;
+    let lines = end(stream, Signal::SIGINT)?;
+    ensure_eq!(shown(&lines), 200, "SYNs shown");
+    let totals = lines.iter().rfind(|line| line.starts_with("-- ")).context("no totals")?;
+    ensure!(totals.contains("200 SYNs, 200 stamped"), "{totals}");
+    Ok(())
+}
+
+pub fn a_sample_counts_all_and_shows_some() -> Result<()> {
+    let world = World::new()?;
+    let stream = stream(&world, "--sample 10")?;
+    world.lab.within(&world.ns, || {
+        // One event for every ten of the same CPU, so all of them are sent from one.
+        let mut one = CpuSet::new();
+        one.set(0)?;
+        sched_setaffinity(Pid::from_raw(0), &one)?;
+        for _ in 0..100 {
+            TcpStream::connect("10.77.0.2:9").expect_err("nobody listens there");
+        }
+        Ok(())
+    })?;
+    let lines = end(stream, Signal::SIGINT)?;
+    ensure_eq!(shown(&lines), 10, "SYNs shown of 100: {lines:#?}");
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 100, "SYNs counted");
+    let totals = lines.iter().rfind(|line| line.starts_with("-- ")).context("no totals")?;
+    ensure!(totals.contains("100 SYNs, 100 stamped"), "{totals}");
+    Ok(())
+}
