@@ -35,6 +35,8 @@ static __always_inline long move_chunk(struct __sk_buff *skb, struct scratch *sc
 	__u32 from = back ? off + grow : off;
 	__u32 to = back ? off : off + grow;
 
+	barrier_var(
+		len); /* the compiler knows these bounds, the verifier wants to see them checked */
 	if (len == 0 || len > CHUNK_LEN_BYTES)
 		return -1;
 	if (bpf_skb_load_bytes(skb, from, scratch->chunk, len))

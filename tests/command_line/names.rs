@@ -49,8 +49,9 @@ pub fn an_unknown_interface_gets_near_names() -> Result<()> {
 pub fn a_query_where_nothing_is_attached() -> Result<()> {
     let world = World::new()?;
     let query = |args: &str| said(&mut world.lab.netoken(&world.args(args)));
-    query("-i c0 --query")?.code(1)?.err(&["not attached to c0"])?;
-    query("-i c0 --query --json")?.code(1)?.err(&["not attached to c0"])?;
+    for args in ["-i c0 --query", "-i c0 --query --json"] {
+        query(args)?.code(1)?.err(&["on c0: there are none", "--iface c0 --netns", "--attach"])?;
+    }
     query("--query")?.code(0)?.err(&["not attached to any interface"])?;
     let said = query("--query --json")?.code(0)?;
     ensure!(said.out.is_empty() && said.err.is_empty(), "{said:#?}");

@@ -26,8 +26,9 @@ pub fn cases() -> Vec<Trial> {
                 move || direct(family, tx),
             ));
             for hook in [Hook::Client, Hook::Router] {
+                let on = hook.name();
                 let what =
-                    format!("a SYN over {name} {offload} stamped on the {hook:?} is right behind a router");
+                    format!("a SYN over {name} {offload} stamped on the {on} is right behind a router");
                 cases.push(case(&what, NET, move || routed(family, tx, hook)));
             }
         }

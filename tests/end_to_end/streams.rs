@@ -98,8 +98,11 @@ fn lost(more: usize) -> Result<()> {
         send(SYNS)?;
         stream.signal(Signal::SIGCONT)?;
         totals_of(&mut stream, SYNS)?;
-        send(more)?;
-        totals_of(&mut stream, SYNS + more)
+        if more > 0 {
+            send(more)?;
+            totals_of(&mut stream, SYNS + more)?;
+        }
+        Ok(())
     })??;
     stream.signal(Signal::SIGINT)?;
     let (_, lines) = stream.end()?;

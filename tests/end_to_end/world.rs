@@ -61,6 +61,15 @@ pub enum Hook {
     Router,
 }
 
+impl Hook {
+    pub fn name(self) -> &'static str {
+        match self {
+            Hook::Client => "client",
+            Hook::Router => "router",
+        }
+    }
+}
+
 /// One case's networks. SYNs leave the client by [`OUT`] and reach the server by [`IN`].
 pub struct World {
     pub lab: Lab,

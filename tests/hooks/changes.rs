@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use crate::lab::Running;
-use crate::look::{expect_ours, records};
+use crate::look::{expect_no_state, expect_ours, records};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
@@ -34,6 +34,14 @@ pub fn a_removed_interface_is_reported_and_ends_the_stream() -> Result<()> {
     let stream = stream(&world, "-i c0")?;
     sh(&format!("ip -n {} link del c0", world.ns))?;
     expect_end(stream, "a word about the removal", &["c0: ", "removed"])
+}
+
+pub fn detach_on_exit_leaves_no_state_after_a_removal() -> Result<()> {
+    let world = World::new()?;
+    let stream = stream(&world, "-i c0 --detach-on-exit")?;
+    sh(&format!("ip -n {} link del c0", world.ns))?;
+    expect_end(stream, "a word about the removal", &["c0: ", "removed"])?;
+    expect_no_state(&world.lab)
 }
 
 pub fn a_moved_interface_is_reported_and_ends_the_stream() -> Result<()> {

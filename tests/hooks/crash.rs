@@ -2,15 +2,13 @@
 
 use std::process::Stdio;
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 
+use crate::lab::wait_until;
 use crate::look::{expect_bare, expect_no_state, expect_ours};
 use crate::world::World;
-
-const ROUNDS: u32 = 40;
-const LONGEST: Duration = Duration::from_millis(150);
 
 /// Numbers that look random and can be had again: NETOKEN_SEED.
 struct Dice(u64);
@@ -33,28 +31,49 @@ impl Dice {
         mixed ^ (mixed >> 31)
     }
 
-    fn delay(&mut self) -> Duration {
-        Duration::from_micros(self.roll() % LONGEST.as_micros() as u64)
+    /// A moment in the life of something that takes that long, or shortly after it.
+    fn moment(&mut self, whole: Duration) -> Duration {
+        whole.mul_f64((self.roll() % 1250) as f64 / 1000.0)
     }
 }
 
-/// Starts a command and kills it that much later, if it still runs.
-fn kill_after(world: &World, args: &str, delay: Duration) -> Result<()> {
-    let mut command = world.lab.netoken(&world.args(args));
-    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-    // The moment is what this is about; nothing is waited for.
-    thread::sleep(delay);
-    child.kill()?;
-    child.wait()?;
-    Ok(())
+/// Kills commands at random moments. How long one takes is measured once.
+struct Killer {
+    dice: Dice,
+    whole: Option<Duration>,
 }
 
-fn each_round(who: &str, mut round: impl FnMut(&World, Duration) -> Result<()>) -> Result<()> {
-    let mut dice = Dice::new(who)?;
+impl Killer {
+    fn kill(&mut self, world: &World, args: &str) -> Result<String> {
+        let start = Instant::now();
+        let mut command = world.lab.netoken(&world.args(args));
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        let Some(whole) = self.whole else {
+            wait_until("the command to end", || Ok(child.try_wait()?))?;
+            self.whole = Some(start.elapsed());
+            return Ok("not killed".to_string());
+        };
+        let moment = self.dice.moment(whole);
+        // The moment is what this is about; nothing is waited for.
+        thread::sleep(moment);
+        child.kill()?;
+        child.wait()?;
+        Ok(format!("killed after {moment:?} of {whole:?}"))
+    }
+}
+
+/// Each round kills a command and then looks whether that is repaired.
+fn rounds(
+    count: u32,
+    who: &str,
+    mut kill: impl FnMut(&World, &mut Killer) -> Result<String>,
+    mut repair: impl FnMut(&World, u32) -> Result<()>,
+) -> Result<()> {
+    let mut killer = Killer { dice: Dice::new(who)?, whole: None };
     let world = World::new()?;
-    for number in 0..ROUNDS {
-        let delay = dice.delay();
-        round(&world, delay).with_context(|| format!("round {number}, killed after {delay:?}"))?;
+    for number in 0..count {
+        let how = kill(&world, &mut killer)?;
+        repair(&world, number).with_context(|| format!("round {number}, {how}"))?;
     }
     Ok(())
 }
@@ -66,12 +85,10 @@ fn expect_destroyed(world: &World) -> Result<()> {
 }
 
 pub fn a_killed_attach_is_repaired_by_the_next() -> Result<()> {
-    let mut odd = false;
-    each_round("a_killed_attach_is_repaired_by_the_next", |world, delay| {
-        kill_after(world, "-i c0 --attach --quiet --priority 9", delay)?;
+    let kill = |world: &World, killer: &mut Killer| killer.kill(world, "-i c0 --attach --quiet --priority 9");
+    rounds(40, "a_killed_attach_is_repaired_by_the_next", kill, |world, number| {
         // By an attach, or by a destroy alone.
-        odd = !odd;
-        if odd {
+        if number % 2 == 0 {
             world.ok("-i c0 --attach --quiet")?;
             expect_ours(&world.ns, "c0", 1)?;
         }
@@ -81,22 +98,24 @@ pub fn a_killed_attach_is_repaired_by_the_next() -> Result<()> {
 
 pub fn a_killed_replacement_is_repaired_by_the_next() -> Result<()> {
     let mut priority = 10;
-    each_round("a_killed_replacement_is_repaired_by_the_next", |world, delay| {
+    let kill = |world: &World, killer: &mut Killer| {
         world.ok("-i c0 --attach --quiet")?;
         // To another place, which takes two steps.
         priority += 1;
-        kill_after(world, &format!("-i c0 --attach --quiet --priority {priority}"), delay)?;
+        killer.kill(world, &format!("-i c0 --attach --quiet --priority {priority}"))
+    };
+    rounds(30, "a_killed_replacement_is_repaired_by_the_next", kill, |world, number| {
         world.ok("-i c0 --attach --quiet")?;
         expect_ours(&world.ns, "c0", 1)?;
-        if priority % 10 == 0 { expect_destroyed(world) } else { Ok(()) }
+        if number % 10 == 9 { expect_destroyed(world) } else { Ok(()) }
     })
 }
 
 pub fn a_killed_destroy_is_finished_by_the_next() -> Result<()> {
-    each_round("a_killed_destroy_is_finished_by_the_next", |world, delay| {
+    let kill = |world: &World, killer: &mut Killer| {
         world.ok("-i c0 --attach --quiet")?;
         expect_ours(&world.ns, "c0", 1)?;
-        kill_after(world, "-i c0 --destroy", delay)?;
-        expect_destroyed(world)
-    })
+        killer.kill(world, "-i c0 --destroy")
+    };
+    rounds(30, "a_killed_destroy_is_finished_by_the_next", kill, |world, _| expect_destroyed(world))
 }

@@ -27,12 +27,19 @@ pub fn a_command_for_a_missing_interface_makes_no_state() -> Result<()> {
     Ok(())
 }
 
+/// On the second interface, by a filter of another kind.
+fn take_priority_20(world: &World) -> Result<()> {
+    sh(&format!("tc -n {} qdisc add dev c1 clsact", world.ns))?;
+    let add = format!("tc -n {} filter add dev c1 egress pref 20", world.ns);
+    sh(&format!("{add} protocol ip u32 match ip dst 192.0.2.1/32 classid 1:1")).map(drop)
+}
+
 pub fn a_second_interface_that_refuses_leaves_nothing() -> Result<()> {
     let world = World::new()?;
     world.second_cable()?;
-    sh(&format!("tc -n {} qdisc add dev c1 ingress", world.ns))?;
-    let said = world.fails("-i c0 -i c1 --attach --quiet")?;
-    ensure!(said.contains("c1"), "{said}");
+    take_priority_20(&world)?;
+    let said = world.fails("-i c0 -i c1 --attach --quiet --priority 20")?;
+    ensure!(said.contains("c1") && said.contains("has that place"), "{said}");
     expect_bare(&world.ns, "c0")?;
     expect_no_state(&world.lab)
 }
@@ -42,7 +49,7 @@ pub fn a_second_interface_that_refuses_leaves_the_first_as_it_was() -> Result<()
     world.second_cable()?;
     world.ok(&format!("-i c0 --attach --quiet --priority 10 --token {TOKEN}"))?;
     let before = ours(&world.ns, "c0")?;
-    sh(&format!("tc -n {} qdisc add dev c1 ingress", world.ns))?;
+    take_priority_20(&world)?;
     world.fails("-i c0 -i c1 --attach --quiet --priority 20 --exid 0x1234 --token 1111111111111111")?;
     let place = |lines: &[String]| {
         lines.iter().map(|l| l.split(" netoken").next().unwrap_or("").to_string()).collect()

@@ -48,8 +48,10 @@ fn main() -> ExitCode {
             }
         };
     }
+    // The longest comes first, so that the others run beside it.
     support::run(cases![
-        replace: an_interface_may_be_given_in_three_ways and_more_than_once
+        rounds: two_hundred_rounds_of_commands_leave_nothing two_hundred_rounds_in_one_process_leave_nothing;
+        replace: an_interface_may_be_given_in_three_ways an_alternative_name_will_do and_more_than_once
             attaching_twice_keeps_policy_counters_and_place
             replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect
             two_interfaces_are_attached_by_one_command two_instances_share_an_interface;
@@ -69,14 +71,13 @@ fn main() -> ExitCode {
             a_second_interface_that_refuses_leaves_the_first_as_it_was
             a_failed_attach_keeps_what_detach_kept detach_keeps_policy_and_counters
             the_last_destroy_removes_policy_and_counters destroy_without_an_interface_takes_all;
-        changes: a_removed_interface_is_reported_and_ends_the_stream a_renamed_interface_is_reported_and_streams_on
+        changes: a_removed_interface_is_reported_and_ends_the_stream detach_on_exit_leaves_no_state_after_a_removal a_renamed_interface_is_reported_and_streams_on
             a_moved_interface_is_reported_and_ends_the_stream a_deleted_filter_is_reported_and_ends_the_stream
             a_deleted_qdisc_is_reported_and_ends_the_stream the_stream_goes_on_while_one_interface_is_left
             changes_are_json_lines_too;
         together: eight_attaches_at_once_leave_one_filter attaches_and_destroys_at_once_leave_one_state
             a_second_reader_is_told_who_the_first_is a_killed_reader_does_not_block_the_next
             two_instances_have_two_readers;
-        rounds: two_hundred_rounds_of_commands_leave_nothing two_hundred_rounds_in_one_process_leave_nothing;
         crash: a_killed_attach_is_repaired_by_the_next a_killed_replacement_is_repaired_by_the_next
             a_killed_destroy_is_finished_by_the_next;
     ])

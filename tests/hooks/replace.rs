@@ -8,7 +8,7 @@ use std::thread;
 use anyhow::{Result, ensure};
 
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours, ours, records};
-use crate::support::ensure_eq;
+use crate::support::{ensure_eq, sh};
 use crate::world::{World, connect, saved_syn, token};
 
 pub fn an_interface_may_be_given_in_three_ways() -> Result<()> {
@@ -24,6 +24,17 @@ pub fn an_interface_may_be_given_in_three_ways() -> Result<()> {
         expect_bare(&world.ns, "c0")?;
     }
     expect_no_state(&world.lab)
+}
+
+pub fn an_alternative_name_will_do() -> Result<()> {
+    let world = World::new()?;
+    sh(&format!("ip -n {} link property add dev c0 altname uplink", world.ns))?;
+    world.ok("-i uplink --attach --quiet")?;
+    world.ok("-i c0 -i uplink --attach --quiet")?;
+    expect_ours(&world.ns, "c0", 1)?;
+    world.ok("-i uplink --query")?;
+    world.ok("-i uplink --destroy")?;
+    expect_bare(&world.ns, "c0")
 }
 
 pub fn and_more_than_once() -> Result<()> {

@@ -22,7 +22,8 @@ fn expect_all(children: Vec<Child>) -> Result<()> {
         .map(|mut child| {
             let ended = wait_until("a command to end", || Ok(child.try_wait()?));
             child.kill().ok();
-            Ok(ended.and(Ok(child.wait_with_output()?))?)
+            let output = child.wait_with_output()?;
+            ended.map(|_| output)
         })
         .collect::<Result<_>>()?;
     match outputs.iter().find(|output| !output.status.success()) {
