@@ -24,7 +24,7 @@ pub fn cases() -> Vec<Trial> {
 }
 
 const BULK: usize = 200 << 20;
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 const TRIES: usize = 2;
 
 /// What one way of sending has cost, at its best.
