@@ -63,8 +63,9 @@ pub fn expect_bare(ns: &str, iface: &str) -> Result<()> {
 pub fn expect_no_state(lab: &Lab) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let inside = format!("{}/", lab.run.display());
-    ensure!(!mounts.contains(&inside), "{inside}bpf is still mounted");
+    let mounted: Vec<&str> = mounts.lines().filter(|line| line.contains(&inside)).collect();
     let left = tree(&lab.run);
+    ensure!(mounted.is_empty(), "still mounted: {mounted:#?}; the state directory holds {left:#?}");
     ensure!(left.is_empty(), "the state directory still holds {left:?}");
     Ok(())
 }

@@ -48,7 +48,7 @@ pub fn case(
     if !missing.is_empty() {
         eprintln!("SKIPPED {name}: {}", missing.join(", "));
     }
-    Trial::test(name, move || test().map_err(|error| Failed::from(format!("{error:?}"))))
+    Trial::test(name, move || test().map_err(|error| Failed::from(format!("{error:#}"))))
         .with_ignored_flag(!missing.is_empty())
 }
 
