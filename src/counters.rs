@@ -25,6 +25,7 @@ unsafe impl Plain for Counter {}
 pub struct Counters {
     packets: [u64; Verdict::VERDICT_COUNT.0 as usize],
     dropped: u64,
+    lost: u64,
 }
 
 impl Counters {
@@ -45,6 +46,7 @@ impl Counters {
                 counter.copy_from_bytes(&bytes).ok().context("a counter of a strange size")?;
                 counters.packets[*number as usize] += counter.packets;
                 counters.dropped += counter.dropped;
+                counters.lost += counter.lost;
             }
         }
         Ok(counters)
@@ -63,6 +65,11 @@ impl Counters {
     /// SYNs that were not sent, whatever the verdict.
     pub fn dropped(&self) -> u64 {
         self.dropped
+    }
+
+    /// Events for which there was no room in the buffer, since the instance was made.
+    pub fn lost(&self) -> u64 {
+        self.lost
     }
 
     /// Name and number of SYNs, for each verdict.

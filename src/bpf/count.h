@@ -34,28 +34,25 @@ static __always_inline bool has_reader(void)
 	return now && now->has_reader;
 }
 
-/* Counts, and returns true if this one is to be sent as well. */
-static __always_inline bool count_verdict(__u32 verdict, bool dropped)
+/* Nobody else writes this CPU's counters: a transmit hook is not entered from within itself. */
+static __always_inline void count_syn(struct __sk_buff *skb, struct netoken_event *event)
 {
+	__u32 verdict = event->verdict;
 	struct netoken_counter *counter = bpf_map_lookup_elem(&counters, &verdict);
 	__u64 before;
 
 	if (!counter)
-		return false;
-	/* Nobody else writes this CPU's counter: a transmit hook is not entered from within itself.
-	 */
+		return;
 	before = counter->packets;
 	counter->packets = before + 1;
-	counter->dropped += dropped;
-	return config.sample == 1 || before % config.sample == 0;
-}
-
-static __always_inline void emit_event(struct __sk_buff *skb, struct netoken_event *event)
-{
+	counter->dropped += event->dropped;
+	if ((config.sample != 1 && before % config.sample) || !has_reader())
+		return;
 	event->time_ns = bpf_ktime_get_ns();
-	/* Without a reader this fails at once. A full buffer is counted by the kernel and shown by
-	 * the reader. */
-	bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, event, sizeof(*event));
+	/* The buffer's own count of losses reaches the reader only with the next event that fits.
+	 */
+	if (bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, event, sizeof(*event)))
+		counter->lost++;
 }
 
 #endif

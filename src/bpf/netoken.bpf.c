@@ -59,8 +59,7 @@ __noinline int handle_syn(struct __sk_buff *skb)
 
 	event->verdict = verdict;
 	event->dropped = drop;
-	if (count_verdict(verdict, drop) && has_reader())
-		emit_event(skb, event);
+	count_syn(skb, event);
 	/* Not TC_ACT_OK: that would hide the packet from the filters behind ours. */
 	return drop ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }

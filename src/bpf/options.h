@@ -34,13 +34,23 @@ static __always_inline __u64 below_64(__u64 off)
 	return off;
 }
 
-/* Reads the whole list, which is `len` bytes long, 0 to 40. False if it lies about a length. */
-static __always_inline bool walk_options(struct option_list *list, const struct tcp_rest *tcp,
-					 __u32 len)
+/*
+ * Reads the list in the scratch, which is `len` bytes long, 0 to 40. Returns 0 if it lies about a
+ * length. Not static, so that the verifier looks at the loop once, and at what follows once and not
+ * for every way out.
+ */
+__noinline int walk_options(__u32 len)
 {
+	struct scratch *scratch = this_scratch();
+	const struct tcp_rest *tcp;
+	struct option_list *list;
 	__u64 off = 0;
 	__u32 nops = 0;
 
+	if (!scratch || len > TCP_OPTIONS_MAX)
+		return 0;
+	tcp = &scratch->old_tcp;
+	list = &scratch->options;
 	list->end = 0;
 	list->nops = 0;
 	list->has_auth = 0;
@@ -60,7 +70,7 @@ static __always_inline bool walk_options(struct option_list *list, const struct 
 		}
 		/* 0 and 1 would never end the walk, more than is left would leave the header. */
 		if (off + 2 > len || option[1] < 2 || off + option[1] > len)
-			return false;
+			return 0;
 		if (option[0] == TCPOPT_MD5SIG || option[0] == TCPOPT_AO)
 			list->has_auth = 1;
 		if (option[0] == config.option_kind && option[1] >= 4 &&
@@ -70,7 +80,7 @@ static __always_inline bool walk_options(struct option_list *list, const struct 
 		list->end = off;
 		list->nops = nops;
 	}
-	return true;
+	return 1;
 }
 
 /*

@@ -219,7 +219,7 @@ stamp_syn(struct __sk_buff *skb, struct scratch *scratch, const __u8 *token, boo
 	if (bpf_skb_load_bytes(skb, syn->l4_off + TCP_REST_OFF, &scratch->old_tcp,
 			       tcp_rest_len(options_len)))
 		return VERDICT_HELPER_FAILED;
-	if (!walk_options(options, &scratch->old_tcp, options_len))
+	if (!walk_options(options_len))
 		return VERDICT_MALFORMED;
 	if (options->has_token)
 		return VERDICT_ALREADY_STAMPED;

@@ -120,6 +120,7 @@ struct netoken_live {
 struct netoken_counter {
 	__u64 packets;
 	__u64 dropped;
+	__u64 lost; /* events for which there was no room in the buffer */
 };
 
 /* Longest prefix match: the port exactly (0 is any), then the destination's leading bits. */

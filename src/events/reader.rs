@@ -16,20 +16,11 @@ const PAGE_BYTES: usize = 4096;
 const MIN_PAGES: usize = 8;
 const MAX_PAGES: usize = 128;
 
-/// What came out of the buffer since the last look.
-#[derive(Debug, Default)]
-pub struct Batch {
-    /// In the order of each CPU; CPUs are not ordered among each other.
-    pub syns: Vec<Syn>,
-    /// Events for which there was no room in the buffer.
-    pub lost: u64,
-}
-
 /// The one reader of an instance's events.
 pub struct Reader<'a> {
     maps: &'a Maps,
     buffer: PerfBuffer<'static>,
-    inbox: Rc<RefCell<(Batch, Clock)>>,
+    inbox: Rc<RefCell<(Vec<Syn>, Clock)>>,
 }
 
 impl<'a> Reader<'a> {
@@ -38,27 +29,27 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// The kernel refused a perf event.
     pub fn open(maps: &'a Maps) -> Result<Reader<'a>> {
-        let inbox = Rc::new(RefCell::new((Batch::default(), Clock::now())));
-        let (syns, losses) = (Rc::clone(&inbox), Rc::clone(&inbox));
+        let inbox = Rc::new(RefCell::new((Vec::new(), Clock::now())));
+        let arrived = Rc::clone(&inbox);
         let cpus = num_possible_cpus().context("counting the CPUs")?;
         let buffer = PerfBufferBuilder::new(&maps.events)
             .pages(pages_for(cpus))
             .sample_cb(move |_cpu, bytes| {
-                let (batch, clock) = &mut *syns.borrow_mut();
-                batch.syns.extend(Syn::decode(bytes, *clock));
+                let (syns, clock) = &mut *arrived.borrow_mut();
+                syns.extend(Syn::decode(bytes, *clock));
             })
-            .lost_cb(move |_cpu, count| losses.borrow_mut().0.lost += count)
             .build()
             .context("opening the event buffer; it needs CAP_PERFMON (try sudo)")?;
         maps.set_reader(true)?;
         Ok(Reader { maps, buffer, inbox })
     }
 
-    /// Waits for events, at most that long, and returns what there is.
+    /// Waits for events, at most that long, and returns what there is, in the order of each CPU. What was lost is
+    /// in the counters.
     ///
     /// # Errors
     /// The kernel refused to wait.
-    pub fn read(&mut self, timeout: Duration) -> Result<Batch> {
+    pub fn read(&mut self, timeout: Duration) -> Result<Vec<Syn>> {
         self.inbox.borrow_mut().1 = Clock::now();
         match self.buffer.poll(timeout) {
             Err(error) if error.kind() != ErrorKind::Interrupted => Err(error).context("waiting for events"),

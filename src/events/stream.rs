@@ -40,7 +40,12 @@ pub fn run(
     watch: &mut Watch<'_>,
     stop: &AtomicBool,
 ) -> Result<End> {
-    let mut stream = Stream { maps, lost: 0, shown: None, next_totals: Instant::now() + TOTALS };
+    let mut stream = Stream {
+        maps,
+        lost_before: Counters::read(maps)?.lost(),
+        shown: None,
+        next_totals: Instant::now() + TOTALS,
+    };
     match stream.run(reader, output, watch, stop) {
         Err(error) if is_closed_pipe(&error) => Ok(End::Asked),
         other => other,
@@ -49,7 +54,7 @@ pub fn run(
 
 struct Stream<'a> {
     maps: &'a Maps,
-    lost: u64,
+    lost_before: u64,
     shown: Option<(Counters, u64)>,
     next_totals: Instant,
 }
@@ -87,14 +92,13 @@ impl Stream<'_> {
     }
 
     fn events(&mut self, reader: &mut Reader<'_>, output: &mut Output, timeout: Duration) -> Result<()> {
-        let batch = reader.read(timeout)?;
-        self.lost += batch.lost;
-        batch.syns.iter().try_for_each(|syn| output.syn(syn)).context("printing an event")
+        reader.read(timeout)?.iter().try_for_each(|syn| output.syn(syn)).context("printing an event")
     }
 
     /// Prints the totals, unless the same were printed last.
     fn totals(&mut self, output: &mut Output) -> Result<()> {
-        let now = (Counters::read(self.maps)?, self.lost);
+        let counters = Counters::read(self.maps)?;
+        let now = (counters.clone(), counters.lost() - self.lost_before);
         if self.shown.as_ref() != Some(&now) {
             output.totals(&now.0, now.1).context("printing the totals")?;
             self.shown = Some(now);

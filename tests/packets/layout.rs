@@ -15,7 +15,7 @@ pub fn structures_have_their_documented_sizes() -> Result<()> {
         ("policy key", size_of::<PolicyKey>(), 24),
         ("rule", size_of::<Rule>(), 16),
         ("config", size_of::<Config>(), 20),
-        ("counter", size_of::<Counter>(), 16),
+        ("counter", size_of::<Counter>(), 24),
     ] {
         ensure_eq!(is, documented, "size of {what}");
     }
@@ -54,6 +54,6 @@ pub fn maps_have_keys_and_values_of_those_sizes() -> Result<()> {
     ensure_eq!(policy.key_size(), 24, "key of the policy");
     ensure_eq!(policy.value_size(), 16, "value of the policy");
     ensure_eq!(program.maps.counters.key_size(), 4, "key of the counters");
-    ensure_eq!(program.maps.counters.value_size(), 16, "value of the counters");
+    ensure_eq!(program.maps.counters.value_size(), 24, "value of the counters");
     Ok(())
 }
