@@ -4,6 +4,9 @@
 //! [`program`] put them into maps, [`hooks`] attach the program. Upwards: [`events`] reads what the
 //! program reports and shows it. [`state`] knows where things are kept between two commands.
 
+#[macro_use]
+mod note;
+
 pub mod cli;
 pub mod counters;
 pub mod events;
@@ -30,4 +33,13 @@ pub mod types {
         netoken_policy_key as PolicyKey, netoken_rule as Rule, netoken_size as Size,
         netoken_verdict as Verdict, netoken_when_full as WhenFull,
     };
+}
+
+/// True if an error says that nobody reads our output any more, which ends a command but is no failure.
+pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let io = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        let json = cause.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind);
+        io.or(json) == Some(std::io::ErrorKind::BrokenPipe)
+    })
 }

@@ -3,7 +3,6 @@
 //! ```text
 //! /run/netoken/lock                     held by a command that changes something
 //! /run/netoken/bpf/<instance>/<map>     the pins of an instance
-//! /run/netoken/clsact/<netns>-<index>   this clsact qdisc was made by us
 //! /run/netoken/<instance>.reader        held by the process that reads the events; says which it is
 //! ```
 //!
@@ -61,11 +60,23 @@ pub struct Instance {
 }
 
 impl State {
-    /// Opens the directory, making it and mounting its BPF file system if that is not done yet.
+    /// Opens the directory, making it and mounting its BPF file system if that is not done yet, and keeps other
+    /// commands from changing anything until the lock is dropped.
     ///
     /// # Errors
     /// It cannot be made or mounted; the message says what to do.
-    pub fn create() -> Result<State> {
+    pub fn create() -> Result<(State, Lock)> {
+        loop {
+            let state = State::make()?;
+            // The command that we waited for may have removed all of it.
+            match state.lock()? {
+                Some(lock) if is_bpffs(&state.below("bpf")) => return Ok((state, lock)),
+                _ => continue,
+            }
+        }
+    }
+
+    fn make() -> Result<State> {
         let path = dir_path();
         let made = path.clone();
         let dir = in_first_mount_namespace(move || {
@@ -74,8 +85,11 @@ impl State {
             if !is_bpffs(&bpf) {
                 let source: Option<&str> = Some("bpf");
                 let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-                mount(source, &bpf, Some("bpf"), flags, Some("mode=0700"))
-                    .map_err(|errno| mount_error(&bpf, errno))?;
+                mount(source, &bpf, Some("bpf"), flags, Some("mode=0700")).map_err(|errno| {
+                    // What is not empty was there before, and stays.
+                    fs::remove_dir(&bpf).and_then(|()| fs::remove_dir(&made)).ok();
+                    mount_error(&bpf, errno)
+                })?;
             }
             open_dir(&made)
         })?;
@@ -101,27 +115,24 @@ impl State {
         PathBuf::from(format!("/proc/self/fd/{}", self.dir.as_raw_fd())).join(name)
     }
 
-    /// Waits until no other command changes anything, and keeps others from it.
-    ///
-    /// # Errors
-    /// The lock file cannot be made.
-    pub fn lock(&self) -> Result<Lock> {
+    /// Waits until no other command changes anything. Nothing if the directory was removed meanwhile.
+    fn lock(&self) -> Result<Option<Lock>> {
         let path = self.below("lock");
-        loop {
-            let file = lock_file(&path)?;
-            let held = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(held) => held,
-                Err((file, _)) => {
-                    eprintln!("waiting for another netoken command to finish");
-                    Flock::lock(file, FlockArg::LockExclusive)
-                        .map_err(|(_, errno)| anyhow!("locking {}/lock: {errno}", self.path.display()))?
-                }
-            };
-            // The last command may have removed the file that we waited for.
-            if same_file(&held, &path) {
-                return Ok(Lock(held));
+        let file = match lock_file(&path) {
+            Err(_) if !path.parent().is_some_and(|dir| fs::metadata(dir).is_ok_and(|m| m.nlink() > 0)) => {
+                return Ok(None);
             }
-        }
+            other => other?,
+        };
+        let held = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => held,
+            Err((file, _)) => {
+                note!("waiting for another netoken command to finish");
+                Flock::lock(file, FlockArg::LockExclusive)
+                    .map_err(|(_, errno)| anyhow!("locking {}/lock: {errno}", self.path.display()))?
+            }
+        };
+        Ok(same_file(&held, &path).then_some(Lock(held)))
     }
 
     /// Becomes the one reader of an instance's events.
@@ -173,44 +184,6 @@ impl State {
         names.iter().map(|name| self.instance(name)).collect()
     }
 
-    fn clsact_marker(&self, netns: u32, ifindex: u32) -> PathBuf {
-        self.below("clsact").join(format!("{netns}-{ifindex}"))
-    }
-
-    /// Remembers that the clsact qdisc of an interface is ours. Called before it is made, so that it is never
-    /// ours and forgotten.
-    ///
-    /// # Errors
-    /// The mark cannot be written.
-    pub fn mark_clsact(&self, netns: u32, ifindex: u32) -> Result<()> {
-        make_dir(&self.below("clsact"))?;
-        File::create(self.clsact_marker(netns, ifindex))
-            .context("noting down that the clsact qdisc is ours")?;
-        Ok(())
-    }
-
-    /// Whether the clsact qdisc of an interface was made by us.
-    pub fn owns_clsact(&self, netns: u32, ifindex: u32) -> bool {
-        self.clsact_marker(netns, ifindex).exists()
-    }
-
-    /// Forgets the mark, if there is one.
-    pub fn forget_clsact(&self, netns: u32, ifindex: u32) {
-        fs::remove_file(self.clsact_marker(netns, ifindex)).ok();
-    }
-
-    /// Forgets the marks of interfaces of this namespace that no longer exist.
-    pub fn forget_lost_clsacts(&self, netns: u32, exists: impl Fn(u32) -> bool) {
-        for entry in fs::read_dir(self.below("clsact")).into_iter().flatten().flatten() {
-            let name = entry.file_name().into_string().unwrap_or_default();
-            let Some((of, ifindex)) = name.split_once('-') else { continue };
-            let (Ok(of), Ok(ifindex)) = (of.parse::<u32>(), ifindex.parse()) else { continue };
-            if of == netns && !exists(ifindex) {
-                self.forget_clsact(netns, ifindex);
-            }
-        }
-    }
-
     /// Removes the BPF file system and the directory if no instance is left. `_lock` shows that nobody is about
     /// to make one.
     ///
@@ -220,7 +193,6 @@ impl State {
         if !self.instances().is_empty() {
             return Ok(());
         }
-        fs::remove_dir(self.below("clsact")).ok();
         fs::remove_file(self.below("lock")).ok();
         let path = self.path.clone();
         drop(self);

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::{ArgGroup, Parser};
 
-use crate::hooks::clsact::{Place, check_place};
+use crate::hooks::clsact::Place;
+use crate::hooks::link::find_link;
+use crate::hooks::netlink::Link;
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 use crate::token::Token;
 
@@ -73,11 +75,11 @@ pub struct Args {
     detach_on_exit: bool,
 
     /// Place among the filters of the interface, 1 to 65535, lower runs first [default: in front of those there]
-    #[arg(long, value_name = "N", help_heading = "With --attach")]
+    #[arg(long, value_name = "N", help_heading = "With --attach", value_parser = clap::value_parser!(u16).range(1..))]
     priority: Option<u16>,
 
     /// Handle of the filter within its priority [default: the next free one]
-    #[arg(long, value_name = "N", help_heading = "With --attach", value_parser = number)]
+    #[arg(long, value_name = "N", help_heading = "With --attach", value_parser = handle)]
     handle: Option<u32>,
 
     /// Kind byte of the TCP option, 253 or 254 (RFC 4727)
@@ -153,7 +155,6 @@ impl Args {
             Mode::Destroy
         } else {
             let place = Place { priority: self.priority, handle: self.handle };
-            check_place(place)?;
             Mode::Attach(AttachOptions {
                 policy: match (self.token, self.policy) {
                     (Some(token), _) => PolicySource::Token(token),
@@ -174,6 +175,12 @@ impl Args {
 }
 
 impl Scope {
+    /// The interfaces that were named, among those that there are.
+    pub fn find(&self, links: &[Link]) -> Result<Vec<Link>> {
+        let netns = self.netns.as_deref().unwrap_or_default();
+        self.ifaces.iter().map(|name| find_link(links, name, netns).cloned()).collect()
+    }
+
     /// The flags that lead another command to the same place.
     pub fn flags(&self, iface: &str) -> String {
         let mut flags = format!("--iface {iface}");
@@ -193,6 +200,13 @@ fn number(text: &str) -> Result<u32, String> {
         None => text.parse(),
     };
     parsed.map_err(|_| "not a number; write it like 7 or 0x7".to_string())
+}
+
+fn handle(text: &str) -> Result<u32, String> {
+    match number(text)? {
+        0 => Err("handles count from 1; leave the flag away to let the kernel choose".to_string()),
+        handle => Ok(handle),
+    }
 }
 
 fn exid(text: &str) -> Result<u16, String> {

@@ -12,13 +12,13 @@ use crate::events::show::{Names, Output, Record};
 use crate::events::stream::{self, End};
 use crate::events::watch::Watch;
 use crate::hooks::clsact::{Attachment, Hooks, remove_unused};
-use crate::hooks::link::{find_link, link_header_len};
-use crate::hooks::netlink::Link;
+use crate::hooks::link::link_header_len;
+use crate::hooks::netlink::{Link, Netlink};
 use crate::netns::Netns;
 use crate::policy::Policy;
 use crate::privileges;
 use crate::program::{Maps, Program, Settings};
-use crate::state::{Instance, Lock, State};
+use crate::state::{Instance, Lock, ReaderLock, State};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
@@ -28,31 +28,28 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         PolicySource::File(path) => Some(Policy::from_file(path)?),
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
+    let targets = targets(scope)?;
 
-    let state = State::create()?;
+    let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
-    let lock = state.lock()?;
+    let is_new = !instance.pins.exists();
     let mut job = Job {
-        scope,
         options,
         hooks: Hooks::open(&state)?,
         instance: &instance,
         netns: Netns::current()?.inode(),
         done: Vec::new(),
     };
-    let attached = job.targets().and_then(|targets| {
-        let reading = if options.quiet { None } else { Some(state.lock_reader(&instance)?) };
-        instance.create()?;
-        let (maps, note) = job.attach_all(&lock, &targets, policy.as_ref())?;
-        Ok((targets, maps, note, reading))
-    });
-    let (targets, maps, note, reading) = match attached {
+    let attached = job.attach(&state, &lock, &targets, policy.as_ref());
+    let (maps, reading, note) = match attached {
         Ok(attached) => attached,
         Err(error) => {
             job.undo(&lock);
             drop(job);
             // Nothing half done stays behind; what was there before is kept.
-            remove_unused(&state, &lock, &instance.name).ok();
+            if is_new {
+                remove_unused(&state, &lock, &instance.name).ok();
+            }
             state.remove_if_empty(lock).ok();
             return Err(error);
         }
@@ -63,7 +60,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let mut output = Output::new(scope.json, names);
     // Before anybody is told that we are attached, so that the stream misses nothing of what follows.
     let reader = if options.quiet { None } else { Some(Reader::open(&maps)?) };
-    let told = job.tell(&mut output, &note);
+    let told = job.tell(&mut output, &note).context("writing to standard output");
     let netns = job.netns;
     drop((job, lock));
     let Some(mut reader) = reader else {
@@ -74,21 +71,26 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let flag = Arc::clone(&stop);
     ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
     let mut watch = Watch::start(&state, &instance.name, netns, links)?;
-    let end = stream::run(&maps, &mut reader, &mut output, &mut watch, &stop)?;
+    // If the telling failed, so will the stream, at once and for the same reason.
+    let end = stream::run(&maps, &mut reader, &mut output, &mut watch, &stop);
     let left: Vec<String> = watch.links().iter().map(|link| link.name.clone()).collect();
     drop((watch, reader, reading));
-    if options.detach_on_exit && !left.is_empty() {
-        detach::remove(scope, &left, true, &state)?;
-        let lock = state.lock()?;
-        return state.remove_if_empty(lock);
-    }
-    for name in &left {
-        eprintln!("still attached to {name}; remove it with: netoken {} --destroy", scope.flags(name));
-    }
-    match end {
+    leave(scope, options, &left)?;
+    match end? {
         End::Asked => Ok(()),
         End::NothingLeft => bail!("streaming: no interface is left that netoken is attached to"),
     }
+}
+
+/// Removes all of it, or says how to.
+fn leave(scope: &Scope, options: &AttachOptions, left: &[String]) -> Result<()> {
+    if options.detach_on_exit {
+        return detach::remove(scope, left, true);
+    }
+    for name in left {
+        note!("still attached to {name}; remove it with: netoken {} --destroy", scope.flags(name));
+    }
+    Ok(())
 }
 
 /// An interface that can be attached to.
@@ -98,7 +100,6 @@ struct Target {
 }
 
 struct Job<'a> {
-    scope: &'a Scope,
     options: &'a AttachOptions,
     hooks: Hooks<'a>,
     instance: &'a Instance,
@@ -106,19 +107,26 @@ struct Job<'a> {
     done: Vec<(Link, Attachment)>,
 }
 
+/// All of them, before anything is changed.
+fn targets(scope: &Scope) -> Result<Vec<Target>> {
+    let links = Netlink::connect()?.links()?;
+    let target = |link: Link| Ok(Target { l2_len_bytes: link_header_len(&link)?, link });
+    scope.find(&links)?.into_iter().map(target).collect()
+}
+
 impl Job<'_> {
-    /// All of them, before anything is changed.
-    fn targets(&mut self) -> Result<Vec<Target>> {
-        let links = self.hooks.links()?;
-        let netns = self.scope.netns.as_deref().unwrap_or_default();
-        self.scope
-            .ifaces
-            .iter()
-            .map(|name| {
-                let link = find_link(&links, name, netns)?.clone();
-                Ok(Target { l2_len_bytes: link_header_len(&link)?, link })
-            })
-            .collect()
+    /// Returns the maps, the right to read their events, and what to say of the policy.
+    fn attach(
+        &mut self,
+        state: &State,
+        lock: &Lock,
+        targets: &[Target],
+        policy: Option<&Policy>,
+    ) -> Result<(Maps, Option<ReaderLock>, String)> {
+        let reading = if self.options.quiet { None } else { Some(state.lock_reader(self.instance)?) };
+        self.instance.create()?;
+        let (maps, note) = self.attach_all(lock, targets, policy)?;
+        Ok((maps, reading, note))
     }
 
     /// Returns the maps, and what to say of the policy.
@@ -168,34 +176,32 @@ impl Job<'_> {
         Ok((maps, note))
     }
 
-    /// Takes back what was newly attached. What was replaced in place goes on stamping.
+    /// Takes back what was done, last things first.
     fn undo(&mut self, lock: &Lock) {
-        for (link, attachment) in std::mem::take(&mut self.done) {
-            if !attachment.replaced {
-                self.hooks.detach(lock, &link, &self.instance.name).ok();
-            }
-            if attachment.made_qdisc {
-                self.hooks.destroy_clsact(lock, &link).ok();
+        for (link, attachment) in std::mem::take(&mut self.done).iter().rev() {
+            if let Err(error) = self.hooks.undo(lock, link, &self.instance.name, attachment) {
+                note!("netoken: {error:#}");
             }
         }
     }
 
     fn tell(&self, output: &mut Output, note: &str) -> Result<()> {
         for (link, attachment) in &self.done {
-            let Attachment { filter, replaced, made_qdisc } = attachment;
+            let Attachment { filter, made_qdisc, .. } = attachment;
+            let replaced = attachment.replaced();
             if output.is_json() {
                 output.record(&Record::Attached {
                     interface: &link.name,
                     priority: filter.priority,
                     handle: filter.handle,
-                    replaced: *replaced,
+                    replaced,
                     made_qdisc: *made_qdisc,
                 })?;
                 continue;
             }
-            eprintln!(
+            note!(
                 "{} {} egress (priority {}, handle {:#x}){}",
-                if *replaced { "replaced in place on" } else { "attached to" },
+                if replaced { "replaced in place on" } else { "attached to" },
                 link.name,
                 filter.priority,
                 filter.handle,
@@ -203,7 +209,7 @@ impl Job<'_> {
             );
         }
         if !output.is_json() {
-            eprintln!("{note}");
+            note!("{note}");
         }
         Ok(output.flush()?)
     }

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
@@ -11,7 +11,6 @@ use super::args::Scope;
 use crate::counters::Counters;
 use crate::events::show::totals_line;
 use crate::hooks::clsact::{Attached, attached, loaded_programs};
-use crate::hooks::link::find_link;
 use crate::hooks::netlink::Netlink;
 use crate::netns::Netns;
 use crate::privileges;
@@ -55,21 +54,12 @@ pub(super) fn run(scope: &Scope) -> Result<()> {
     if hooks.is_empty() {
         return nothing(scope);
     }
-    match print(scope, &state, &hooks) {
-        Err(error)
-            if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) =>
-        {
-            Ok(())
-        }
-        other => other,
-    }
+    print(scope, &state, &hooks).context("writing to standard output")
 }
 
 /// A wrong name is an error also where nothing can be attached.
 fn check_names(scope: &Scope) -> Result<()> {
-    let links = Netlink::connect()?.links()?;
-    let netns = scope.netns.as_deref().unwrap_or_default();
-    scope.ifaces.iter().try_for_each(|name| find_link(&links, name, netns).map(drop))
+    scope.find(&Netlink::connect()?.links()?).map(drop)
 }
 
 fn nothing(scope: &Scope) -> Result<()> {
@@ -81,7 +71,7 @@ fn nothing(scope: &Scope) -> Result<()> {
         );
     }
     if !scope.json {
-        eprintln!("netoken is not attached to any interface");
+        note!("netoken is not attached to any interface");
     }
     Ok(())
 }
@@ -104,11 +94,7 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
             let mut netlink = Netlink::connect()?;
             let mut links = netlink.links()?;
             if !scope.ifaces.is_empty() {
-                links = scope
-                    .ifaces
-                    .iter()
-                    .map(|iface| find_link(&links, iface, &name).cloned())
-                    .collect::<Result<_>>()?;
+                links = scope.find(&links)?;
             }
             let mut found = Vec::new();
             for link in links {

@@ -13,6 +13,7 @@ use super::reader::Reader;
 use super::show::{Output, Record};
 use super::watch::{Change, Watch};
 use crate::counters::Counters;
+use crate::is_closed_pipe;
 use crate::program::Maps;
 
 /// How long a look at the buffer may wait; also how late a signal is noticed at most.
@@ -48,7 +49,7 @@ pub fn run(
     };
     match stream.run(reader, output, watch, stop) {
         Err(error) if is_closed_pipe(&error) => Ok(End::Asked),
-        other => other,
+        other => other.context("streaming to standard output"),
     }
 }
 
@@ -125,18 +126,10 @@ fn report_changes(output: &mut Output, watch: &mut Watch<'_>) -> Result<()> {
             output.record(&Record::Interface { interface: &interface, event: &event })?;
         } else {
             output.flush()?;
-            eprintln!("{interface}: {event}");
+            note!("{interface}: {event}");
         }
     }
     Ok(())
-}
-
-fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        let io = cause.downcast_ref::<io::Error>().map(io::Error::kind);
-        let json = cause.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind);
-        io.or(json) == Some(io::ErrorKind::BrokenPipe)
-    })
 }
 
 /// True once nobody reads standard output any more, also while there is nothing to print.

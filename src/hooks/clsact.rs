@@ -2,7 +2,7 @@
 //! maps of the instance in question; everything else on the qdisc is somebody else's and stays as it is.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,10 @@ use super::netlink::{Filter, Link, Netlink, Side};
 use crate::netns::Netns;
 use crate::program::{PROGRAM_NAME, Program, messages};
 use crate::state::{Lock, State};
+
+/// The number of the empty egress chain that we put on a clsact qdisc that we make, and by which it is known to
+/// be ours: it ends with the qdisc, and nobody else has a reason to make it. "NT" as in the option's ExID.
+const OUR_CHAIN: u32 = 0x4e54;
 
 /// Where the filter is to stand; what is not said is kept, or chosen by the kernel.
 #[derive(Clone, Copy, Debug, Default)]
@@ -74,11 +78,20 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
     let programs = ProgInfoIter::with_query_opts(ProgInfoQueryOptions::default().include_map_ids(true));
     Ok(programs
         .filter(|program| program.name == PROGRAM_NAME)
-        .map(|program| {
+        .filter_map(|program| {
             let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
-            (program.id, Loaded { loaded_at: program.load_time, instance })
+            // One whose pins are gone is ours if it has our maps; the name alone anybody can have.
+            let ours = instance.is_some() || has_our_maps(&program.map_ids);
+            ours.then_some((program.id, Loaded { loaded_at: program.load_time, instance }))
         })
         .collect())
+}
+
+fn has_our_maps(ids: &[u32]) -> bool {
+    let names: Vec<_> = ids.iter().filter_map(|id| MapHandle::from_map_id(*id).ok()).collect();
+    ["policies", "counters", "events", "live", "scratches"]
+        .iter()
+        .all(|name| names.iter().any(|map| map.name() == *name))
 }
 
 /// Our filters on an interface's egress, in the order in which they run.
@@ -118,8 +131,8 @@ pub struct Hooks<'a> {
 pub struct Attachment {
     /// Where the filter stands now.
     pub filter: Filter,
-    /// It took the place of one of ours.
-    pub replaced: bool,
+    /// What of ours was there before, and still can be put back.
+    previous: Vec<(Filter, OwnedFd)>,
     /// We made the clsact qdisc for it.
     pub made_qdisc: bool,
 }
@@ -133,15 +146,12 @@ impl<'a> Hooks<'a> {
         Ok(Hooks { state, netns: Netns::current()?, netlink: Netlink::connect()? })
     }
 
-    /// All interfaces. Forgets what was noted down about those that are gone.
+    /// All interfaces.
     ///
     /// # Errors
     /// The kernel refused to list them.
     pub fn links(&mut self) -> Result<Vec<Link>> {
-        let links = self.netlink.links()?;
-        let exists = |index| links.iter().any(|link| link.index == index);
-        self.state.forget_lost_clsacts(self.netns.inode(), exists);
-        Ok(links)
+        self.netlink.links()
     }
 
     /// Our filters of one instance on an interface, and those whose instance is gone.
@@ -168,8 +178,9 @@ impl<'a> Hooks<'a> {
         program: &Program,
         place: Place,
     ) -> Result<Attachment> {
-        let made_qdisc = self.make_clsact(link, program)?;
+        let made_qdisc = self.make_clsact(link)?;
         let ours = self.attached(link, instance)?;
+        let previous = hold_programs(&ours)?;
         let in_place = ours.iter().find(|ours| {
             place.priority.is_none_or(|priority| priority == ours.filter.priority)
                 && place.handle.is_none_or(|handle| handle == ours.filter.handle)
@@ -183,7 +194,8 @@ impl<'a> Hooks<'a> {
                 hook.priority(priority.into()).handle(handle).replace(true);
             }
             None => {
-                hook.priority(place.priority.unwrap_or(0).into()).handle(place.handle.unwrap_or(0));
+                let priority = place.priority.or(ours.first().map(|ours| ours.filter.priority));
+                hook.priority(priority.unwrap_or(0).into()).handle(place.handle.unwrap_or(0));
             }
         }
         let (attached, said) = messages(|| hook.attach());
@@ -209,7 +221,35 @@ impl<'a> Hooks<'a> {
         for old in ours.iter().filter(|old| !same(&old.filter)) {
             self.remove_filter(link, &old.filter)?;
         }
-        Ok(Attachment { filter, replaced: !ours.is_empty(), made_qdisc })
+        Ok(Attachment { filter, previous, made_qdisc })
+    }
+
+    /// Puts back what was there before an attach: filters of ours in their places, or none, and no qdisc of ours.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn undo(&mut self, lock: &Lock, link: &Link, instance: &str, attachment: &Attachment) -> Result<()> {
+        for (filter, program) in &attachment.previous {
+            let mut hook = TcHook::new(program.as_fd());
+            hook.ifindex(link.index.cast_signed())
+                .attach_point(TC_EGRESS)
+                .priority(filter.priority.into())
+                .handle(filter.handle)
+                .replace(true);
+            let (attached, said) = messages(|| hook.attach());
+            attached
+                .with_context(|| format!("putting back our filter on {}{}", link.name, kernel_said(&said)))?;
+        }
+        let place = |filter: &Filter| (filter.priority, filter.handle);
+        for ours in self.attached(link, instance)? {
+            if !attachment.previous.iter().any(|(filter, _)| place(filter) == place(&ours.filter)) {
+                self.remove_filter(link, &ours.filter)?;
+            }
+        }
+        if attachment.made_qdisc {
+            self.destroy_clsact(lock, link)?;
+        }
+        Ok(())
     }
 
     /// Removes our filters of this instance. Returns how many there were.
@@ -227,12 +267,10 @@ impl<'a> Hooks<'a> {
     /// # Errors
     /// The kernel refused.
     pub fn destroy_clsact(&mut self, _lock: &Lock, link: &Link) -> Result<Qdisc> {
-        let netns = self.netns.inode();
         if !self.netlink.clsacts()?.contains(&link.index) {
-            self.state.forget_clsact(netns, link.index);
             return Ok(Qdisc::Absent);
         }
-        if !self.state.owns_clsact(netns, link.index) {
+        if !self.netlink.has_chain(link.index, OUR_CHAIN)? {
             return Ok(Qdisc::Foreign);
         }
         let used = self.netlink.filters(link.index, Side::Ingress)?.len()
@@ -244,35 +282,38 @@ impl<'a> Hooks<'a> {
         Ok(Qdisc::Removed)
     }
 
-    fn make_clsact(&mut self, link: &Link, program: &Program) -> Result<bool> {
+    fn make_clsact(&mut self, link: &Link) -> Result<bool> {
         if self.netlink.clsacts()?.contains(&link.index) {
             return Ok(false);
         }
-        let netns = self.netns.inode();
-        self.state.mark_clsact(netns, link.index)?;
-        let mut hook = TcHook::new(program.as_fd());
-        hook.ifindex(link.index.cast_signed()).attach_point(TC_EGRESS);
-        let (made, said) = messages(|| hook.create());
-        if let Err(error) = made {
-            self.state.forget_clsact(netns, link.index);
-            return Err(anyhow!(
-                "making a clsact qdisc on {}: {error}{}; it needs CAP_NET_ADMIN (try sudo) and the kernel \
-                 module sch_ingress (CONFIG_NET_SCH_INGRESS)",
-                link.name,
-                kernel_said(&said)
-            ));
+        let doing = format!("making a clsact qdisc on {}", link.name);
+        match self.netlink.add_clsact(link.index, OUR_CHAIN) {
+            Ok(()) => Ok(true),
+            // Somebody was faster, or there is the older kind of qdisc, which has no egress.
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                if self.netlink.clsacts()?.contains(&link.index) {
+                    return Ok(false);
+                }
+                bail!(
+                    "{doing}: it has an 'ingress' qdisc, which has no egress side and excludes clsact; clsact does \
+                     all that it does, so replace it: tc qdisc del dev {0} ingress; tc qdisc add dev {0} clsact",
+                    link.name
+                )
+            }
+            Err(error) => Err(error).with_context(|| {
+                format!(
+                    "{doing}; it needs CAP_NET_ADMIN (try sudo) and the kernel module sch_ingress \
+                     (CONFIG_NET_SCH_INGRESS)"
+                )
+            }),
         }
-        Ok(true)
     }
 
     fn remove_clsact(&mut self, link: &Link) -> Result<()> {
         let mut hook = TcHook::new(self.netns.as_fd());
         hook.ifindex(link.index.cast_signed()).attach_point(TC_INGRESS | TC_EGRESS);
         let (removed, said) = messages(|| hook.destroy());
-        removed
-            .with_context(|| format!("removing the clsact qdisc of {}{}", link.name, kernel_said(&said)))?;
-        self.state.forget_clsact(self.netns.inode(), link.index);
-        Ok(())
+        removed.with_context(|| format!("removing the clsact qdisc of {}{}", link.name, kernel_said(&said)))
     }
 
     fn remove_filter(&mut self, link: &Link, filter: &Filter) -> Result<()> {
@@ -322,6 +363,22 @@ impl<'a> Hooks<'a> {
     }
 }
 
+impl Attachment {
+    /// It took the place of one of ours.
+    pub fn replaced(&self) -> bool {
+        !self.previous.is_empty()
+    }
+}
+
+/// Keeps the programs of filters loaded.
+fn hold_programs(filters: &[Attached]) -> Result<Vec<(Filter, OwnedFd)>> {
+    let hold = |ours: &Attached| {
+        let fd = libbpf_rs::Program::fd_from_id(ours.program).context("keeping the running program")?;
+        Ok((ours.filter.clone(), fd))
+    };
+    filters.iter().map(hold).collect()
+}
+
 /// The kernel's own explanation, which libbpf prints, if there was one.
 fn kernel_said(log: &str) -> String {
     let reason = log.lines().find_map(|line| line.split_once("Kernel error message: "));
@@ -349,15 +406,4 @@ pub fn remove_unused(state: &State, _lock: &Lock, name: &str) -> Result<bool> {
     }
     instance.remove()?;
     Ok(true)
-}
-
-/// Checks what the kernel would refuse later with a less useful message.
-///
-/// # Errors
-/// The number is not one that a filter can have.
-pub fn check_place(place: Place) -> Result<()> {
-    if place.priority == Some(0) || place.handle == Some(0) {
-        bail!("a filter's priority and handle count from 1; leave the flag away to let the kernel choose");
-    }
-    Ok(())
 }

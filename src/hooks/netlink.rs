@@ -1,7 +1,13 @@
-//! Asks the kernel over rtnetlink which interfaces, qdiscs and filters there are. Changes nothing.
+//! Speaks rtnetlink: which interfaces, qdiscs and filters there are, and making a clsact qdisc that can be told
+//! from somebody else's.
+
+use std::io;
 
 use anyhow::{Context, Result, bail};
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
+};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkLayerType, LinkMessage};
 use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
@@ -100,13 +106,11 @@ impl Netlink {
     /// # Errors
     /// The kernel answered with an error; there is no clsact qdisc, for example.
     pub fn filters(&mut self, ifindex: u32, side: Side) -> Result<Vec<Filter>> {
-        let minor = match side {
-            Side::Ingress => TcHandle::MIN_INGRESS,
-            Side::Egress => TcHandle::MIN_EGRESS,
+        let parent = match side {
+            Side::Ingress => INGRESS,
+            Side::Egress => EGRESS,
         };
-        let mut request = TcMessage::default();
-        request.header.index = i32::try_from(ifindex).context("an interface index is positive")?;
-        request.header.parent = TcHandle { major: TcHandle::CLSACT.major, minor };
+        let request = tc_message(ifindex, parent);
         let replies = self
             .dump(RouteNetlinkMessage::GetTrafficFilter(request))
             .with_context(|| format!("listing the {side:?} filters of interface {ifindex}"))?;
@@ -114,19 +118,78 @@ impl Netlink {
             RouteNetlinkMessage::NewTrafficFilter(message) => Some(filter(&message)),
             _ => None,
         });
-        // The kernel lists a priority once by itself, with handle 0, and then each filter in it.
-        Ok(filters.filter(|filter| filter.handle != 0).collect())
+        Ok(filters.filter(is_filter).collect())
+    }
+
+    /// Makes a clsact qdisc and, on it, an empty egress chain of that number. Both travel in one datagram, so that
+    /// nothing can come between them.
+    ///
+    /// # Errors
+    /// The kernel refused; EEXIST if there is a clsact or an ingress qdisc. Then no chain was made.
+    pub fn add_clsact(&mut self, ifindex: u32, chain: u32) -> io::Result<()> {
+        let mut qdisc = tc_message(ifindex, TcHandle::CLSACT);
+        qdisc.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
+        qdisc.attributes.push(TcAttribute::Kind("clsact".to_string()));
+        let mark = chain_message(ifindex, chain);
+        let make = NLM_F_CREATE | NLM_F_EXCL;
+        let made = self.change(vec![
+            (RouteNetlinkMessage::NewQueueDiscipline(qdisc), make),
+            (RouteNetlinkMessage::NewTrafficChain(mark.clone()), make),
+        ])?;
+        match made.as_slice() {
+            [None, None] => Ok(()),
+            // The kernel goes on after an error: the chain would say that a foreign qdisc is ours.
+            [Some(error), None] => {
+                self.change(vec![(RouteNetlinkMessage::DelTrafficChain(mark), 0)])?;
+                Err(io::Error::from_raw_os_error(*error))
+            }
+            [Some(error), _] | [_, Some(error)] => Err(io::Error::from_raw_os_error(*error)),
+            _ => Err(io::Error::other("the kernel did not answer both requests")),
+        }
+    }
+
+    /// Whether an interface's clsact qdisc has an egress chain of that number.
+    ///
+    /// # Errors
+    /// The kernel answered with an error.
+    pub fn has_chain(&mut self, ifindex: u32, chain: u32) -> Result<bool> {
+        let request = tc_message(ifindex, EGRESS);
+        let replies = self
+            .dump(RouteNetlinkMessage::GetTrafficChain(request))
+            .with_context(|| format!("listing the chains of interface {ifindex}"))?;
+        Ok(replies.iter().any(|reply| match reply {
+            RouteNetlinkMessage::NewTrafficChain(message) => {
+                message.attributes.contains(&TcAttribute::Chain(chain))
+            }
+            _ => false,
+        }))
+    }
+
+    /// Sends requests in one datagram. Returns for each the error number with which it was refused, if it was.
+    fn change(&mut self, requests: Vec<(RouteNetlinkMessage, u16)>) -> io::Result<Vec<Option<i32>>> {
+        let first = self.sequence + 1;
+        let mut bytes = Vec::new();
+        for (request, flags) in requests {
+            self.sequence += 1;
+            bytes.extend(serialize(request, NLM_F_REQUEST | NLM_F_ACK | flags, self.sequence));
+        }
+        self.socket.send(&bytes, 0)?;
+        let mut answers = vec![None; (self.sequence + 1 - first) as usize];
+        while answers.iter().any(Option::is_none) {
+            let (received, _) = self.socket.recv_from_full()?;
+            for reply in messages(&received).map_err(io::Error::other)? {
+                let at = reply.header.sequence_number.wrapping_sub(first) as usize;
+                if let (NetlinkPayload::Error(error), Some(answer)) = (reply.payload, answers.get_mut(at)) {
+                    *answer = Some(error.code.map(|code| -code.get()));
+                }
+            }
+        }
+        Ok(answers.into_iter().flatten().collect())
     }
 
     fn dump(&mut self, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>> {
         self.sequence += 1;
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-        header.sequence_number = self.sequence;
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(request));
-        message.finalize();
-        let mut bytes = vec![0; message.buffer_len()];
-        message.serialize(&mut bytes);
+        let bytes = serialize(request, NLM_F_REQUEST | NLM_F_DUMP, self.sequence);
         self.socket.send(&bytes, 0).context("sending a netlink request")?;
 
         let mut replies = Vec::new();
@@ -144,6 +207,40 @@ impl Netlink {
             }
         }
     }
+}
+
+/// The two sides of clsact, as parents of filters and chains: TC_H_MIN_INGRESS and TC_H_MIN_EGRESS.
+const INGRESS: TcHandle = TcHandle { major: TcHandle::CLSACT.major, minor: TcHandle::MIN_INGRESS };
+const EGRESS: TcHandle = TcHandle { major: TcHandle::CLSACT.major, minor: TcHandle::MIN_EGRESS };
+
+fn tc_message(ifindex: u32, parent: TcHandle) -> TcMessage {
+    let mut message = TcMessage::default();
+    message.header.index = ifindex.cast_signed();
+    message.header.parent = parent;
+    message
+}
+
+fn chain_message(ifindex: u32, chain: u32) -> TcMessage {
+    let mut message = tc_message(ifindex, EGRESS);
+    message.attributes.push(TcAttribute::Chain(chain));
+    message
+}
+
+fn serialize(request: RouteNetlinkMessage, flags: u16, sequence: u32) -> Vec<u8> {
+    let mut header = NetlinkHeader::default();
+    header.flags = flags;
+    header.sequence_number = sequence;
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(request));
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len().next_multiple_of(4)];
+    message.serialize(&mut bytes);
+    bytes
+}
+
+/// The kernel lists a priority once by itself, with handle 0, and u32 lists its hash tables, whose handles end in
+/// twelve zero bits. Neither is a filter.
+fn is_filter(entry: &Filter) -> bool {
+    entry.handle != 0 && (entry.kind != "u32" || entry.handle & 0xfff != 0)
 }
 
 /// The messages of one datagram.

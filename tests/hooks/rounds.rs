@@ -85,9 +85,8 @@ fn descriptors() -> Result<Vec<String>> {
 
 /// Attaches, replaces and detaches that often, then destroys. Returns the id of the counters' map.
 fn rounds(count: usize) -> Result<u32> {
-    let state = State::create()?;
+    let (state, lock) = State::create()?;
     let instance = state.instance("default");
-    let lock = state.lock()?;
     let mut hooks = Hooks::open(&state)?;
     let link = find_link(&hooks.links()?, "c0", "")?.clone();
     instance.create()?;
@@ -103,7 +102,7 @@ fn rounds(count: usize) -> Result<u32> {
         for (program, replaced) in programs.iter().zip([false, true]) {
             program.maps.set_policy(&Policy::stamp_all(Token::DEFAULT))?;
             let attachment = hooks.attach(&lock, &link, "default", program, Place::default())?;
-            ensure_eq!(attachment.replaced, replaced, "whether it was replaced");
+            ensure_eq!(attachment.replaced(), replaced, "whether it was replaced");
         }
         ensure_eq!(hooks.attached(&link, "default")?.len(), 1, "filters of ours");
         ensure_eq!(hooks.detach(&lock, &link, "default")?, 1, "filters removed");
