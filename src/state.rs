@@ -67,33 +67,40 @@ impl State {
     /// It cannot be made or mounted; the message says what to do.
     pub fn create() -> Result<(State, Lock)> {
         loop {
-            let state = State::make()?;
-            // The command that we waited for may have removed all of it.
-            match state.lock()? {
-                Some(lock) if is_bpffs(&state.below("bpf")) => return Ok((state, lock)),
-                _ => continue,
+            let path = dir_path();
+            let made = path.clone();
+            let dir = in_first_mount_namespace(move || {
+                make_dir(&made)?;
+                open_dir(&made)
+            })?;
+            let state = State { path, dir };
+            // Nothing if the command that we waited for has removed all of it.
+            if let Some(lock) = state.lock()? {
+                // Under the lock: two file systems on one directory would hide each other's pins.
+                if let Err(error) = state.mount() {
+                    fs::remove_file(state.below("lock")).ok();
+                    fs::remove_dir(&state.path).ok();
+                    return Err(error);
+                }
+                return Ok((state, lock));
             }
         }
     }
 
-    fn make() -> Result<State> {
-        let path = dir_path();
-        let made = path.clone();
-        let dir = in_first_mount_namespace(move || {
-            let bpf = made.join("bpf");
-            make_dir(&bpf)?;
-            if !is_bpffs(&bpf) {
-                let source: Option<&str> = Some("bpf");
-                let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-                mount(source, &bpf, Some("bpf"), flags, Some("mode=0700")).map_err(|errno| {
-                    // What is not empty was there before, and stays.
-                    fs::remove_dir(&bpf).and_then(|()| fs::remove_dir(&made)).ok();
-                    mount_error(&bpf, errno)
-                })?;
+    fn mount(&self) -> Result<()> {
+        let bpf = self.path.join("bpf");
+        in_first_mount_namespace(move || {
+            if is_bpffs(&bpf) {
+                return Ok(());
             }
-            open_dir(&made)
-        })?;
-        Ok(State { path, dir })
+            make_dir(&bpf)?;
+            let source: Option<&str> = Some("bpf");
+            let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+            mount(source, &bpf, Some("bpf"), flags, Some("mode=0700")).map_err(|errno| {
+                fs::remove_dir(&bpf).ok();
+                mount_error(&bpf, errno)
+            })
+        })
     }
 
     /// Opens the directory if it is there.
@@ -193,14 +200,13 @@ impl State {
         if !self.instances().is_empty() {
             return Ok(());
         }
-        fs::remove_file(self.below("lock")).ok();
         let path = self.path.clone();
-        drop(self);
         in_first_mount_namespace(move || {
             umount2(&path.join("bpf"), MntFlags::UMOUNT_NOFOLLOW)
                 .with_context(|| format!("unmounting {}/bpf", path.display()))?;
-            // Not empty when a reader still runs: then it stays.
             fs::remove_dir(path.join("bpf")).ok();
+            fs::remove_file(path.join("lock")).ok();
+            // Not empty while a reader still runs: then it stays.
             fs::remove_dir(&path).ok();
             Ok(())
         })

@@ -34,11 +34,16 @@ static __always_inline long move_chunk(struct __sk_buff *skb, struct scratch *sc
 {
 	__u32 from = back ? off + grow : off;
 	__u32 to = back ? off : off + grow;
+	__u32 less_one = len - 1;
 
-	barrier_var(
-		len); /* the compiler knows these bounds, the verifier wants to see them checked */
-	if (len == 0 || len > CHUNK_LEN_BYTES)
+	/*
+	 * The compiler knows these bounds, the verifier wants to see them checked; and before 6.8
+	 * it learns nothing from `len != 0`, so the check is of one less.
+	 */
+	barrier_var(less_one);
+	if (less_one >= CHUNK_LEN_BYTES)
 		return -1;
+	len = less_one + 1;
 	if (bpf_skb_load_bytes(skb, from, scratch->chunk, len))
 		return -1;
 	return bpf_skb_store_bytes(skb, to, scratch->chunk, len, 0);

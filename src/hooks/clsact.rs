@@ -295,7 +295,7 @@ impl<'a> Hooks<'a> {
                     return Ok(false);
                 }
                 bail!(
-                    "{doing}: it has an 'ingress' qdisc, which has no egress side and excludes clsact; clsact does \
+                    "{doing}: it has an ingress qdisc, which has no egress side and excludes clsact; clsact does \
                      all that it does, so replace it: tc qdisc del dev {0} ingress; tc qdisc add dev {0} clsact",
                     link.name
                 )
@@ -386,7 +386,7 @@ fn kernel_said(log: &str) -> String {
 }
 
 /// How long the kernel may take to free a program whose filter is gone: it does so behind a grace period.
-const LINGER: Duration = Duration::from_secs(1);
+const LINGER: Duration = Duration::from_secs(5);
 
 /// Removes an instance if no program uses it any more. True if nothing of it is left.
 ///

@@ -63,7 +63,9 @@ pub fn expect_bare(ns: &str, iface: &str) -> Result<()> {
 pub fn expect_no_state(lab: &Lab) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let inside = format!("{}/", lab.run.display());
-    let mounted: Vec<&str> = mounts.lines().filter(|line| line.contains(&inside)).collect();
+    // The fifth field is the mount point. Elsewhere somebody may have bound the whole tree once more.
+    let is_inside = |line: &&str| line.split(' ').nth(4).is_some_and(|point| point.starts_with(&inside));
+    let mounted: Vec<&str> = mounts.lines().filter(is_inside).collect();
     let left = tree(&lab.run);
     ensure!(mounted.is_empty(), "still mounted: {mounted:#?}; the state directory holds {left:#?}");
     ensure!(left.is_empty(), "the state directory still holds {left:?}");
