@@ -14,13 +14,15 @@ use crate::world::World;
 /// Filters of two kinds that let every packet go on, at the priorities of somebody who was there first. Kinds
 /// that every kernel has which can run ours: `u32`, and `bpf` with a classic program.
 fn add_foreign(ns: &str, iface: &str) -> Result<()> {
-    for side in ["ingress", "egress"] {
-        let add = format!("tc -n {ns} filter add dev {iface} {side}");
-        sh(&format!("{add} pref 10 protocol ip u32 match ip dst 192.0.2.1/32 classid 1:1"))?;
-        sh(&format!("{add} pref 20 bpf da bytecode '1,6 0 0 4294967295,'"))?;
-        sh(&format!("{add} pref 20 handle 0x7 bpf da bytecode '1,6 0 0 4294967295,'"))?;
-        sh(&format!("{add} pref 60000 protocol ipv6 u32 match ip6 dst 2001:db8::1/128 classid 1:2"))?;
-    }
+    ["ingress", "egress"].iter().try_for_each(|side| add_foreign_to(ns, iface, side))
+}
+
+fn add_foreign_to(ns: &str, iface: &str, side: &str) -> Result<()> {
+    let add = format!("tc -n {ns} filter add dev {iface} {side}");
+    sh(&format!("{add} pref 10 protocol ip u32 match ip dst 192.0.2.1/32 classid 1:1"))?;
+    sh(&format!("{add} pref 20 bpf da bytecode '1,6 0 0 4294967295,'"))?;
+    sh(&format!("{add} pref 20 handle 0x7 bpf da bytecode '1,6 0 0 4294967295,'"))?;
+    sh(&format!("{add} pref 60000 protocol ipv6 u32 match ip6 dst 2001:db8::1/128 classid 1:2"))?;
     Ok(())
 }
 
@@ -127,7 +129,8 @@ pub fn a_foreign_ingress_qdisc_is_an_error_and_stays() -> Result<()> {
 pub fn query_counts_the_filters_that_run_before() -> Result<()> {
     let world = World::new()?;
     sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
-    add_foreign(&world.ns, "c0")?;
+    // The kernel keeps the u32 tables of both sides together and lists those of the same priority on either.
+    add_foreign_to(&world.ns, "c0", "egress")?;
     world.ok("-i c0 --attach --quiet --priority 100")?;
     let out = world.ok("-i c0 --query --json")?;
     ensure_eq!(records(&out, "hook")?[0]["filters_before"], 3, "one u32 and two bpf filters run before");

@@ -5,7 +5,6 @@ use std::mem::size_of;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::process::Output;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -112,11 +111,7 @@ impl World {
         let listener = self.listen("10.77.0.2:0")?;
         let addr = listener.local_addr()?;
         let _client = self.lab.within(&self.ns, || Ok(TcpStream::connect_timeout(&addr, PATIENCE)?))?;
-        let server = wait_until("a connection to accept", || match listener.accept() {
-            Ok((stream, _)) => Ok(Some(stream)),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error).context("accepting"),
-        })?;
+        let server = accept(&listener)?;
         saved_syn(&server)
     }
 
@@ -130,6 +125,15 @@ impl World {
         );
         Ok(())
     }
+}
+
+/// Accepts one connection, within bounds.
+pub fn accept(listener: &TcpListener) -> Result<TcpStream> {
+    wait_until("a connection to accept", || match listener.accept() {
+        Ok((stream, _)) => Ok(Some(stream)),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error).context("accepting"),
+    })
 }
 
 /// The SYN that opened a connection, as the server's kernel kept it.
@@ -156,9 +160,4 @@ pub fn token(syn: &[u8]) -> Option<String> {
     let at = syn.windows(4).position(|bytes| bytes == [253, 12, 0x4e, 0x54])?;
     let token = syn.get(at + 4..at + 12)?;
     Some(token.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// A connect that ends by itself, for loops that count many of them.
-pub fn connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
-    TcpStream::connect_timeout(&addr, Duration::from_secs(5))
 }
