@@ -151,7 +151,7 @@ fn run(fd: i32, frame: &[u8]) -> Result<(f64, usize)> {
 fn tcp(family: u8, flags: u8, options_len: usize, payload: usize) -> Vec<u8> {
     let mut segment = vec![0u8; 20 + options_len + payload];
     segment[..4].copy_from_slice(&[0x9c, 0x40, 0x01, 0xbb]);
-    segment[12] = ((20 + options_len) / 4 << 4) as u8;
+    segment[12] = (((20 + options_len) / 4) << 4) as u8;
     segment[13] = flags;
     let options: &[u8] = match options_len {
         // MSS, SACK permitted, timestamps, NOP, window scale: what Linux sends.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
- * Gives a packet back the bytes that it had before it was stamped, then hands it to the program under
- * measurement. BPF_PROG_TEST_RUN repeats on one and the same packet, and a SYN can be stamped only once.
+ * Gives a packet back the bytes that it had before it was stamped, then hands it to the program
+ * under measurement. BPF_PROG_TEST_RUN repeats on one and the same packet, and a SYN can be stamped
+ * only once.
  */
 #define BPF_NO_PRESERVE_ACCESS_INDEX
 #include "vmlinux.h"
@@ -42,8 +43,8 @@ int empty(struct __sk_buff *skb)
 }
 
 /*
- * A stamp grows the packet, and taking it back shrinks it again, which is not the stamp's cost. Growing it
- * once and twice tells the two apart.
+ * A stamp grows the packet, and taking it back shrinks it again, which is not the stamp's cost.
+ * Growing it once and twice tells the two apart.
  */
 SEC("tc")
 int grow_once(struct __sk_buff *skb)
