@@ -25,7 +25,7 @@ unsafe impl Plain for Counter {}
 pub struct Counters {
     packets: [u64; Verdict::VERDICT_COUNT.0 as usize],
     dropped: u64,
-    lost: u64,
+    events: u64,
 }
 
 impl Counters {
@@ -46,7 +46,7 @@ impl Counters {
                 counter.copy_from_bytes(&bytes).ok().context("a counter of a strange size")?;
                 counters.packets[*number as usize] += counter.packets;
                 counters.dropped += counter.dropped;
-                counters.lost += counter.lost;
+                counters.events += counter.events;
             }
         }
         Ok(counters)
@@ -67,9 +67,9 @@ impl Counters {
         self.dropped
     }
 
-    /// Events for which there was no room in the buffer, since the instance was made.
-    pub fn lost(&self) -> u64 {
-        self.lost
+    /// Events that were handed to the buffer, whether it had room or not.
+    pub fn events(&self) -> u64 {
+        self.events
     }
 
     /// Name and number of SYNs, for each verdict.

@@ -17,7 +17,7 @@ const LOG_BEGINS: &str = "BEGIN PROG LOAD LOG";
 pub struct Kernel {
     /// As `uname -r` prints it.
     pub release: String,
-    /// `bpf_check_mtu()`, from 5.12; before it, `bpf_skb_change_tail()` enforces the MTU itself.
+    /// `bpf_check_mtu()`, from 5.12; before it, a program is told the MTU when it is loaded.
     pub has_check_mtu: bool,
     /// The lockdown mode in force, as /sys/kernel/security/lockdown shows it; none if it cannot be read.
     pub lockdown: Option<String>,

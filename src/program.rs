@@ -36,6 +36,8 @@ pub struct Settings {
     pub option_kind: u8,
     /// Experiment identifier, host order.
     pub exid: u16,
+    /// MTU of the interface in bytes; only used by kernels that cannot ask for it, before 5.12.
+    pub mtu_bytes: u32,
     /// Bits of [`crate::types::Fault`]: helpers that a test makes fail. 0 outside tests.
     pub faults: u32,
 }
@@ -48,6 +50,7 @@ impl Default for Settings {
             netns_ino: 0,
             option_kind: DEFAULT_KIND,
             exid: DEFAULT_EXID,
+            mtu_bytes: 0xffff,
             faults: 0,
         }
     }
@@ -101,6 +104,7 @@ impl Program {
             exid: settings.exid,
             option_kind: settings.option_kind,
             has_check_mtu: kernel.has_check_mtu.into(),
+            mtu_bytes: settings.mtu_bytes,
         };
         if let Some(dir) = pins {
             pin_below(dir, &mut open.maps.policies)?;

@@ -49,10 +49,10 @@ static __always_inline void count_syn(struct __sk_buff *skb, struct netoken_even
 	if ((config.sample != 1 && before % config.sample) || !has_reader())
 		return;
 	event->time_ns = bpf_ktime_get_ns();
-	/* The buffer's own count of losses reaches the reader only with the next event that fits.
-	 */
-	if (bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, event, sizeof(*event)))
-		counter->lost++;
+	/* The reader compares with what has reached it: the buffer's own count of losses comes only
+	 * with the next event that fits. */
+	counter->events++;
+	bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, event, sizeof(*event));
 }
 
 #endif

@@ -199,7 +199,9 @@ static __always_inline bool exceeds_mtu(struct __sk_buff *skb, const struct syn 
 
 	if (len + grow > len_max)
 		return true;
-	return config.has_check_mtu && bpf_check_mtu(skb, 0, &len, grow, 0) != 0;
+	if (!config.has_check_mtu)
+		return len + grow > config.mtu_bytes;
+	return bpf_check_mtu(skb, 0, &len, grow, 0) != 0;
 }
 
 /* Appends `token`, or leaves the packet as it came. *`must_drop` is set if it can do neither. */
@@ -211,7 +213,6 @@ stamp_syn(struct __sk_buff *skb, struct scratch *scratch, const __u8 *token, boo
 	__u32 tcp_len = syn->tcp_len_bytes;
 	__u32 options_len = tcp_len - TCP_HEADER_LEN;
 	struct stamp stamp = {};
-	long err;
 
 	if (syn->is_fragment)
 		return VERDICT_FRAGMENT;
@@ -247,10 +248,7 @@ stamp_syn(struct __sk_buff *skb, struct scratch *scratch, const __u8 *token, boo
 			return VERDICT_TOO_BIG;
 		if (fault(FAULT_GROW))
 			return VERDICT_HELPER_FAILED;
-		err = bpf_skb_change_tail(skb, stamp.tail_end + stamp.grow, 0);
-		if (err == -EINVAL && !config.has_check_mtu)
-			return VERDICT_TOO_BIG;
-		if (err)
+		if (bpf_skb_change_tail(skb, stamp.tail_end + stamp.grow, 0))
 			return VERDICT_HELPER_FAILED;
 	}
 

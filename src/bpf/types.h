@@ -82,9 +82,9 @@ struct netoken_config {
 	__u32 faults;
 	__u16 exid;
 	__u8 option_kind;
-	/* bpf_check_mtu() exists (5.12 and later); before that bpf_skb_change_tail() enforces the
-	 * MTU. */
-	__u8 has_check_mtu;
+	__u8 has_check_mtu; /* bpf_check_mtu() exists: from 5.12 */
+	/* Where it does not: the MTU that the interface had when it was attached to. */
+	__u32 mtu_bytes;
 };
 
 /* IPv4 addresses are stored as IPv4-mapped IPv6 addresses (RFC 4291 section 2.5.5.2). */
@@ -120,7 +120,7 @@ struct netoken_live {
 struct netoken_counter {
 	__u64 packets;
 	__u64 dropped;
-	__u64 lost; /* events for which there was no room in the buffer */
+	__u64 events; /* handed to the buffer, which may have been full */
 };
 
 /* Longest prefix match: the port exactly (0 is any), then the destination's leading bits. */
@@ -140,7 +140,7 @@ struct netoken_rule {
 	__u8 token[TOKEN_LEN];
 };
 
-_Static_assert(sizeof(struct netoken_config) == 20, "netoken_config has hidden padding");
+_Static_assert(sizeof(struct netoken_config) == 24, "netoken_config has hidden padding");
 _Static_assert(sizeof(struct netoken_flow) == 44, "netoken_flow has hidden padding");
 _Static_assert(sizeof(struct netoken_event) == 80, "netoken_event has hidden padding");
 _Static_assert(sizeof(struct netoken_policy_key) == 24, "netoken_policy_key has hidden padding");

@@ -144,6 +144,7 @@ impl Job<'_> {
                 netns_ino: self.netns,
                 option_kind: self.options.option_kind,
                 exid: self.options.exid,
+                mtu_bytes: target.link.mtu_bytes,
                 faults: 0,
             };
             let program = Program::load(settings, Some(&self.instance.pins))?;

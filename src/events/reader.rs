@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use libbpf_rs::{ErrorKind, PerfBuffer, PerfBufferBuilder, num_possible_cpus};
 
 use super::model::{Clock, Syn};
+use crate::counters::Counters;
 use crate::program::Maps;
 
 /// Memory for all CPUs together; a CPU's share is a power of two of pages, and at least MIN_PAGES.
@@ -16,11 +17,20 @@ const PAGE_BYTES: usize = 4096;
 const MIN_PAGES: usize = 8;
 const MAX_PAGES: usize = 128;
 
+#[derive(Debug)]
+struct Inbox {
+    syns: Vec<Syn>,
+    clock: Clock,
+    received: u64,
+}
+
 /// The one reader of an instance's events.
 pub struct Reader<'a> {
     maps: &'a Maps,
     buffer: PerfBuffer<'static>,
-    inbox: Rc<RefCell<(Vec<Syn>, Clock)>>,
+    inbox: Rc<RefCell<Inbox>>,
+    /// Events that were handed to the buffer before we read it.
+    before: u64,
 }
 
 impl<'a> Reader<'a> {
@@ -29,19 +39,22 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// The kernel refused a perf event.
     pub fn open(maps: &'a Maps) -> Result<Reader<'a>> {
-        let inbox = Rc::new(RefCell::new((Vec::new(), Clock::now())));
+        let inbox = Rc::new(RefCell::new(Inbox { syns: Vec::new(), clock: Clock::now(), received: 0 }));
         let arrived = Rc::clone(&inbox);
         let cpus = num_possible_cpus().context("counting the CPUs")?;
         let buffer = PerfBufferBuilder::new(&maps.events)
             .pages(pages_for(cpus))
             .sample_cb(move |_cpu, bytes| {
-                let (syns, clock) = &mut *arrived.borrow_mut();
-                syns.extend(Syn::decode(bytes, *clock));
+                let mut inbox = arrived.borrow_mut();
+                let syn = Syn::decode(bytes, inbox.clock);
+                inbox.syns.extend(syn);
+                inbox.received += 1;
             })
             .build()
             .context("opening the event buffer; it needs CAP_PERFMON (try sudo)")?;
+        let before = Counters::read(maps)?.events();
         maps.set_reader(true)?;
-        Ok(Reader { maps, buffer, inbox })
+        Ok(Reader { maps, buffer, inbox, before })
     }
 
     /// Waits for events, at most that long, and returns what there is, in the order of each CPU. What was lost is
@@ -50,11 +63,23 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// The kernel refused to wait.
     pub fn read(&mut self, timeout: Duration) -> Result<Vec<Syn>> {
-        self.inbox.borrow_mut().1 = Clock::now();
+        self.inbox.borrow_mut().clock = Clock::now();
         match self.buffer.poll(timeout) {
             Err(error) if error.kind() != ErrorKind::Interrupted => Err(error).context("waiting for events"),
-            _ => Ok(std::mem::take(&mut self.inbox.borrow_mut().0)),
+            _ => Ok(std::mem::take(&mut self.inbox.borrow_mut().syns)),
         }
+    }
+}
+
+impl Reader<'_> {
+    /// Of the events that `counters` know of, those for which the buffer had no room. What is in the buffer is
+    /// taken out first; the next look returns it.
+    ///
+    /// # Errors
+    /// The kernel refused to read the buffer.
+    pub fn lost(&mut self, counters: &Counters) -> Result<u64> {
+        self.buffer.consume().context("emptying the event buffer")?;
+        Ok((counters.events() - self.before).saturating_sub(self.inbox.borrow().received))
     }
 }
 

@@ -41,12 +41,7 @@ pub fn run(
     watch: &mut Watch<'_>,
     stop: &AtomicBool,
 ) -> Result<End> {
-    let mut stream = Stream {
-        maps,
-        lost_before: Counters::read(maps)?.lost(),
-        shown: None,
-        next_totals: Instant::now() + TOTALS,
-    };
+    let mut stream = Stream { maps, shown: None, next_totals: Instant::now() + TOTALS };
     match stream.run(reader, output, watch, stop) {
         Err(error) if is_closed_pipe(&error) => Ok(End::Asked),
         other => other.context("streaming to standard output"),
@@ -55,7 +50,6 @@ pub fn run(
 
 struct Stream<'a> {
     maps: &'a Maps,
-    lost_before: u64,
     shown: Option<(Counters, u64)>,
     next_totals: Instant,
 }
@@ -81,13 +75,14 @@ impl Stream<'_> {
             }
             if Instant::now() >= self.next_totals {
                 self.next_totals = Instant::now() + TOTALS;
-                self.totals(output)?;
+                self.totals(reader, output)?;
             }
             output.flush()?;
         };
         // What happened until now is part of the story.
         self.events(reader, output, Duration::ZERO)?;
-        self.totals(output)?;
+        self.totals(reader, output)?;
+        self.events(reader, output, Duration::ZERO)?;
         output.flush()?;
         Ok(end)
     }
@@ -97,9 +92,10 @@ impl Stream<'_> {
     }
 
     /// Prints the totals, unless the same were printed last.
-    fn totals(&mut self, output: &mut Output) -> Result<()> {
+    fn totals(&mut self, reader: &mut Reader<'_>, output: &mut Output) -> Result<()> {
         let counters = Counters::read(self.maps)?;
-        let now = (counters.clone(), counters.lost() - self.lost_before);
+        let lost = reader.lost(&counters)?;
+        let now = (counters, lost);
         if self.shown.as_ref() != Some(&now) {
             output.totals(&now.0, now.1).context("printing the totals")?;
             self.shown = Some(now);

@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     fn link(name: &str, layer: LinkLayerType) -> Link {
-        Link { index: 1, name: name.into(), layer }
+        Link { index: 1, name: name.into(), mtu_bytes: 1500, layer }
     }
 
     #[test]

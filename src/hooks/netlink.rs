@@ -21,6 +21,8 @@ pub struct Link {
     pub index: u32,
     /// Its name now.
     pub name: String,
+    /// Its MTU in bytes.
+    pub mtu_bytes: u32,
     /// Its ARPHRD type.
     pub layer: LinkLayerType,
 }
@@ -268,7 +270,12 @@ pub fn link(message: &LinkMessage) -> Option<Link> {
         LinkAttribute::IfName(name) => Some(name.clone()),
         _ => None,
     })?;
-    Some(Link { index: message.header.index, name, layer: message.header.link_layer_type })
+    let mtu = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Mtu(mtu) => Some(*mtu),
+        _ => None,
+    });
+    let layer = message.header.link_layer_type;
+    Some(Link { index: message.header.index, name, mtu_bytes: mtu.unwrap_or(0xffff), layer })
 }
 
 fn kind(message: &TcMessage) -> &str {
