@@ -33,19 +33,11 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job = Job {
-        options,
-        hooks: Hooks::open(&state)?,
-        instance: &instance,
-        netns: Netns::current()?.inode(),
-        done: Vec::new(),
-    };
-    let attached = job.attach(&state, &lock, &targets, policy.as_ref());
-    let (maps, reading, note) = match attached {
+    let mut job = Job { options, state: &state, instance: &instance, done: Vec::new() };
+    let (maps, reading, note) = match job.attach(&lock, &targets, policy.as_ref()) {
         Ok(attached) => attached,
         Err(error) => {
             job.undo(&lock);
-            drop(job);
             // Nothing half done stays behind; what was there before is kept.
             if is_new {
                 remove_unused(&state, &lock, &instance.name).ok();
@@ -56,12 +48,12 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     };
 
     let links: Vec<Link> = targets.into_iter().map(|target| target.link).collect();
-    let names: Names = links.iter().map(|link| ((job.netns, link.index), link.name.clone())).collect();
+    let netns = Netns::current()?.inode();
+    let names: Names = links.iter().map(|link| ((netns, link.index), link.name.clone())).collect();
     let mut output = Output::new(scope.json, names);
     // Before anybody is told that we are attached, so that the stream misses nothing of what follows.
     let reader = if options.quiet { None } else { Some(Reader::open(&maps)?) };
     let told = job.tell(&mut output, &note).context("writing to standard output");
-    let netns = job.netns;
     drop((job, lock));
     let Some(mut reader) = reader else {
         return told;
@@ -101,9 +93,8 @@ struct Target {
 
 struct Job<'a> {
     options: &'a AttachOptions,
-    hooks: Hooks<'a>,
+    state: &'a State,
     instance: &'a Instance,
-    netns: u32,
     done: Vec<(Link, Attachment)>,
 }
 
@@ -118,12 +109,11 @@ impl Job<'_> {
     /// Returns the maps, the right to read their events, and what to say of the policy.
     fn attach(
         &mut self,
-        state: &State,
         lock: &Lock,
         targets: &[Target],
         policy: Option<&Policy>,
     ) -> Result<(Maps, Option<ReaderLock>, String)> {
-        let reading = if self.options.quiet { None } else { Some(state.lock_reader(self.instance)?) };
+        let reading = if self.options.quiet { None } else { Some(self.state.lock_reader(self.instance)?) };
         self.instance.create()?;
         let (maps, note) = self.attach_all(lock, targets, policy)?;
         Ok((maps, reading, note))
@@ -137,11 +127,13 @@ impl Job<'_> {
         policy: Option<&Policy>,
     ) -> Result<(Maps, String)> {
         let mut ready: Option<(Maps, String)> = None;
+        let mut hooks = Hooks::open(self.state)?;
+        let netns_ino = Netns::current()?.inode();
         for target in targets {
             let settings = Settings {
                 l2_len_bytes: target.l2_len_bytes,
                 sample: self.options.sample,
-                netns_ino: self.netns,
+                netns_ino,
                 option_kind: self.options.option_kind,
                 exid: self.options.exid,
                 mtu_bytes: target.link.mtu_bytes,
@@ -156,7 +148,7 @@ impl Job<'_> {
                 program.maps.set_policy(policy.unwrap_or(&default))?;
             }
             let attachment =
-                self.hooks.attach(lock, &target.link, &self.instance.name, &program, self.options.place)?;
+                hooks.attach(lock, &target.link, &self.instance.name, &program, self.options.place)?;
             self.done.push((target.link.clone(), attachment));
             if first {
                 let note = match (policy, running) {
@@ -180,7 +172,9 @@ impl Job<'_> {
     /// Takes back what was done, last things first.
     fn undo(&mut self, lock: &Lock) {
         for (link, attachment) in std::mem::take(&mut self.done).iter().rev() {
-            if let Err(error) = self.hooks.undo(lock, link, &self.instance.name, attachment) {
+            let undone = Hooks::open(self.state)
+                .and_then(|mut hooks| hooks.undo(lock, link, &self.instance.name, attachment));
+            if let Err(error) = undone {
                 note!("netoken: {error:#}");
             }
         }

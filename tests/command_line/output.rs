@@ -13,7 +13,7 @@ use crate::support::ensure_eq;
 use crate::world::World;
 
 /// Runs a line of bash in which `netoken` stands for the program, on the client.
-fn bash(world: &World, line: &str) -> Result<Said> {
+pub fn bash(world: &World, line: &str) -> Result<Said> {
     let script = format!("netoken() {{ {NETOKEN} --netns {} \"$@\"; }}; {line}", world.ns);
     said(Command::new("bash").args(["-c", &script]).env("NETOKEN_RUN", &world.lab.run))
 }
@@ -145,4 +145,22 @@ pub fn a_pipe_of_both_that_closes_early_is_no_panic() -> Result<()> {
     let said = bash(&world, "netoken -i c0 --attach 2>&1 | head -1; echo \"code ${PIPESTATUS[0]}\"")?;
     ensure_eq!(said.out.lines().last(), Some("code 0"), "the exit code: {said:#?}");
     expect_ours(&world.ns, "c0", 1)
+}
+
+/// Few descriptors make an attach fail at one step after another; none of them may leave anything behind.
+pub fn an_attach_without_descriptors_leaves_nothing() -> Result<()> {
+    let world = World::new()?;
+    let mut failed = 0;
+    for limit in 4..24 {
+        let said =
+            bash(&world, &format!("ulimit -n {limit}; netoken -i c0 --attach --quiet; echo \"code $?\""))?;
+        if said.out.ends_with("code 0\n") {
+            break;
+        }
+        failed += 1;
+        expect_bare(&world.ns, "c0")?;
+        expect_no_state(&world.lab)?;
+    }
+    ensure!(failed > 2, "{failed} attaches failed: that is not many steps");
+    Ok(())
 }
