@@ -17,17 +17,28 @@ use crate::types::{Config, Live, PolicyKey, Rule};
 
 /// The name that `tc filter show` and `bpftool prog` print.
 pub const PROGRAM_NAME: &str = "netoken_egress";
+/// The same for interfaces without a link header.
+pub const PROGRAM_NAME_L3: &str = "netoken_egress3";
 
 /// The kind byte of the option, RFC 6994: 253 unless said otherwise.
 pub const DEFAULT_KIND: u8 = 253;
 /// The experiment identifier behind it, host order.
 pub const DEFAULT_EXID: u16 = 0x4e54;
 
+/// What a device puts in front of the network header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkHeader {
+    /// 14 bytes.
+    Ethernet,
+    /// Nothing: tun, WireGuard, PPP and the like.
+    None,
+}
+
 /// What is fixed for one loaded program.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// Bytes in front of the network header: 14 for Ethernet, 0 for a device without a link header.
-    pub l2_len_bytes: u32,
+    /// What stands in front of the network header, which decides which program is loaded.
+    pub link_header: LinkHeader,
     /// One event for each `sample` SYNs of the same verdict; at least 1.
     pub sample: u32,
     /// Inode number of the interface's network namespace.
@@ -45,7 +56,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Settings {
-            l2_len_bytes: 14,
+            link_header: LinkHeader::Ethernet,
             sample: 1,
             netns_ino: 0,
             option_kind: DEFAULT_KIND,
@@ -97,7 +108,6 @@ impl Program {
 
         let data = open.maps.rodata_data.as_deref_mut().context("the classifier has no settings")?;
         data.config = Config {
-            l2_len_bytes: settings.l2_len_bytes,
             sample: settings.sample,
             netns_ino: settings.netns_ino,
             faults: settings.faults,
@@ -113,11 +123,16 @@ impl Program {
             pin_below(dir, &mut open.maps.live)?;
         }
 
+        let is_ethernet = settings.link_header == LinkHeader::Ethernet;
+        open.progs.netoken_egress.set_autoload(is_ethernet);
+        open.progs.netoken_egress3.set_autoload(!is_ethernet);
+
         let (loaded, log) = messages(|| open.load());
         let skel = loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
         let own = |map: &libbpf_rs::Map<'_>| MapHandle::try_from(map).context("keeping a map open");
+        let program = if is_ethernet { &skel.progs.netoken_egress } else { &skel.progs.netoken_egress3 };
         Ok(Program {
-            fd: skel.progs.netoken_egress.as_fd().try_clone_to_owned().context("keeping the program open")?,
+            fd: program.as_fd().try_clone_to_owned().context("keeping the program open")?,
             maps: Maps {
                 policies: own(&skel.maps.policies)?,
                 counters: own(&skel.maps.counters)?,

@@ -6,7 +6,6 @@
 #include "types.h"
 
 const volatile struct netoken_config config = {
-	.l2_len_bytes = 14,
 	.sample = 1,
 	.exid = 0x4e54,
 	.option_kind = 253,

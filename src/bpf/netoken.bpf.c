@@ -65,15 +65,23 @@ __noinline int handle_syn(struct __sk_buff *skb)
 }
 
 /* Out of line: what is surely no SYN must not pay for the registers that this one saves. */
-static __noinline int classify(struct __sk_buff *skb)
+static __noinline int classify(struct __sk_buff *skb, __u32 l2_len)
 {
-	return parse_syn(skb) ? handle_syn(skb) : TC_ACT_UNSPEC;
+	return parse_syn(skb, l2_len) ? handle_syn(skb) : TC_ACT_UNSPEC;
 }
 
 SEC("tc")
 int netoken_egress(struct __sk_buff *skb)
 {
-	return is_surely_no_syn(skb) ? TC_ACT_UNSPEC : classify(skb);
+	return is_surely_no_syn(skb, ETH_HEADER_LEN) ? TC_ACT_UNSPEC
+						     : classify(skb, ETH_HEADER_LEN);
+}
+
+/* For a device whose packets begin with layer 3. */
+SEC("tc")
+int netoken_egress3(struct __sk_buff *skb)
+{
+	return is_surely_no_syn(skb, 0) ? TC_ACT_UNSPEC : classify(skb, 0);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -49,7 +49,7 @@ __noinline int walk_options(__u32 len)
 
 	if (!scratch || len > TCP_OPTIONS_MAX)
 		return 0;
-	tcp = &scratch->old_tcp;
+	tcp = &scratch->old.rest;
 	list = &scratch->options;
 	list->end = 0;
 	list->nops = 0;
@@ -123,7 +123,8 @@ static __always_inline __u32 round_to_words(__u32 len_bytes)
  * Returns the length of the new list, which is never shorter than the old one, or 0 if there is no
  * room.
  */
-static __always_inline __u32 append_token(struct tcp_rest *new, const struct tcp_rest *old,
+static __always_inline __u32 append_token(struct headers *new_headers,
+					  const struct headers *old_headers,
 					  struct option_list *list, __u32 old_len,
 					  const __u8 *token)
 {
@@ -132,9 +133,16 @@ static __always_inline __u32 append_token(struct tcp_rest *new, const struct tcp
 		.len = OPTION_LEN,
 		.exid = { config.exid >> 8, config.exid & 0xff },
 	};
+	const struct tcp_rest *old = &old_headers->rest;
+	struct tcp_rest *new = &new_headers->rest;
 	__u32 len;
 
 	__builtin_memcpy(option.token, token, TOKEN_LEN);
+	/* Field by field: the fields differ in alignment, and copies go by the largest that is
+	 * sure.
+	 */
+	__builtin_memcpy(new_headers->ip, old_headers->ip, sizeof(new_headers->ip));
+	__builtin_memcpy(new_headers->tcp, old_headers->tcp, sizeof(new_headers->tcp));
 	__builtin_memcpy(new, old, TCP_REST_LEN);
 	if (list->end + OPTION_LEN > TCP_OPTIONS_MAX) {
 		if (list->end - list->nops + OPTION_LEN > TCP_OPTIONS_MAX)

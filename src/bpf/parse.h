@@ -12,6 +12,7 @@
 #include "scratch.h"
 #include "types.h"
 
+#define ETH_HEADER_LEN 14
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86dd
 #define ETH_P_8021Q 0x8100
@@ -21,9 +22,6 @@
 #define IP_OFFSET 0x1fff /* fragment offset, RFC 791 */
 #define IP_MF 0x2000
 #define IPV6_OFFSET 0xfff8 /* fragment offset, RFC 8200 section 4.5 */
-#define IPV4_HEADER_LEN 20
-#define IPV6_HEADER_LEN 40
-#define TCP_HEADER_LEN 20
 
 #define VLAN_TAGS_MAX 2
 #define IPV6_EXTENSIONS_MAX 8
@@ -36,7 +34,7 @@
 /* What is pulled into the linear part when the headers are not there: nearly always, and at most.
  */
 #define PULL_LEN_BYTES 256
-#define PULL_LEN_MAX_BYTES (L4_OFF_MAX + TCP_HEADER_LEN)
+#define PULL_LEN_MAX_BYTES (L4_OFF_MAX + TCP_HEADER_LEN + TCP_OPTIONS_MAX)
 
 #define TCP_FLAG_FIN 0x01
 #define TCP_FLAG_SYN 0x02
@@ -73,6 +71,11 @@ struct vlan_tag {
 	__be16 tci_be;
 	__be16 next_proto_be;
 };
+
+static __always_inline bool is_syn(__u8 flags)
+{
+	return (flags & TCP_FLAGS_OF_SYN) == TCP_FLAG_SYN;
+}
 
 static __always_inline bool is_extension(__u8 next)
 {
@@ -161,15 +164,16 @@ static __always_inline enum parsed parse_ipv6(struct layers *layers, struct __sk
 
 /* Finds the network header behind the link header and tags. A tag in skb metadata is not in the
  * packet. */
-static __always_inline enum parsed parse_layers(struct layers *layers, struct __sk_buff *skb)
+static __always_inline enum parsed parse_layers(struct layers *layers, struct __sk_buff *skb,
+						__u32 l2_len)
 {
 	void *data = (void *)(long)skb->data;
 	void *end = (void *)(long)skb->data_end;
-	void *l3 = data + config.l2_len_bytes;
+	void *l3 = data + l2_len;
 	__u16 proto;
 
-	layers->l3_off = config.l2_len_bytes;
-	if (config.l2_len_bytes == 0) {
+	layers->l3_off = l2_len;
+	if (l2_len == 0) {
 		if (l3 + 1 > end)
 			return PARSED_SHORT;
 		proto = *(__u8 *)l3 >> 4 == 4 ? ETH_P_IP : ETH_P_IPV6;
@@ -207,18 +211,46 @@ static __always_inline void copy_mapped(__u8 *to, __be32 addr_be)
 	words[3] = addr_be;
 }
 
-/* Notes in the scratch what is known of a SYN. False if its headers are not where they were. */
-static __always_inline bool describe_syn(struct syn *syn, struct __sk_buff *skb,
-					 const struct layers *layers, const struct tcp_head *tcp,
-					 void *end)
+/*
+ * Copies a TCP header with `options_len` bytes of options. What lies behind those counts as zero in
+ * the copy, and so in its sum. False if the linear part ends before they do.
+ */
+static __always_inline bool copy_tcp(struct headers *to, const void *tcp, const void *end,
+				     __u32 options_len)
+{
+	const __u32 *word = tcp + TCP_HEADER_LEN;
+	__u32 *options = (__u32 *)to->rest.options;
+
+	__builtin_memset(options, 0, TCP_OPTIONS_MAX);
+	if ((const void *)word > end)
+		return false;
+	__builtin_memcpy(to->tcp, tcp, TCP_REST_OFF);
+	__builtin_memcpy(&to->rest, tcp + TCP_REST_OFF, TCP_HEADER_LEN - TCP_REST_OFF);
+
+	for (__u32 i = 0; i < TCP_OPTIONS_MAX / 4; i++) {
+		if (i * 4 >= options_len)
+			break;
+		if ((const void *)(word + i + 1) > end)
+			return false;
+		options[i] = word[i];
+	}
+	return true;
+}
+
+/* Notes in the scratch what is known of a SYN, and copies its headers. */
+static __always_inline enum parsed describe_syn(struct scratch *scratch, struct __sk_buff *skb,
+						const struct layers *layers,
+						const struct tcp_head *tcp, void *end)
 {
 	void *l3 = (void *)(long)skb->data + layers->l3_off;
+	__u32 tcp_len = (tcp->data_offset >> 4) * 4;
+	struct syn *syn = &scratch->syn;
 	struct netoken_flow *flow = &syn->event.flow;
 
 	syn->l3_off = layers->l3_off;
 	syn->l4_off = layers->l4_off;
 	syn->is_fragment = layers->is_fragment;
-	syn->tcp_len_bytes = (tcp->data_offset >> 4) * 4;
+	syn->tcp_len_bytes = tcp_len;
 	flow->sport_be = tcp->sport_be;
 	flow->dport_be = tcp->dport_be;
 	flow->isn = bpf_ntohl(tcp->seq_be);
@@ -226,29 +258,35 @@ static __always_inline bool describe_syn(struct syn *syn, struct __sk_buff *skb,
 		struct ipv6hdr *ip = l3;
 
 		if ((void *)(ip + 1) > end)
-			return false;
+			return PARSED_OTHER;
 		flow->family = 6;
 		syn->ip_len_bytes = IPV6_HEADER_LEN + bpf_ntohs(ip->payload_len);
+		__builtin_memcpy(scratch->old.ip, ip, IPV6_HEADER_LEN);
 		__builtin_memcpy(flow->saddr, &ip->saddr, ADDR_LEN);
 		__builtin_memcpy(flow->daddr, &ip->daddr, ADDR_LEN);
 	} else {
 		struct iphdr *ip = l3;
 
 		if ((void *)(ip + 1) > end)
-			return false;
+			return PARSED_OTHER;
 		flow->family = 4;
 		syn->ip_len_bytes = bpf_ntohs(ip->tot_len);
-		__builtin_memcpy(syn->ip4, ip, sizeof(syn->ip4));
+		__builtin_memcpy(&scratch->old.ip[IPV6_HEADER_LEN - IPV4_HEADER_LEN], ip,
+				 IPV4_HEADER_LEN);
 		copy_mapped(flow->saddr, ip->saddr);
 		copy_mapped(flow->daddr, ip->daddr);
 	}
-	return true;
+	/* Where the packet itself ends too early its lengths lie, which is for the stamp to say. */
+	if (!copy_tcp(&scratch->old, tcp, end, tcp_len - TCP_HEADER_LEN) &&
+	    tcp_len >= TCP_HEADER_LEN && skb->len >= layers->l4_off + tcp_len)
+		return PARSED_SHORT;
+	return PARSED_SYN;
 }
 
-static __always_inline enum parsed parse_linear(struct __sk_buff *skb)
+static __always_inline enum parsed parse_linear(struct __sk_buff *skb, __u32 l2_len)
 {
 	struct layers layers;
-	enum parsed parsed = parse_layers(&layers, skb);
+	enum parsed parsed = parse_layers(&layers, skb, l2_len);
 	struct scratch *scratch;
 	struct tcp_head *tcp;
 	void *end;
@@ -262,44 +300,49 @@ static __always_inline enum parsed parse_linear(struct __sk_buff *skb)
 	tcp = (void *)(long)skb->data + layers.l4_off;
 	if ((void *)(tcp + 1) > end)
 		return PARSED_SHORT;
-	if ((tcp->flags & TCP_FLAGS_OF_SYN) != TCP_FLAG_SYN)
+	if (!is_syn(tcp->flags))
 		return PARSED_OTHER;
 
 	scratch = this_scratch();
-	if (!scratch || !describe_syn(&scratch->syn, skb, &layers, tcp, end))
-		return PARSED_OTHER;
-	return PARSED_SYN;
+	return scratch ? describe_syn(scratch, skb, &layers, tcp, end) : PARSED_OTHER;
 }
 
 /*
  * Tells the packets that a machine sends all day from those that need a closer look: no tag, no IP
  * options, no extension headers. Says no more than that: what it does not know is for parse_syn().
+ * Where a TCP header would have its flags and there are none of a SYN, there is no SYN, whatever
+ * the packet is.
+ *
+ * `l2_len` is a constant and not a setting: reading that would be half of what all this costs.
  */
-static __always_inline bool is_surely_no_syn(struct __sk_buff *skb)
+static __always_inline bool is_surely_no_syn(struct __sk_buff *skb, const __u32 l2_len)
 {
-	__u32 l2_len = config.l2_len_bytes;
 	__u8 *l3 = (void *)(long)skb->data + l2_len;
 	void *end = (void *)(long)skb->data_end;
-	__u8 flags;
+	__u16 proto;
+	__u8 next;
 
 	if ((void *)l3 + IPV4_HEADER_LEN + sizeof(struct tcp_head) > end)
 		return false;
-	if (l3[0] == 0x45) {
-		if (l2_len && *(__be16 *)(l3 - 2) != bpf_htons(ETH_P_IP))
+	if (l2_len)
+		proto = *(__be16 *)(l3 - 2);
+	else
+		proto = l3[0] >> 4 == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
+
+	if (proto == bpf_htons(ETH_P_IP)) {
+		if (l3[0] != 0x45)
 			return false;
-		if (l3[offsetof(struct iphdr, protocol)] != IPPROTO_TCP)
-			return true;
-		flags = l3[IPV4_HEADER_LEN + offsetof(struct tcp_head, flags)];
-	} else {
-		if ((void *)l3 + IPV6_HEADER_LEN + sizeof(struct tcp_head) > end)
-			return false;
-		if (l2_len && *(__be16 *)(l3 - 2) != bpf_htons(ETH_P_IPV6))
-			return false;
-		if (l3[0] >> 4 != 6 || l3[offsetof(struct ipv6hdr, nexthdr)] != IPPROTO_TCP)
-			return false;
-		flags = l3[IPV6_HEADER_LEN + offsetof(struct tcp_head, flags)];
+		return !is_syn(l3[IPV4_HEADER_LEN + offsetof(struct tcp_head, flags)]);
 	}
-	return (flags & TCP_FLAGS_OF_SYN) != TCP_FLAG_SYN;
+	if (proto != bpf_htons(ETH_P_IPV6) ||
+	    (void *)l3 + IPV6_HEADER_LEN + sizeof(struct tcp_head) > end)
+		return false;
+	next = l3[offsetof(struct ipv6hdr, nexthdr)];
+	if (next == IPPROTO_TCP)
+		return !is_syn(l3[IPV6_HEADER_LEN + offsetof(struct tcp_head, flags)]);
+	/* Or the compiler asks for UDP first. */
+	barrier_var(next);
+	return next == IPPROTO_UDP;
 }
 
 /* Out of line: the compiler would share the loads with those that become pointers, and cut them to
@@ -310,9 +353,9 @@ static __noinline bool is_linear(struct __sk_buff *skb)
 }
 
 /* True if `skb` is a SYN, which this CPU's scratch then describes. */
-static __always_inline bool parse_syn(struct __sk_buff *skb)
+static __always_inline bool parse_syn(struct __sk_buff *skb, __u32 l2_len)
 {
-	enum parsed parsed = parse_linear(skb);
+	enum parsed parsed = parse_linear(skb, l2_len);
 	__u32 pull_len = PULL_LEN_BYTES;
 
 	for (int i = 0; i < 2 && parsed == PARSED_SHORT; i++) {
@@ -320,7 +363,7 @@ static __always_inline bool parse_syn(struct __sk_buff *skb)
 			return false; /* nothing more to see: too short to show a SYN flag */
 		if (bpf_skb_pull_data(skb, skb->len < pull_len ? skb->len : pull_len))
 			return false;
-		parsed = parse_linear(skb);
+		parsed = parse_linear(skb, l2_len);
 		pull_len = PULL_LEN_MAX_BYTES;
 	}
 	return parsed == PARSED_SYN;

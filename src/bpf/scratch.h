@@ -14,6 +14,10 @@
 
 #define CHUNK_LEN_BYTES 2048
 
+#define IPV4_HEADER_LEN 20
+#define IPV6_HEADER_LEN 40
+#define TCP_HEADER_LEN 20
+
 /* Where the parts of a SYN are, as offsets from the start of the frame, and what an event says of
  * it. */
 struct syn {
@@ -22,7 +26,6 @@ struct syn {
 	__u32 l4_off;
 	__u32 ip_len_bytes;  /* what the IP header claims, header included */
 	__u32 tcp_len_bytes; /* what the data offset claims */
-	__u32 ip4[3];	     /* the first 12 bytes of an IPv4 header, up to and with its checksum */
 	__u32 is_fragment;
 };
 
@@ -38,9 +41,20 @@ struct tcp_rest {
 	__u8 options[TCP_OPTIONS_MAX + 40];
 } __attribute__((aligned(8)));
 
+/* The part of it in front of the data offset: ports and sequence numbers. */
 #define TCP_REST_OFF 12
-#define TCP_REST_HEAD_LEN 8
-#define TCP_REST_LEN (TCP_REST_HEAD_LEN + TCP_OPTIONS_MAX)
+#define TCP_REST_LEN (TCP_HEADER_LEN - TCP_REST_OFF + TCP_OPTIONS_MAX)
+
+/*
+ * An IP header and a TCP header side by side, as they lie in nearly every packet, so that one store
+ * writes both. An IPv4 header stands in the second half of `ip`; its options are not copied.
+ */
+struct headers {
+	__u8 align[4]; /* brings `rest` to a multiple of 8 */
+	__u8 ip[IPV6_HEADER_LEN];
+	__u8 tcp[TCP_REST_OFF];
+	struct tcp_rest rest;
+};
 
 /* What the option list of a SYN holds. */
 struct option_list {
@@ -54,11 +68,15 @@ struct option_list {
 
 struct scratch {
 	struct syn syn;
-	struct tcp_rest old_tcp;
-	struct tcp_rest new_tcp;
+	struct headers old;
+	struct headers new;
 	struct option_list options;
 	__u8 chunk[CHUNK_LEN_BYTES];
 };
+
+/* One store writes from one part into the next. */
+_Static_assert(__builtin_offsetof(struct headers, rest) == 4 + IPV6_HEADER_LEN + TCP_REST_OFF,
+	       "hole in headers");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -91,102 +91,128 @@ static __noinline long move_tail_back(struct __sk_buff *skb, struct scratch *scr
 }
 
 /*
- * Length of a struct tcp_rest with that many bytes of options. It is in bounds; the check is for
- * the verifier, which forgets what it knew of a number that has been in memory.
+ * Length of a TCP header with that many bytes of options. It is in bounds; the check is for the
+ * verifier, which forgets what it knew of a number that has been in memory.
  */
-static __always_inline __u32 tcp_rest_len(__u32 options_len)
+static __always_inline __u32 tcp_header_len(__u32 options_len)
 {
 	__u64 len = options_len;
 
 	barrier_var(len);
 	if (len > TCP_OPTIONS_MAX)
 		len = TCP_OPTIONS_MAX;
-	return TCP_REST_HEAD_LEN + len;
+	return TCP_HEADER_LEN + len;
 }
 
-static __always_inline long store_tcp(struct __sk_buff *skb, const struct syn *syn,
-				      const struct tcp_rest *tcp, __u32 options_len)
+/* Writes both headers: at once, or one by one if IP options or extension headers stand between. */
+static __always_inline bool store_headers(struct __sk_buff *skb, const struct syn *syn,
+					  const struct headers *headers, __u32 options_len,
+					  __u32 faults)
 {
-	return bpf_skb_store_bytes(skb, syn->l4_off + TCP_REST_OFF, tcp, tcp_rest_len(options_len),
-				   0);
+	__u32 ip_len = syn->event.flow.family == 6 ? IPV6_HEADER_LEN : IPV4_HEADER_LEN;
+	const __u8 *ip = &headers->ip[IPV6_HEADER_LEN - ip_len];
+	__u32 tcp_len = tcp_header_len(options_len);
+
+	if (faults & FAULT_STORE_TCP)
+		return false;
+	if (syn->l4_off == syn->l3_off + ip_len)
+		return !bpf_skb_store_bytes(skb, syn->l3_off, ip, ip_len + tcp_len, 0) &&
+		       !(faults & FAULT_STORE_IP);
+	return !bpf_skb_store_bytes(skb, syn->l4_off, headers->tcp, tcp_len, 0) &&
+	       !(faults & FAULT_STORE_IP) && !bpf_skb_store_bytes(skb, syn->l3_off, ip, ip_len, 0);
 }
 
-/* Writes the length of an IP packet that grew by `grow` bytes and, for IPv4, the checksum (RFC
- * 1624). */
-static __always_inline long store_ip(struct __sk_buff *skb, const struct syn *syn, __u32 grow)
+/* One's complement sum of 16-bit words in 16 bits, RFC 1071. */
+static __always_inline __u16 fold(__u32 sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum + (sum >> 16);
+}
+
+/* Writes the new length of the IP packet and, for IPv4, the checksum (RFC 1624). */
+static __always_inline void grow_ip(struct headers *new, const struct syn *syn, __u32 grow)
 {
 	__u32 len = syn->ip_len_bytes + grow;
-	__u32 ip4[3];
 
 	if (syn->event.flow.family == 6) {
-		__be16 payload_len_be = bpf_htons(len - IPV6_HEADER_LEN);
+		struct ipv6hdr *ip = (void *)new->ip;
 
-		return bpf_skb_store_bytes(skb, syn->l3_off + offsetof(struct ipv6hdr, payload_len),
-					   &payload_len_be, sizeof(payload_len_be), 0);
+		ip->payload_len = bpf_htons(len - IPV6_HEADER_LEN);
+	} else {
+		struct iphdr *ip = (void *)&new->ip[IPV6_HEADER_LEN - IPV4_HEADER_LEN];
+		__be16 len_be = bpf_htons(len);
+
+		ip->check = ~fold((__u16)~ip->check + (__u16)~ip->tot_len + len_be);
+		ip->tot_len = len_be;
 	}
-
-	__builtin_memcpy(ip4, syn->ip4, sizeof(ip4));
-	if (grow) {
-		__be16 *words = (__be16 *)ip4;
-		__u32 sum = (__u16)~words[5] + (__u16)~words[1];
-
-		words[1] = bpf_htons(len);
-		sum += words[1];
-		sum = (sum & 0xffff) + (sum >> 16);
-		sum = (sum & 0xffff) + (sum >> 16);
-		words[5] = ~sum;
-	}
-	return bpf_skb_store_bytes(skb, syn->l3_off, ip4, sizeof(ip4), 0);
 }
 
-/* The sum of all new words less that of all old ones, as a 32-bit one's complement sum (RFC 1071).
- */
-static __always_inline __u32 sum_changes(const struct scratch *scratch)
+/* The sum of all new words less that of all old ones. */
+static __always_inline __u16 sum_changes(const struct scratch *scratch)
 {
-	const __u32 *from = (const __u32 *)&scratch->old_tcp;
-	const __u32 *to = (const __u32 *)&scratch->new_tcp;
+	const __u32 *from = (const __u32 *)&scratch->old.rest;
+	const __u32 *to = (const __u32 *)&scratch->new.rest;
 	__u64 sum = 0;
 
-#pragma unroll
-	for (int i = 0; i < TCP_REST_LEN / 4; i++)
-		sum += (__u64)to[i] + (__u32)~from[i];
+	for (int i = 0; i < TCP_REST_LEN / 4; i++) {
+		/* A change of the checksum is not one of what it sums. */
+		if (i != 1)
+			sum += (__u64)to[i] + (__u32)~from[i];
+	}
 	sum = (sum & 0xffffffff) + (sum >> 32);
 	sum = (sum & 0xffffffff) + (sum >> 32);
-	return sum;
+	return fold((__u16)sum + (__u16)(sum >> 16));
 }
 
 /*
- * The length is part of the pseudo-header, whose sum stands in the checksum field of every skb. The
- * changed header bytes are summed by the device where it sums the payload, so there that call does
- * nothing.
+ * Mends the checksum of a packet that grew: in the packet for its length, in the new header for the
+ * bytes that changed in it.
+ *
+ * The length is part of the pseudo-header, so in every skb the helper has something to change, and
+ * in which direction tells what the field is. Where the device sums up the TCP segment it is the
+ * sum of the pseudo-header, which rises with the length, and the changed bytes are the device's
+ * business. Everywhere else it is the complement of the whole sum, which falls.
  */
-static __always_inline long mend_checksum(struct __sk_buff *skb, const struct syn *syn,
-					  struct scratch *scratch, const struct stamp *stamp)
+static __always_inline bool mend_grown(struct __sk_buff *skb, struct scratch *scratch,
+				       const struct stamp *stamp)
 {
-	__u32 check_off = syn->l4_off + TCP_CHECK_OFF;
+	const struct syn *syn = &scratch->syn;
+	__be16 old_check = scratch->old.rest.check_be, new_check;
 	__u32 tcp_len = syn->ip_len_bytes - (syn->l4_off - syn->l3_off);
+	__be16 from = bpf_htons(tcp_len), to = bpf_htons(tcp_len + stamp->grow);
+	__u16 rise = fold((__u16)~from + to), change;
+	__u64 l4_off = syn->l4_off;
+	__u8 *tcp;
 
-	if (stamp->grow &&
-	    (fault(FAULT_CSUM_LENGTH) ||
-	     bpf_l4_csum_replace(skb, check_off, bpf_htons(tcp_len),
-				 bpf_htons(tcp_len + stamp->grow), BPF_F_PSEUDO_HDR | 2)))
-		return -1;
+	if (fault(FAULT_CSUM_LENGTH) || bpf_l4_csum_replace(skb, l4_off + TCP_CHECK_OFF, from, to,
+							    BPF_F_PSEUDO_HDR | sizeof(from)))
+		return false;
 
-	if (fault(FAULT_CSUM_BYTES))
-		return -1;
-	return bpf_l4_csum_replace(skb, check_off, 0, sum_changes(scratch), 0);
+	barrier_var(l4_off);
+	if (l4_off > L4_OFF_MAX)
+		return false;
+	tcp = (void *)(long)skb->data + l4_off;
+	if ((void *)tcp + TCP_HEADER_LEN > (void *)(long)skb->data_end)
+		return false;
+	new_check = *(__be16 *)(tcp + TCP_CHECK_OFF);
+
+	change = fold((__u16)~old_check + new_check);
+	if (change == (__u16)~rise)
+		new_check = ~fold((__u16)~new_check + sum_changes(scratch));
+	else if (change != rise)
+		return false;
+	scratch->new.rest.check_be = new_check;
+	return true;
 }
 
-/* Puts back every byte that a stamp may have changed. The old TCP bytes include the old checksum.
- */
+/* Puts back every byte that a stamp may have changed, the checksum included. */
 static __noinline bool restore(struct __sk_buff *skb, struct syn *syn, struct scratch *scratch,
 			       struct stamp *stamp)
 {
 	if (!syn || !scratch || !stamp || fault(FAULT_RESTORE))
 		return false;
 	return !move_tail_back(skb, scratch, stamp) &&
-	       !store_tcp(skb, syn, &scratch->old_tcp, stamp->old_options_len) &&
-	       !store_ip(skb, syn, 0) &&
+	       store_headers(skb, syn, &scratch->old, stamp->old_options_len, 0) &&
 	       !(stamp->grow && bpf_skb_change_tail(skb, stamp->tail_end, 0));
 }
 
@@ -220,11 +246,6 @@ stamp_syn(struct __sk_buff *skb, struct scratch *scratch, const __u8 *token, boo
 	    syn->l3_off + syn->ip_len_bytes > skb->len)
 		return VERDICT_MALFORMED;
 
-	/* What lies behind the options counts as zero in the copies, and so in their sums. */
-	__builtin_memset(&scratch->old_tcp, 0, TCP_REST_LEN);
-	if (bpf_skb_load_bytes(skb, syn->l4_off + TCP_REST_OFF, &scratch->old_tcp,
-			       tcp_rest_len(options_len)))
-		return VERDICT_HELPER_FAILED;
 	if (!walk_options(options_len))
 		return VERDICT_MALFORMED;
 	if (options->has_token)
@@ -234,7 +255,7 @@ stamp_syn(struct __sk_buff *skb, struct scratch *scratch, const __u8 *token, boo
 
 	stamp.old_options_len = options_len;
 	stamp.new_options_len =
-		append_token(&scratch->new_tcp, &scratch->old_tcp, options, options_len, token);
+		append_token(&scratch->new, &scratch->old, options, options_len, token);
 	if (stamp.new_options_len == 0)
 		return VERDICT_NO_ROOM;
 	stamp.grow = stamp.new_options_len - stamp.old_options_len;
@@ -250,13 +271,16 @@ stamp_syn(struct __sk_buff *skb, struct scratch *scratch, const __u8 *token, boo
 			return VERDICT_HELPER_FAILED;
 		if (bpf_skb_change_tail(skb, stamp.tail_end + stamp.grow, 0))
 			return VERDICT_HELPER_FAILED;
+		grow_ip(&scratch->new, syn, stamp.grow);
 	}
 
 	/* The headers go in behind the payload, which they would overwrite. */
-	if ((!stamp.grow || !move_tail(skb, scratch, &stamp)) && !fault(FAULT_STORE_TCP) &&
-	    !store_tcp(skb, syn, &scratch->new_tcp, stamp.new_options_len) &&
-	    !fault(FAULT_STORE_IP) && (!stamp.grow || !store_ip(skb, syn, stamp.grow)) &&
-	    !mend_checksum(skb, syn, scratch, &stamp)) {
+	if ((!stamp.grow ||
+	     (mend_grown(skb, scratch, &stamp) && !move_tail(skb, scratch, &stamp))) &&
+	    store_headers(skb, syn, &scratch->new, stamp.new_options_len, config.faults) &&
+	    !fault(FAULT_CSUM_BYTES) &&
+	    (stamp.grow ||
+	     !bpf_l4_csum_replace(skb, syn->l4_off + TCP_CHECK_OFF, 0, sum_changes(scratch), 0))) {
 		syn->event.new_options_len_bytes = stamp.new_options_len;
 		return VERDICT_STAMPED;
 	}

@@ -70,9 +70,6 @@ enum netoken_fault {
 };
 
 struct netoken_config {
-	/* Bytes in front of the network header: 14 for Ethernet, 0 for a device without a link
-	 * header. */
-	__u32 l2_len_bytes;
 	/* Of every `sample` SYNs with the same verdict on one CPU, one is sent as an event; never
 	 * 0. */
 	__u32 sample;
@@ -140,7 +137,7 @@ struct netoken_rule {
 	__u8 token[TOKEN_LEN];
 };
 
-_Static_assert(sizeof(struct netoken_config) == 24, "netoken_config has hidden padding");
+_Static_assert(sizeof(struct netoken_config) == 20, "netoken_config has hidden padding");
 _Static_assert(sizeof(struct netoken_flow) == 44, "netoken_flow has hidden padding");
 _Static_assert(sizeof(struct netoken_event) == 80, "netoken_event has hidden padding");
 _Static_assert(sizeof(struct netoken_policy_key) == 24, "netoken_policy_key has hidden padding");

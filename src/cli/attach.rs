@@ -12,12 +12,12 @@ use crate::events::show::{Names, Output, Record};
 use crate::events::stream::{self, End};
 use crate::events::watch::Watch;
 use crate::hooks::clsact::{Attachment, Hooks, remove_unused};
-use crate::hooks::link::link_header_len;
+use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::netns::Netns;
 use crate::policy::Policy;
 use crate::privileges;
-use crate::program::{Maps, Program, Settings};
+use crate::program::{LinkHeader, Maps, Program, Settings};
 use crate::state::{Instance, Lock, ReaderLock, State};
 use crate::token::Token;
 
@@ -88,7 +88,7 @@ fn leave(scope: &Scope, options: &AttachOptions, left: &[String]) -> Result<()> 
 /// An interface that can be attached to.
 struct Target {
     link: Link,
-    l2_len_bytes: u32,
+    link_header: LinkHeader,
 }
 
 struct Job<'a> {
@@ -101,7 +101,7 @@ struct Job<'a> {
 /// All of them, before anything is changed.
 fn targets(scope: &Scope) -> Result<Vec<Target>> {
     let links = Netlink::connect()?.links()?;
-    let target = |link: Link| Ok(Target { l2_len_bytes: link_header_len(&link)?, link });
+    let target = |link: Link| Ok(Target { link_header: link_header(&link)?, link });
     scope.find(&links)?.into_iter().map(target).collect()
 }
 
@@ -131,7 +131,7 @@ impl Job<'_> {
         let netns_ino = Netns::current()?.inode();
         for target in targets {
             let settings = Settings {
-                l2_len_bytes: target.l2_len_bytes,
+                link_header: target.link_header,
                 sample: self.options.sample,
                 netns_ino,
                 option_kind: self.options.option_kind,

@@ -12,7 +12,7 @@ use libbpf_rs::{MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcHook};
 
 use super::netlink::{Filter, Link, Netlink, Side};
 use crate::netns::Netns;
-use crate::program::{PROGRAM_NAME, Program, messages};
+use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, Program, messages};
 use crate::state::{Lock, State};
 
 /// The number of the empty egress chain that we put on a clsact qdisc that we make, and by which it is known to
@@ -77,7 +77,7 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
     }
     let programs = ProgInfoIter::with_query_opts(ProgInfoQueryOptions::default().include_map_ids(true));
     Ok(programs
-        .filter(|program| program.name == PROGRAM_NAME)
+        .filter(|program| program.name == PROGRAM_NAME || program.name == PROGRAM_NAME_L3)
         .filter_map(|program| {
             let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
             // One whose pins are gone is ours if it has our maps; the name alone anybody can have.

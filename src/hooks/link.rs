@@ -5,6 +5,7 @@ use netlink_packet_route::link::LinkLayerType;
 use nix::net::if_::if_nametoindex;
 
 use super::netlink::Link;
+use crate::program::LinkHeader;
 
 /// How much a name may differ from one that exists to be offered as what was meant.
 const NEAR: f64 = 0.6;
@@ -33,20 +34,20 @@ pub fn find_link<'a>(links: &'a [Link], name: &str, netns: &str) -> Result<&'a L
     bail!("looking for interface '{name}'{place}: no such interface; {hint}")
 }
 
-/// Bytes in front of the network header in what the device's egress hook sees.
+/// What stands in front of the network header in what the device's egress hook sees.
 ///
 /// # Errors
 /// Devices of this type have a header that the classifier cannot skip.
-pub fn link_header_len(link: &Link) -> Result<u32> {
+pub fn link_header(link: &Link) -> Result<LinkHeader> {
     match link.layer {
-        LinkLayerType::Ether | LinkLayerType::Loopback => Ok(14),
+        LinkLayerType::Ether | LinkLayerType::Loopback => Ok(LinkHeader::Ethernet),
         // No header of their own, or one that the driver adds behind the hook.
         LinkLayerType::None
         | LinkLayerType::Ppp
         | LinkLayerType::Rawip
         | LinkLayerType::Tunnel
         | LinkLayerType::Tunnel6
-        | LinkLayerType::Sit => Ok(0),
+        | LinkLayerType::Sit => Ok(LinkHeader::None),
         other => bail!(
             "attaching to {}: it is a device of type {other:?}, whose link header netoken does not know; attach to \
              the Ethernet, loopback, tun, WireGuard, PPP or IP tunnel device above or below it",
@@ -78,9 +79,9 @@ mod tests {
     }
 
     #[test]
-    fn header_lengths_are_known_or_refused() {
-        assert_eq!(link_header_len(&link("eth0", LinkLayerType::Ether)).unwrap(), 14);
-        assert_eq!(link_header_len(&link("wg0", LinkLayerType::None)).unwrap(), 0);
-        assert!(link_header_len(&link("ib0", LinkLayerType::Infiniband)).is_err());
+    fn link_headers_are_known_or_refused() {
+        assert_eq!(link_header(&link("eth0", LinkLayerType::Ether)).unwrap(), LinkHeader::Ethernet);
+        assert_eq!(link_header(&link("wg0", LinkLayerType::None)).unwrap(), LinkHeader::None);
+        assert!(link_header(&link("ib0", LinkLayerType::Infiniband)).is_err());
     }
 }

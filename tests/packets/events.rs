@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use libbpf_rs::{MapHandle, PerfBuffer, PerfBufferBuilder};
 use netoken::counters::Counters;
+use netoken::program::LinkHeader;
 use netoken::program::Settings;
 use netoken::types::{Event, Verdict};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -191,7 +192,7 @@ pub fn an_event_says_what_happened() -> Result<()> {
 /// What would find no reader is not sent; the counters do not mind.
 pub fn without_a_reader_syns_are_counted_but_make_no_event() -> Result<()> {
     on_one_cpu(|| {
-        let mut bench = Bench::new(14)?;
+        let mut bench = Bench::new(LinkHeader::Ethernet)?;
         let map = MapHandle::try_from(&bench.program.maps.events)?;
         let log = Log::default();
         let buffer = log.open(&map)?;
@@ -206,7 +207,7 @@ pub fn without_a_reader_syns_are_counted_but_make_no_event() -> Result<()> {
 
 pub fn what_is_not_a_syn_makes_no_event() -> Result<()> {
     on_one_cpu(|| {
-        let mut bench = Bench::new(14)?;
+        let mut bench = Bench::new(LinkHeader::Ethernet)?;
         bench.program.maps.set_reader(true)?;
         let map = MapHandle::try_from(&bench.program.maps.events)?;
         let log = Log::default();

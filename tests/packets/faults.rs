@@ -1,7 +1,7 @@
 //! A helper fails half way: the packet must leave as it came, or, if even that fails, not at all.
 
 use anyhow::{Result, ensure};
-use netoken::program::Settings;
+use netoken::program::{LinkHeader, Settings};
 use netoken::types::{Fault, Verdict};
 
 use crate::packet::{LINUX, MSS, Packet, syn};
@@ -27,8 +27,8 @@ fn packets() -> Vec<Packet> {
     ]
 }
 
-fn bench_for(l2_len_bytes: u32, faults: u32, drops: bool) -> Result<Bench> {
-    let settings = Settings { l2_len_bytes, faults, ..Settings::default() };
+fn bench_for(link_header: LinkHeader, faults: u32, drops: bool) -> Result<Bench> {
+    let settings = Settings { link_header, faults, ..Settings::default() };
     let mut bench = Bench::strict(settings)?;
     if !drops {
         bench.set_policy("default = { action = 'stamp', token = 'a1b2c3d4e5f60718' }")?;
@@ -40,9 +40,10 @@ fn bench_for(l2_len_bytes: u32, faults: u32, drops: bool) -> Result<Bench> {
 /// Every fault, together with `more`, on every packet.
 fn for_each(more: u32, drops: bool, test: fn(&mut Bench, &str, Fault, &[u8]) -> Result<()>) -> Result<()> {
     for (what, fault) in FAULTS {
-        for ethernet in [true, false] {
-            let mut bench = bench_for(if ethernet { 14 } else { 0 }, fault.0 | more, drops)?;
-            for packet in packets().iter().filter(|packet| packet.ethernet == ethernet) {
+        for link_header in [LinkHeader::Ethernet, LinkHeader::None] {
+            let mut bench = bench_for(link_header, fault.0 | more, drops)?;
+            let fits = |packet: &&Packet| packet.ethernet == (link_header == LinkHeader::Ethernet);
+            for packet in packets().iter().filter(fits) {
                 test(&mut bench, what, fault, &packet.build())?;
             }
         }
@@ -98,7 +99,7 @@ pub fn a_fault_off_the_way_changes_nothing() -> Result<()> {
         ("nothing to move", Fault::FAULT_MOVE, roomy.clone()),
         ("nothing to restore", Fault::FAULT_RESTORE, roomy),
     ] {
-        let mut bench = bench_for(14, fault.0, false)?;
+        let mut bench = bench_for(LinkHeader::Ethernet, fault.0, false)?;
         bench.expect(what, &packet.build(), Verdict::VERDICT_STAMPED)?;
     }
     Ok(())

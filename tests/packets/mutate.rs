@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use crate::packet::{AO, LINUX, MD5, MSS, Packet, STAMP, syn};
 use crate::run::{Bench, name};
 use crate::table::{ODDS, Odd, PADDINGS, networks, option_list};
+use netoken::program::LinkHeader;
 
 const FRAME_MIN: usize = 14;
 const MUTANTS: usize = 40_000;
@@ -36,8 +37,8 @@ fn representatives() -> Vec<(&'static str, Packet)> {
 }
 
 pub fn a_truncated_frame_leaves_as_it_came() -> Result<()> {
-    let mut ethernet = Bench::new(14)?;
-    let mut bare = Bench::new(0)?;
+    let mut ethernet = Bench::new(LinkHeader::Ethernet)?;
+    let mut bare = Bench::new(LinkHeader::None)?;
     let mut verdicts: BTreeMap<&str, usize> = BTreeMap::new();
     for (what, packet) in representatives() {
         let frame = packet.build();
@@ -144,8 +145,8 @@ fn keep_family(packet: &Packet, frame: &mut [u8]) {
 
 pub fn mutants_get_what_the_oracle_says() -> Result<()> {
     let mut random = Random(seed()?);
-    let mut ethernet = Bench::new(14)?;
-    let mut bare = Bench::new(0)?;
+    let mut ethernet = Bench::new(LinkHeader::Ethernet)?;
+    let mut bare = Bench::new(LinkHeader::None)?;
     let networks = networks();
     let mut verdicts: BTreeMap<&str, usize> = BTreeMap::new();
     let mut number = 0;

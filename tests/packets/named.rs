@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use netoken::policy::Policy;
+use netoken::program::LinkHeader;
 use netoken::program::Settings;
 use netoken::token::Token;
 use netoken::types::Verdict;
@@ -20,7 +21,7 @@ fn both(options: &[u8]) -> [Packet; 2] {
 }
 
 pub fn an_ecn_syn_is_stamped() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for flags in [SYN | ECE | CWR, SYN | PSH, SYN | URG, SYN | ECE | CWR | PSH | URG] {
         for packet in both(LINUX) {
             bench.expect(&format!("flags {flags:#x}"), &packet.flags(flags).build(), STAMPED)?;
@@ -37,7 +38,7 @@ fn to_words(mut list: Vec<u8>) -> Vec<u8> {
 
 /// The reserved bits and the AccECN bit share a byte with the data offset.
 pub fn the_bits_beside_the_data_offset_stay() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for packet in both(LINUX) {
         let mut frame = packet.build();
         frame[packet.tcp_at() + 12] |= 0xf;
@@ -47,7 +48,7 @@ pub fn the_bits_beside_the_data_offset_stay() -> Result<()> {
 }
 
 pub fn a_signed_syn_leaves_as_it_came() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for signature in [MD5, AO] {
         for list in [
             [signature, &[1, 1]].concat(),
@@ -70,7 +71,7 @@ pub fn a_signed_syn_leaves_as_it_came() -> Result<()> {
 }
 
 pub fn a_second_pass_changes_nothing() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for list in [&[][..], MSS, LINUX, &[1; 40], &[0; 12]] {
         for packet in both(list) {
             let once = bench.run(&packet.payload(33).build(), How::default())?;
@@ -82,7 +83,7 @@ pub fn a_second_pass_changes_nothing() -> Result<()> {
 }
 
 pub fn only_this_option_and_exid_is_already_stamped() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for (list, verdict) in [
         (vec![253, 4, 0x4e, 0x54], Verdict::VERDICT_ALREADY_STAMPED),
         (vec![253, 6, 0x4e, 0x54, 1, 2, 0, 0], Verdict::VERDICT_ALREADY_STAMPED),
@@ -123,7 +124,7 @@ pub fn kind_and_exid_are_settings() -> Result<()> {
 
 /// What stands in front of the stamp and what behind it, to the byte.
 pub fn the_token_stands_where_it_must() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for (what, list, before, behind) in [
         ("nothing", vec![], vec![], vec![]),
         ("a word", MSS.to_vec(), MSS.to_vec(), vec![]),
@@ -152,7 +153,7 @@ pub fn the_token_stands_where_it_must() -> Result<()> {
 
 /// 33 bytes with NOPs between them, 28 without.
 pub fn nops_between_options_make_room() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     let spread = [NOP, NOP, TIMESTAMPS, NOP, WINDOW_SCALE, NOP, NOP, &unknown(11), MSS, &[0, 7]].concat();
     let packed = [TIMESTAMPS, WINDOW_SCALE, &unknown(11), MSS, &STAMP].concat();
     ensure_eq!((spread.len(), packed.len()), (35, 40), "the test itself");
@@ -171,7 +172,7 @@ pub fn nops_between_options_make_room() -> Result<()> {
 
 /// All lists of one option and NOPs in front of it, around the limit.
 pub fn the_limit_is_forty_bytes() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for real in 2..=40usize {
         for nops in 0..=40 - real {
             let mut list = [&vec![1; nops][..], &unknown(real)].concat();
@@ -187,7 +188,7 @@ pub fn the_limit_is_forty_bytes() -> Result<()> {
 
 /// The longest and the shortest list that a walker has to get through.
 pub fn extreme_lists_are_walked_to_the_end() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     let pairs = |number: usize| [200, 2].repeat(number);
     for (what, list, verdict) in [
         ("14 options of two bytes", pairs(14), STAMPED),
@@ -215,7 +216,7 @@ pub fn extreme_lists_are_walked_to_the_end() -> Result<()> {
 }
 
 pub fn ethernet_padding_stays_behind_the_packet() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for len in [1, 2, 3, 6, 18, 46] {
         let trailer: Vec<u8> = (0..len).map(|i| 0xc0 | i).collect();
         for payload in [0, 1, 2, 7] {
@@ -230,7 +231,7 @@ pub fn ethernet_padding_stays_behind_the_packet() -> Result<()> {
 
 /// Only where nothing grows: growing makes the kernel forget the sum, which BPF_PROG_TEST_RUN does not know.
 pub fn the_kernel_sum_of_the_whole_frame_stays_right() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     let how = How { checksum_complete: true, ..How::default() };
     for list in
         [&[1; 12][..], &[0; 20], &[1; 40], &to_words([MSS, &[1; 13], WINDOW_SCALE, &[1; 13]].concat())]

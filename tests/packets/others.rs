@@ -7,6 +7,7 @@ use crate::packet::{
 };
 use crate::run::{Bench, How, name};
 use crate::support::Hex;
+use netoken::program::{LinkHeader, Settings};
 
 fn other_protocol(packet: Packet, protocol: u8) -> Packet {
     Packet { protocol, ..packet }
@@ -105,7 +106,8 @@ pub fn what_is_not_a_syn_passes_untouched() -> Result<()> {
 }
 
 pub fn what_is_not_a_syn_passes_without_a_link_header() -> Result<()> {
-    let mut bench = Bench::strict(netoken::program::Settings { l2_len_bytes: 0, ..Default::default() })?;
+    let mut bench =
+        Bench::strict(Settings { link_header: LinkHeader::None, ..Default::default() })?;
     for (what, packet) in described() {
         if packet.tags.is_empty() {
             untouched(&mut bench, what, &packet.without_link_header().build())?;
@@ -133,7 +135,7 @@ fn bench_total(bench: &Bench) -> Result<u64> {
 
 /// Every value of the flag byte: only SYN without ACK, RST and FIN counts.
 pub fn only_a_syn_counts() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     let mut syns = 0;
     for flags in 0..=255 {
         for packet in [syn(), syn().v6()] {

@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 
 use anyhow::Result;
+use netoken::program::LinkHeader;
 use netoken::program::Settings;
 use netoken::types::Verdict;
 
@@ -193,7 +194,7 @@ pub fn when_full_drop_drops_what_cannot_be_stamped() -> Result<()> {
 
 /// The reasons have an order; a packet with two of them gets the first.
 pub fn of_two_reasons_the_first_is_named() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     let auth_and_token = [MD5, &STAMP, &[1, 1]].concat();
     let bad_behind_token = [&STAMP[..], &[200, 1, 0, 0]].concat();
     let auth_and_full = [MD5, &crate::packet::unknown(20), &[0, 0]].concat();

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use libbpf_sys::{bpf_prog_test_run_opts, bpf_test_run_opts};
 use netoken::counters::{Counters, VERDICTS};
 use netoken::policy::Policy;
-use netoken::program::{Program, Settings};
+use netoken::program::{LinkHeader, Program, Settings};
 use netoken::token::Token;
 use netoken::types::Verdict;
 
@@ -59,8 +59,8 @@ pub struct Bench {
 
 impl Bench {
     /// Stamps every SYN.
-    pub fn new(l2_len_bytes: u32) -> Result<Bench> {
-        let bench = Bench::load(Settings { l2_len_bytes, ..Settings::default() })?;
+    pub fn new(link_header: LinkHeader) -> Result<Bench> {
+        let bench = Bench::load(Settings { link_header, ..Settings::default() })?;
         bench.program.maps.set_policy(&Policy::stamp_all(Token(TOKEN)))?;
         Ok(bench)
     }
@@ -80,7 +80,8 @@ impl Bench {
     pub fn load(settings: Settings) -> Result<Bench> {
         let program = Program::load(settings, None)?;
         let before = Counters::read(&program.maps)?;
-        let path = Path { link_len: settings.l2_len_bytes as usize, mtu: 65536, gso: false };
+        let link_len = if settings.link_header == LinkHeader::Ethernet { 14 } else { 0 };
+        let path = Path { link_len, mtu: 65536, gso: false };
         Ok(Bench { program, before, path, drops_when_full: false })
     }
 

@@ -2,6 +2,7 @@
 //! wait for offload, skbs in fragments, and checksums that come out as 0 or as all ones.
 
 use anyhow::{Context, Result, ensure};
+use netoken::program::LinkHeader;
 use netoken::types::Verdict;
 
 use crate::packet::{DEST_OPTS, HOP_BY_HOP, LINUX, MSS, Packet, ROUTING, STAMP, syn};
@@ -25,7 +26,7 @@ fn payload_of(len: usize) -> [Packet; 4] {
 }
 
 pub fn a_payload_of_any_size_moves_whole() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for len in PAYLOADS {
         for packet in payload_of(len) {
             bench.expect(&format!("{len} bytes of payload"), &packet.build(), STAMPED)?;
@@ -35,7 +36,7 @@ pub fn a_payload_of_any_size_moves_whole() -> Result<()> {
 }
 
 pub fn a_payload_of_several_pages_moves_whole() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for len in LONG_PAYLOADS {
         for packet in payload_of(len) {
             bench.expect(&format!("{len} bytes of payload"), &packet.build(), STAMPED)?;
@@ -47,7 +48,7 @@ pub fn a_payload_of_several_pages_moves_whole() -> Result<()> {
 /// Above some 16 KiB the kernel may refuse to grow an skb, and near 64 KiB the length field cannot say what the
 /// loopback device could carry: then the SYN leaves as it came.
 pub fn a_payload_beyond_reason_is_stamped_or_left_alone() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     let total_max = usize::from(u16::MAX);
     for len in
         [16_000, 16_384, 32_768, total_max - 12, total_max - 11, total_max - 4, total_max - 3, total_max]
@@ -70,7 +71,7 @@ fn with_mtu(mtu: usize, test: fn(&mut Bench) -> Result<()>) -> Result<()> {
     std::thread::spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("leaving the network namespace")?;
         sh(&format!("ip link set lo mtu {mtu} up"))?;
-        let mut bench = Bench::new(14)?;
+        let mut bench = Bench::new(LinkHeader::Ethernet)?;
         bench.path.mtu = mtu;
         test(&mut bench)
     })
@@ -105,7 +106,7 @@ pub fn the_mtu_is_kept_to_the_byte() -> Result<()> {
 }
 
 pub fn a_segment_that_waits_for_offload_must_not_grow() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     let how = How { gso_size: 500, ..How::default() };
     for packet in [syn(), syn().v6(), syn().vlan(3)] {
         for list in [&[][..], MSS, LINUX] {
@@ -120,7 +121,7 @@ pub fn a_segment_that_waits_for_offload_must_not_grow() -> Result<()> {
 
 /// A header counts its length in one byte: up to 2048 bytes each, and the page that a test can fill in all.
 pub fn extension_headers_may_be_long() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for (hop_by_hop, routing, dest_opts) in [
         (0, 0, 23),
         (0, 0, 24),
@@ -146,7 +147,7 @@ pub fn extension_headers_may_be_long() -> Result<()> {
 
 /// Everything from some byte on lies outside the linear part.
 pub fn an_skb_in_fragments_is_stamped_as_well() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     let long = syn().v6().extension(HOP_BY_HOP, 20).extension(ROUTING, 10).extension(DEST_OPTS, 31);
     for (what, packet) in [
         ("v4", syn().options(LINUX)),
@@ -183,7 +184,7 @@ fn sum_at(frame: &[u8], at: usize) -> u16 {
 
 /// RFC 1624: an update must not turn 0x0000 into 0xffff or back.
 pub fn tcp_checksums_at_the_edges_stay_right() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     let set: fn(&mut Packet, u16) = |packet, value| packet.isn = 0x0506_0000 | u32::from(value);
     for base in [syn().payload(3), syn().v6().payload(4)] {
         let at = base.tcp_at() + 16;
@@ -206,7 +207,7 @@ pub fn tcp_checksums_at_the_edges_stay_right() -> Result<()> {
 }
 
 pub fn ipv4_checksums_at_the_edges_stay_right() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     let set: fn(&mut Packet, u16) = |packet, value| packet.ip_id = value;
     for base in [syn(), syn().ip_options(&[1; 12]).payload(9)] {
         for wanted in [0x0000, 0x0001, 0x000b, 0x000c, 0x00ff, 0xff00, 0xfff3, 0xfffe] {
@@ -227,7 +228,7 @@ pub fn ipv4_checksums_at_the_edges_stay_right() -> Result<()> {
 
 /// A wrong sum must not be healed: whoever would have dropped the SYN must still.
 pub fn a_wrong_checksum_stays_wrong() -> Result<()> {
-    let mut bench = Bench::new(14)?;
+    let mut bench = Bench::new(LinkHeader::Ethernet)?;
     for base in [syn().options(LINUX).payload(10), syn().v6().options(LINUX)] {
         for flip in 0..16 {
             let mut frame = base.build();

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use anyhow::{Result, ensure};
+use netoken::program::LinkHeader;
 use netoken::types::Verdict;
 
 use crate::packet::{
@@ -175,8 +176,8 @@ fn lists() -> impl Iterator<Item = (usize, Padding, Odd)> {
 }
 
 pub fn every_combination_comes_out_right() -> Result<()> {
-    let mut ethernet = Bench::new(14)?;
-    let mut bare = Bench::new(0)?;
+    let mut ethernet = Bench::new(LinkHeader::Ethernet)?;
+    let mut bare = Bench::new(LinkHeader::None)?;
     let mut seen = HashSet::new();
     let mut verdicts: BTreeMap<&str, usize> = BTreeMap::new();
     for (what, packet) in rows() {
