@@ -196,7 +196,7 @@ impl State {
     ///
     /// # Errors
     /// The file system is in use by somebody else.
-    pub fn remove_if_empty(self, _lock: Lock) -> Result<()> {
+    pub fn remove_if_empty(&self, _lock: Lock) -> Result<()> {
         if !self.instances().is_empty() {
             return Ok(());
         }

@@ -33,44 +33,66 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job = Job { options, state: &state, instance: &instance, done: Vec::new() };
+    let mut job = Job { options, state: &state, instance: &instance, is_new, done: Vec::new() };
     let (maps, reading, note) = match job.attach(&lock, &targets, policy.as_ref()) {
         Ok(attached) => attached,
+        Err(error) => return Err(job.give_up(lock, error)),
+    };
+    let links: Vec<Link> = targets.into_iter().map(|target| target.link).collect();
+    let stream = if options.quiet {
+        Ok(None)
+    } else {
+        Stream::prepare(&state, &instance, &maps, links.clone()).map(Some)
+    };
+    let stream = match stream {
+        Ok(stream) => stream,
         Err(error) => {
-            job.undo(&lock);
-            // Nothing half done stays behind; what was there before is kept.
-            if is_new {
-                remove_unused(&state, &lock, &instance.name).ok();
-            }
-            state.remove_if_empty(lock).ok();
-            return Err(error);
+            drop(reading);
+            return Err(job.give_up(lock, error));
         }
     };
 
-    let links: Vec<Link> = targets.into_iter().map(|target| target.link).collect();
-    let netns = Netns::current()?.inode();
-    let names: Names = links.iter().map(|link| ((netns, link.index), link.name.clone())).collect();
+    let names = match &stream {
+        Some(stream) => stream.watch.names(),
+        None => Names::new(),
+    };
     let mut output = Output::new(scope.json, names);
-    // Before anybody is told that we are attached, so that the stream misses nothing of what follows.
-    let reader = if options.quiet { None } else { Some(Reader::open(&maps)?) };
     let told = job.tell(&mut output, &note).context("writing to standard output");
     drop((job, lock));
-    let Some(mut reader) = reader else {
+    let Some(mut stream) = stream else {
         return told;
     };
-
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
-    let mut watch = Watch::start(&state, &instance.name, netns, links)?;
     // If the telling failed, so will the stream, at once and for the same reason.
-    let end = stream::run(&maps, &mut reader, &mut output, &mut watch, &stop);
-    let left: Vec<String> = watch.links().iter().map(|link| link.name.clone()).collect();
-    drop((watch, reader, reading));
+    let end = stream::run(&maps, &mut stream.reader, &mut output, &mut stream.watch, &stream.stop);
+    let left: Vec<String> = stream.watch.links().iter().map(|link| link.name.clone()).collect();
+    drop((stream, reading));
     leave(scope, options, &left)?;
     match end? {
         End::Asked => Ok(()),
         End::NothingLeft => bail!("streaming: no interface is left that netoken is attached to"),
+    }
+}
+
+/// All that the stream needs. Made before anybody is told that we are attached, so that it misses nothing of
+/// what follows, and so that an attach whose stream cannot begin is taken back.
+struct Stream<'a> {
+    reader: Reader<'a>,
+    watch: Watch<'a>,
+    stop: Arc<AtomicBool>,
+}
+
+impl<'a> Stream<'a> {
+    fn prepare(
+        state: &'a State,
+        instance: &Instance,
+        maps: &'a Maps,
+        links: Vec<Link>,
+    ) -> Result<Stream<'a>> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&stop);
+        ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
+        let watch = Watch::start(state, &instance.name, Netns::current()?.inode(), links)?;
+        Ok(Stream { reader: Reader::open(maps)?, watch, stop })
     }
 }
 
@@ -95,6 +117,8 @@ struct Job<'a> {
     options: &'a AttachOptions,
     state: &'a State,
     instance: &'a Instance,
+    /// The instance was not there before.
+    is_new: bool,
     done: Vec<(Link, Attachment)>,
 }
 
@@ -169,7 +193,18 @@ impl Job<'_> {
         Ok((maps, note))
     }
 
-    /// Takes back what was done, last things first.
+    /// Takes back what was done; returns the reason. Nothing half done stays behind, and what was there before
+    /// is kept.
+    fn give_up(mut self, lock: Lock, reason: anyhow::Error) -> anyhow::Error {
+        self.undo(&lock);
+        if self.is_new {
+            remove_unused(self.state, &lock, &self.instance.name).ok();
+        }
+        self.state.remove_if_empty(lock).ok();
+        reason
+    }
+
+    /// Last things first.
     fn undo(&mut self, lock: &Lock) {
         for (link, attachment) in std::mem::take(&mut self.done).iter().rev() {
             let undone = Hooks::open(self.state)

@@ -106,8 +106,7 @@ pub fn what_is_not_a_syn_passes_untouched() -> Result<()> {
 }
 
 pub fn what_is_not_a_syn_passes_without_a_link_header() -> Result<()> {
-    let mut bench =
-        Bench::strict(Settings { link_header: LinkHeader::None, ..Default::default() })?;
+    let mut bench = Bench::strict(Settings { link_header: LinkHeader::None, ..Default::default() })?;
     for (what, packet) in described() {
         if packet.tags.is_empty() {
             untouched(&mut bench, what, &packet.without_link_header().build())?;
