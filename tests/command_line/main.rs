@@ -78,6 +78,6 @@ fn with_root() -> Vec<Trial> {
             an_error_of_the_output_says_what_it_is_about a_stream_that_fails_says_what_stays
             a_stream_that_fails_still_detaches_on_exit a_full_standard_error_is_no_panic
             a_pipe_of_both_that_closes_early_is_no_panic an_attach_without_descriptors_leaves_nothing
-            a_stream_without_descriptors_leaves_nothing;
+            an_attach_without_memory_for_its_stream_leaves_nothing;
     ]
 }
