@@ -9,7 +9,7 @@ use libbpf_rs::{ErrorKind, PerfBuffer, PerfBufferBuilder, num_possible_cpus};
 
 use super::model::{Clock, Syn};
 use crate::counters::Counters;
-use crate::program::Maps;
+use crate::program::{Maps, messages};
 
 /// Memory for all CPUs together; a CPU's share is a power of two of pages, and at least MIN_PAGES.
 const BUDGET_BYTES: usize = 4 << 20;
@@ -42,16 +42,18 @@ impl<'a> Reader<'a> {
         let inbox = Rc::new(RefCell::new(Inbox { syns: Vec::new(), clock: Clock::now(), received: 0 }));
         let arrived = Rc::clone(&inbox);
         let cpus = num_possible_cpus().context("counting the CPUs")?;
-        let buffer = PerfBufferBuilder::new(&maps.events)
-            .pages(pages_for(cpus))
-            .sample_cb(move |_cpu, bytes| {
+        let builder =
+            PerfBufferBuilder::new(&maps.events).pages(pages_for(cpus)).sample_cb(move |_cpu, bytes| {
                 let mut inbox = arrived.borrow_mut();
                 let syn = Syn::decode(bytes, inbox.clock);
                 inbox.syns.extend(syn);
                 inbox.received += 1;
-            })
-            .build()
-            .context("opening the event buffer; it needs CAP_PERFMON (try sudo)")?;
+            });
+        let (built, _) = messages(|| builder.build());
+        let buffer = built.context(
+            "opening the event buffer; it needs CAP_PERFMON (try sudo), and CAP_IPC_LOCK where other buffers have \
+             used up what a user may lock (raise kernel.perf_event_mlock_kb); --quiet attaches without a buffer",
+        )?;
         let before = Counters::read(maps)?.events();
         maps.set_reader(true)?;
         Ok(Reader { maps, buffer, inbox, before })

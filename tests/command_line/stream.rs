@@ -1,13 +1,14 @@
 //! The stream: what it shows, and how it ends when it is asked to.
 
 use std::net::TcpStream;
+use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
-use crate::lab::Running;
+use crate::lab::{NETOKEN, Running};
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours};
 use crate::said::sign_of_panic;
 use crate::support::{ensure_eq, sh};
@@ -105,4 +106,33 @@ pub fn a_sample_counts_all_and_shows_some() -> Result<()> {
     let totals = lines.iter().rfind(|line| line.starts_with("-- ")).context("no totals")?;
     ensure!(totals.contains("100 SYNs, 100 stamped"), "{totals}");
     Ok(())
+}
+
+/// Without CAP_IPC_LOCK all buffers of a user share a limit (kernel.perf_event_mlock_kb), and the filter is there
+/// when the stream finds it used up.
+pub fn a_stream_that_cannot_begin_leaves_nothing() -> Result<()> {
+    let world = World::new()?;
+    let mut streams: Vec<Running> = Vec::new();
+    // One stream takes a fourth of it, or more, whatever the number of CPUs.
+    for number in 0..6 {
+        let mut command = Command::new("bash");
+        let script = "ulimit -l 0; exec setpriv --bounding-set -ipc_lock \"$@\"";
+        let args = world.args(&format!("-i c0 --attach --instance full{number}"));
+        command.args(["-c", script, "bash", NETOKEN]).args(args.split_whitespace());
+        let mut stream = Running::start(command.env("NETOKEN_RUN", &world.lab.run))?;
+        if stream.wait_for("the heads of the columns", |line| line.contains("VERDICT")).is_ok() {
+            streams.push(stream);
+            continue;
+        }
+        let (code, lines) = stream.end()?;
+        ensure_eq!(code, Some(1), "the exit code: {lines:#?}");
+        let said = lines.join("\n");
+        ensure!(said.contains("perf_event_mlock_kb") && !said.contains("libbpf:"), "no remedy: {said}");
+        expect_ours(&world.ns, "c0", streams.len())?;
+        for stream in streams {
+            end(stream, Signal::SIGTERM)?;
+        }
+        return Ok(());
+    }
+    bail!("{} streams began, so the limit was never reached", streams.len())
 }

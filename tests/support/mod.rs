@@ -16,6 +16,8 @@ pub enum Need {
     Tool(&'static str),
     /// A kernel of at least this version.
     Kernel(u32, u32),
+    /// A limit on the memory of event buffers, which `perf_event_paranoid` of -1 lifts.
+    BufferLimit,
 }
 
 impl Need {
@@ -29,6 +31,9 @@ impl Need {
                     .chain([Path::new("/usr/sbin").into(), Path::new("/sbin").into()]);
                 (!dirs.any(|dir| dir.join(name).exists())).then(|| format!("{name} is not installed"))
             }
+            Need::BufferLimit => std::fs::read_to_string("/proc/sys/kernel/perf_event_paranoid")
+                .is_ok_and(|text| text.trim() == "-1")
+                .then(|| "kernel.perf_event_paranoid is -1, which lifts the limit on buffers".to_string()),
             Need::Kernel(major, minor) => {
                 let kernel = netoken::kernel::Kernel::probe();
                 (kernel.version() < Some((major, minor)))
