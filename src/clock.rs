@@ -7,7 +7,8 @@
 //! | before | CLOCK_BOOTTIME | a step of the wall clock, by as much as it is stepped; a leap second, by 1 s |
 //!
 //! Nothing else does: when NTP slews the wall clock, it slews both of these with it, and both go on while the
-//! machine sleeps, which CLOCK_MONOTONIC does not. A step moves CLOCK_TAI with the wall clock.
+//! machine sleeps, which CLOCK_MONOTONIC does not. A step moves CLOCK_TAI with the wall clock; a program notices
+//! within a quarter of a second, because it reads a cheaper clock in between.
 
 use std::time::{Duration, SystemTime};
 

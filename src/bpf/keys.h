@@ -51,12 +51,18 @@ struct netoken_clock {
 	__u32 slots_ahead;  /* how many slots ahead of this clock */
 };
 
-/* The last use is in nanoseconds of Unix time; 0 is never. */
+/*
+ * What has been done with a key on one CPU. The last use is in nanoseconds of Unix time; 0 is
+ * never.
+ */
 struct netoken_key_count {
 	__u64 made;
 	__u64 accepted;
 	__u64 made_at_ns;
 	__u64 accepted_at_ns;
+	/* Not a count, but what is at hand where a token is made: see unix_time_ns(). */
+	__u64 coarse_at_ns;
+	__u64 tai_less_coarse_ns;
 };
 
 /* Which keyed tokens somebody accepts. */
@@ -83,7 +89,7 @@ enum netoken_check {
 _Static_assert(sizeof(struct netoken_key) == 24, "netoken_key has hidden padding");
 _Static_assert(sizeof(struct netoken_ring) == 32, "netoken_ring has hidden padding");
 _Static_assert(sizeof(struct netoken_clock) == 32, "netoken_clock has hidden padding");
-_Static_assert(sizeof(struct netoken_key_count) == 32, "netoken_key_count has hidden padding");
+_Static_assert(sizeof(struct netoken_key_count) == 48, "netoken_key_count has hidden padding");
 _Static_assert(sizeof(struct netoken_accept) == 8, "netoken_accept has hidden padding");
 
 /* bpf_ktime_get_tai_ns() exists: from 6.1. */

@@ -11,6 +11,7 @@
 #include "types.h"
 
 #define MAC_BITS (MAC_LEN * 8)
+#define TAI_IS_FRESH_NS 250000000
 #define MESSAGE_LEN_SHORT 28
 #define MESSAGE_LEN_LONG 52
 
@@ -28,11 +29,24 @@
 /* Four bytes of the message. */
 #define message_part(pointer) ((__u64)le32(*(const __u32 *)(pointer)))
 
-static __always_inline __u64 unix_time_ns(const struct netoken_clock *now)
+/*
+ * Unix time, exact to a tick of the kernel. Reading a clock costs as much as the MAC; the coarse
+ * one next to nothing. So only what lies between the two is read, now and then: often enough to
+ * notice that the wall clock was set or that the machine has slept.
+ */
+static __always_inline __u64 unix_time_ns(const struct netoken_clock *now,
+					  struct netoken_key_count *count)
 {
-	if (has_tai)
-		return bpf_ktime_get_tai_ns() + now->tai_offset_ns;
-	return bpf_ktime_get_boot_ns() + now->boot_offset_ns;
+	__u64 coarse_ns;
+
+	if (!has_tai)
+		return bpf_ktime_get_boot_ns() + now->boot_offset_ns;
+	coarse_ns = bpf_ktime_get_coarse_ns();
+	if (coarse_ns - count->coarse_at_ns > TAI_IS_FRESH_NS) {
+		count->coarse_at_ns = coarse_ns;
+		count->tai_less_coarse_ns = bpf_ktime_get_tai_ns() - coarse_ns;
+	}
+	return coarse_ns + count->tai_less_coarse_ns + now->tai_offset_ns;
 }
 
 /* The message's first eight bytes. */
@@ -117,20 +131,18 @@ static __noinline int sign_token(struct netoken_event *event, const struct netok
 	/* Where none signs, this is no key's id. */
 	key_id = ring->signer - 1;
 	key = bpf_map_lookup_elem(&keys, &key_id);
-	if (!key || key->state != KEY_LIVE)
+	count = count_of_key(key_id);
+	if (!key || key->state != KEY_LIVE || !count)
 		return 0;
 
-	now_ns = unix_time_ns(now);
+	now_ns = unix_time_ns(now, count);
 	slot = now_ns / now->slot_ns;
 	hash = hash_flow(key, &event->flow, message_head(spec->bind, spec->tag_be, key_id), slot);
 	*(__u64 *)event->token =
 		le64(le16(spec->tag_be) | (key_id << 4 | (slot & (SLOTS - 1))) << 16 |
 		     hash << (64 - MAC_BITS));
-	count = count_of_key(key_id);
-	if (count) {
-		count->made++;
-		count->made_at_ns = now_ns;
-	}
+	count->made++;
+	count->made_at_ns = now_ns;
 	return 1;
 }
 
@@ -164,7 +176,8 @@ static __always_inline enum netoken_check check_token(const struct netoken_flow 
 	key_id = token >> 20 & 0xf;
 	key = bpf_map_lookup_elem(&keys, &key_id);
 	now = bpf_map_lookup_elem(&clock, &zero);
-	if (!key || !now || key->state == KEY_ABSENT)
+	count = count_of_key(key_id);
+	if (!key || !now || !count || key->state == KEY_ABSENT)
 		return CHECK_UNKNOWN_KEY;
 	if (key->state != KEY_LIVE)
 		return CHECK_RETIRED_KEY;
@@ -175,7 +188,7 @@ static __always_inline enum netoken_check check_token(const struct netoken_flow 
 
 	/* The window is smaller than the cycle of the low bits, so one slot at most can be meant.
 	 */
-	now_ns = unix_time_ns(now);
+	now_ns = unix_time_ns(now, count);
 	slot = now_ns / now->slot_ns + now->slots_ahead;
 	behind = (slot - (token >> 16)) & (SLOTS - 1);
 	if (behind > now->slots_ahead + now->slots_behind)
@@ -190,11 +203,8 @@ static __always_inline enum netoken_check check_token(const struct netoken_flow 
 		hash = hash_flow(key, flow, message_head(bind, le16(tag), key_id), slot);
 		if (hash << (64 - MAC_BITS) >> (64 - MAC_BITS) != token >> (64 - MAC_BITS))
 			continue;
-		count = count_of_key(key_id);
-		if (count) {
-			count->accepted++;
-			count->accepted_at_ns = now_ns;
-		}
+		count->accepted++;
+		count->accepted_at_ns = now_ns;
 		return CHECK_VALID;
 	}
 	return CHECK_WRONG_MAC;

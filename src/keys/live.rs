@@ -12,7 +12,7 @@ use super::{KEYS_MAX, Key, RingName, State, signer};
 use crate::types::{Key as RawKey, KeyCount, KeySize, KeyState, Ring};
 
 const RINGS_MAX: u32 = KeySize::RINGS_MAX.0;
-const _: () = assert!(size_of::<RawKey>() == 24 && size_of::<Ring>() == 32 && size_of::<KeyCount>() == 32);
+const _: () = assert!(size_of::<RawKey>() == 24 && size_of::<Ring>() == 32 && size_of::<KeyCount>() == 48);
 
 // SAFETY: integers and arrays of them, without hidden padding, which keys.h asserts.
 unsafe impl Plain for Ring {}

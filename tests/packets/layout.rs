@@ -18,7 +18,7 @@ pub fn structures_have_their_documented_sizes() -> Result<()> {
         ("key", size_of::<Key>(), 24),
         ("ring", size_of::<Ring>(), 32),
         ("clock", size_of::<Clock>(), 32),
-        ("key count", size_of::<KeyCount>(), 32),
+        ("key count", size_of::<KeyCount>(), 48),
         ("config", size_of::<Config>(), 24),
         ("counter", size_of::<Counter>(), 24),
     ] {
