@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
+use crate::clock;
 use crate::events::reader::Reader;
 use crate::events::show::{Names, Output, Record};
 use crate::events::stream::{self, End};
@@ -14,6 +15,8 @@ use crate::events::watch::Watch;
 use crate::hooks::clsact::{Attachment, Hooks, remove_unused};
 use crate::hooks::link::link_header_len;
 use crate::hooks::netlink::{Link, Netlink};
+use crate::keys::file::KeyDir;
+use crate::keys::{self, Key};
 use crate::netns::Netns;
 use crate::policy::Policy;
 use crate::privileges;
@@ -29,11 +32,13 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
     let targets = targets(scope)?;
+    let keys = load_keys(scope, policy.as_ref())?;
 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job = Job { options, state: &state, instance: &instance, done: Vec::new() };
+    let mut job =
+        Job { options, state: &state, instance: &instance, keys: keys.as_deref(), done: Vec::new() };
     let (maps, reading, note) = match job.attach(&lock, &targets, policy.as_ref()) {
         Ok(attached) => attached,
         Err(error) => {
@@ -54,7 +59,9 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     // Before anybody is told that we are attached, so that the stream misses nothing of what follows.
     let reader = if options.quiet { None } else { Some(Reader::open(&maps)?) };
     let told = job.tell(&mut output, &note).context("writing to standard output");
+    // A stream may run for months, and has no use for secrets.
     drop((job, lock));
+    drop(keys);
     let Some(mut reader) = reader else {
         return told;
     };
@@ -72,6 +79,24 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         End::Asked => Ok(()),
         End::NothingLeft => bail!("streaming: no interface is left that netoken is attached to"),
     }
+}
+
+/// The instance's keys, which must suffice for the policy; nothing if it has no key directory.
+fn load_keys(scope: &Scope, policy: Option<&Policy>) -> Result<Option<Vec<Key>>> {
+    keys::guard_process()?;
+    let dir = KeyDir::of_instance(&scope.instance);
+    let keys = dir.load()?;
+    for ring in policy.map(Policy::rings).unwrap_or_default() {
+        if keys::signer(&keys, ring).is_none() {
+            bail!(
+                "attaching to {}: the policy makes tokens with key ring '{ring}', of which no key in {} signs; make one \
+                 with: netoken key new {ring}",
+                scope.ifaces.join(", "),
+                dir.path().display()
+            );
+        }
+    }
+    Ok(dir.exists().then_some(keys))
 }
 
 /// Removes all of it, or says how to.
@@ -95,6 +120,7 @@ struct Job<'a> {
     options: &'a AttachOptions,
     state: &'a State,
     instance: &'a Instance,
+    keys: Option<&'a [Key]>,
     done: Vec<(Link, Attachment)>,
 }
 
@@ -141,6 +167,10 @@ impl Job<'_> {
             };
             let program = Program::load(settings, Some(&self.instance.pins))?;
             let first = ready.is_none();
+            if first {
+                clock::publish(&program.maps.clock, self.options.slots)?;
+                self.keys.map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
+            }
             let running = program.maps.policy()?.is_some();
             // A policy that runs is replaced when all else has worked; one that does not must be there first.
             if first && !running {

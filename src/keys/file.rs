@@ -57,6 +57,11 @@ impl KeyDir {
         &self.path
     }
 
+    /// Whether it is there.
+    pub fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
     /// Where a key is, or would be.
     pub fn file_of(&self, ring: RingName, id: u8) -> PathBuf {
         self.path.join(format!("{ring}-{id}.key"))
@@ -79,7 +84,7 @@ impl KeyDir {
         Ok(KeyLock(lock))
     }
 
-    /// All keys, by id. None if there is no such directory.
+    /// All keys, by id; no key if there is no such directory.
     ///
     /// # Errors
     /// A file cannot be read or is not a key, others can read it, or two keys contradict each other.
