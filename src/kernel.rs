@@ -19,6 +19,8 @@ pub struct Kernel {
     pub release: String,
     /// `bpf_check_mtu()`, from 5.12; before it, a program is told the MTU when it is loaded.
     pub has_check_mtu: bool,
+    /// `bpf_ktime_get_tai_ns()`, from 6.1; before it, a program reads the boot time.
+    pub has_tai: bool,
     /// The lockdown mode in force, as /sys/kernel/security/lockdown shows it; none if it cannot be read.
     pub lockdown: Option<String>,
 }
@@ -31,15 +33,9 @@ impl Kernel {
             let (_, rest) = text.split_once('[')?;
             rest.split_once(']').map(|(mode, _)| mode.to_string())
         });
-        // SAFETY: no options are passed; libbpf documents a null pointer for that.
-        let has_check_mtu = unsafe {
-            libbpf_sys::libbpf_probe_bpf_helper(
-                libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
-                libbpf_sys::BPF_FUNC_check_mtu,
-                ptr::null(),
-            )
-        } == 1;
-        Kernel { release, has_check_mtu, lockdown }
+        let has_check_mtu = has_helper(libbpf_sys::BPF_FUNC_check_mtu);
+        let has_tai = has_helper(libbpf_sys::BPF_FUNC_ktime_get_tai_ns);
+        Kernel { release, has_check_mtu, has_tai, lockdown }
     }
 
     /// Major and minor version.
@@ -94,6 +90,15 @@ impl Kernel {
     }
 }
 
+/// Whether a classifier may call this helper.
+fn has_helper(helper: libbpf_sys::bpf_func_id) -> bool {
+    // SAFETY: no options are passed; libbpf documents a null pointer for that.
+    let probed = unsafe {
+        libbpf_sys::libbpf_probe_bpf_helper(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, helper, ptr::null())
+    };
+    probed == 1
+}
+
 /// Writes a verifier's log where only root reads it, because it holds addresses of the kernel.
 fn save_log(log: &str) -> Result<String, Errno> {
     use std::io::Write;
@@ -111,7 +116,12 @@ mod tests {
     use super::*;
 
     fn kernel(release: &str, lockdown: Option<&str>) -> Kernel {
-        Kernel { release: release.into(), has_check_mtu: true, lockdown: lockdown.map(Into::into) }
+        Kernel {
+            release: release.into(),
+            has_check_mtu: true,
+            has_tai: true,
+            lockdown: lockdown.map(Into::into),
+        }
     }
 
     fn denied() -> Error {

@@ -3,15 +3,20 @@
 //! Data flows one way. Downwards: [`cli`] turns arguments into checked values, [`policy`] and
 //! [`program`] put them into maps, [`hooks`] attach the program. Upwards: [`events`] reads what the
 //! program reports and shows it. [`state`] knows where things are kept between two commands.
+//!
+//! Beside that, [`token::keyed`] makes and checks keyed tokens without any kernel, and [`keys`] keeps what they are
+//! made with.
 
 #[macro_use]
 mod note;
 
 pub mod cli;
+pub mod clock;
 pub mod counters;
 pub mod events;
 pub mod hooks;
 pub mod kernel;
+pub mod keys;
 pub mod netns;
 pub mod policy;
 pub mod privileges;
@@ -28,10 +33,13 @@ mod skel {
 /// The types and constants that C and Rust share, read out of the compiled program's BTF.
 pub mod types {
     pub use crate::skel::types::{
-        netoken_action as Action, netoken_config as Config, netoken_counter as Counter,
-        netoken_event as Event, netoken_fault as Fault, netoken_flow as Flow, netoken_live as Live,
-        netoken_policy_key as PolicyKey, netoken_rule as Rule, netoken_size as Size,
-        netoken_verdict as Verdict, netoken_when_full as WhenFull,
+        netoken_accept as Accept, netoken_action as Action, netoken_bind as Bind, netoken_check as Check,
+        netoken_clock as Clock, netoken_config as Config, netoken_counter as Counter, netoken_event as Event,
+        netoken_fault as Fault, netoken_flow as Flow, netoken_form as Form, netoken_key as Key,
+        netoken_key_count as KeyCount, netoken_key_size as KeySize, netoken_key_state as KeyState,
+        netoken_live as Live, netoken_policy_key as PolicyKey, netoken_ring as Ring, netoken_rule as Rule,
+        netoken_size as Size, netoken_token_spec as TokenSpec, netoken_verdict as Verdict,
+        netoken_when_full as WhenFull,
     };
 }
 

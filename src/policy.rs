@@ -4,7 +4,7 @@
 //! The border to the kernel is [`Policy::entries`] and `lookup_rule()` in `src/bpf/policy.h`; nothing else
 //! knows how rules are stored.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::fs;
 use std::net::{IpAddr, Ipv6Addr};
@@ -14,7 +14,8 @@ use std::str::FromStr;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 
-use crate::token::Token;
+use crate::keys::RingName;
+use crate::token::{Token, TokenSpec};
 use crate::types::{Action as RawAction, PolicyKey, Rule as RawRule, Size, WhenFull as RawWhenFull};
 
 /// An ordered list of rules and a default.
@@ -45,7 +46,7 @@ pub enum Decision {
     /// Append the token.
     Stamp {
         /// What to append.
-        token: Token,
+        token: TokenSpec,
         /// What to do if it cannot be appended.
         when_full: WhenFull,
     },
@@ -145,7 +146,7 @@ struct PolicyFile {
 #[serde(deny_unknown_fields)]
 struct DecisionFile {
     action: ActionFile,
-    token: Option<Token>,
+    token: Option<TokenSpec>,
     when_full: Option<WhenFull>,
 }
 
@@ -157,7 +158,7 @@ struct RuleFile {
     #[serde(default)]
     port: u16,
     action: ActionFile,
-    token: Option<Token>,
+    token: Option<TokenSpec>,
     when_full: Option<WhenFull>,
 }
 
@@ -181,7 +182,7 @@ impl TryFrom<String> for PrefixFile {
     }
 }
 
-fn decide(action: ActionFile, token: Option<Token>, when_full: Option<WhenFull>) -> Result<Decision> {
+fn decide(action: ActionFile, token: Option<TokenSpec>, when_full: Option<WhenFull>) -> Result<Decision> {
     match (action, token) {
         (ActionFile::Stamp, Some(token)) => {
             Ok(Decision::Stamp { token, when_full: when_full.unwrap_or_default() })
@@ -198,7 +199,7 @@ fn decide(action: ActionFile, token: Option<Token>, when_full: Option<WhenFull>)
 impl Policy {
     /// Stamps every SYN with `token`.
     pub fn stamp_all(token: Token) -> Policy {
-        let decision = Decision::Stamp { token, when_full: WhenFull::Pass };
+        let decision = Decision::Stamp { token: token.into(), when_full: WhenFull::Pass };
         Policy { default: Some(decision), rules: Vec::new() }
     }
 
@@ -253,8 +254,21 @@ impl Policy {
         Ok(())
     }
 
+    /// The key rings that its tokens need.
+    pub fn rings(&self) -> BTreeSet<RingName> {
+        let decisions = self.default.iter().chain(self.rules.iter().map(|rule| &rule.decision));
+        decisions
+            .filter_map(|decision| match decision {
+                Decision::Stamp { token, .. } => token.ring(),
+                _ => None,
+            })
+            .collect()
+    }
+
     /// The policy as the kernel stores it: keys and values of one generation of the map `policies`.
-    pub fn entries(&self) -> Vec<(PolicyKey, RawRule)> {
+    /// `ring_number` says what number the instance has given to each of [`Policy::rings`].
+    pub fn entries(&self, ring_number: impl Fn(RingName) -> u8) -> Vec<(PolicyKey, RawRule)> {
+        let entry = |addr, bits, port, id, decision| entry(addr, bits, port, id, decision, &ring_number);
         let default = self.default.map(|decision| entry(Ipv6Addr::UNSPECIFIED, 0, 0, 0, decision));
         let rules = (1..).zip(&self.rules).map(|(id, rule)| {
             let (addr, bits) = rule.dst.mapped();
@@ -277,17 +291,27 @@ impl Policy {
     }
 }
 
-fn entry(addr: Ipv6Addr, bits: u8, port: u16, id: u32, decision: Decision) -> (PolicyKey, RawRule) {
+fn entry(
+    addr: Ipv6Addr,
+    bits: u8,
+    port: u16,
+    id: u32,
+    decision: Decision,
+    ring_number: impl Fn(RingName) -> u8,
+) -> (PolicyKey, RawRule) {
     let key = PolicyKey {
         prefixlen: Size::POLICY_PORT_BITS.0 + u32::from(bits),
         port_be: port.to_be(),
         addr: addr.octets(),
         pad: [0; 2],
     };
-    let (action, token, when_full) = match decision {
-        Decision::Stamp { token, when_full } => (RawAction::ACTION_STAMP, token, when_full),
-        Decision::Skip => (RawAction::ACTION_SKIP, Token([0; 8]), WhenFull::Pass),
-        Decision::Drop => (RawAction::ACTION_DROP, Token([0; 8]), WhenFull::Pass),
+    let (action, spec, when_full) = match decision {
+        Decision::Stamp { token, when_full } => {
+            let spec = token.to_raw(token.ring().map_or(0, ring_number));
+            (RawAction::ACTION_STAMP, spec, when_full)
+        }
+        Decision::Skip => (RawAction::ACTION_SKIP, Default::default(), WhenFull::Pass),
+        Decision::Drop => (RawAction::ACTION_DROP, Default::default(), WhenFull::Pass),
     };
     let when_full = match when_full {
         WhenFull::Pass => RawWhenFull::WHEN_FULL_PASS,
@@ -299,7 +323,7 @@ fn entry(addr: Ipv6Addr, bits: u8, port: u16, id: u32, decision: Decision) -> (P
         when_full: when_full.0 as u8,
         addr_bits: bits,
         has_ports: 0,
-        token: token.0,
+        spec,
     };
     (key, rule)
 }
@@ -331,7 +355,7 @@ mod tests {
         assert_eq!(policy.rules.len(), 2);
         assert_eq!(policy.rules[0].port, 5432);
         assert_eq!(policy.rules[1].decision, Decision::Skip);
-        let entries = policy.entries();
+        let entries = policy.entries(|_| 0);
         assert_eq!(entries.len(), 3);
         assert_eq!(entries[1].0.prefixlen, 16 + 96 + 16);
         assert_eq!(entries[1].0.port_be, 5432u16.to_be());

@@ -1,6 +1,7 @@
 //! Loads the classifier. The one place that drives the generated skeleton; what leaves it is file
 //! descriptors and typed settings.
 
+use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -10,7 +11,10 @@ use anyhow::{Context, Result, anyhow};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenMapMut, PrintLevel};
 
+use crate::clock;
 use crate::kernel::Kernel;
+use crate::keys::RingName;
+use crate::keys::live::LiveKeys;
 use crate::policy::Policy;
 use crate::skel::NetokenSkelBuilder;
 use crate::types::{Config, Live, PolicyKey, Rule};
@@ -78,6 +82,10 @@ pub struct Maps {
     pub events: MapHandle,
     /// Array of one: what an attached program is told.
     pub live: MapHandle,
+    /// Array of one: what makes a wall clock.
+    pub clock: MapHandle,
+    /// What keyed tokens are made with.
+    pub keys: LiveKeys,
 }
 
 /// A loaded classifier. Dropping it unloads it, unless it is attached somewhere.
@@ -116,11 +124,16 @@ impl Program {
             has_check_mtu: kernel.has_check_mtu.into(),
             mtu_bytes: settings.mtu_bytes,
         };
+        data.has_tai = kernel.has_tai.into();
         if let Some(dir) = pins {
             pin_below(dir, &mut open.maps.policies)?;
             pin_below(dir, &mut open.maps.counters)?;
             pin_below(dir, &mut open.maps.events)?;
             pin_below(dir, &mut open.maps.live)?;
+            pin_below(dir, &mut open.maps.clock)?;
+            pin_below(dir, &mut open.maps.keys)?;
+            pin_below(dir, &mut open.maps.rings)?;
+            pin_below(dir, &mut open.maps.key_counts)?;
         }
 
         let is_ethernet = settings.link_header == LinkHeader::Ethernet;
@@ -131,15 +144,23 @@ impl Program {
         let skel = loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
         let own = |map: &libbpf_rs::Map<'_>| MapHandle::try_from(map).context("keeping a map open");
         let program = if is_ethernet { &skel.progs.netoken_egress } else { &skel.progs.netoken_egress3 };
-        Ok(Program {
+        let program = Program {
             fd: program.as_fd().try_clone_to_owned().context("keeping the program open")?,
             maps: Maps {
                 policies: own(&skel.maps.policies)?,
                 counters: own(&skel.maps.counters)?,
                 events: own(&skel.maps.events)?,
                 live: own(&skel.maps.live)?,
+                clock: own(&skel.maps.clock)?,
+                keys: LiveKeys {
+                    keys: own(&skel.maps.keys)?,
+                    rings: own(&skel.maps.rings)?,
+                    counts: own(&skel.maps.key_counts)?,
+                },
             },
-        })
+        };
+        clock::publish(&program.maps.clock, None)?;
+        Ok(program)
     }
 }
 
@@ -163,6 +184,8 @@ impl Maps {
             counters: open("counters")?,
             events: open("events")?,
             live: open("live")?,
+            clock: open("clock")?,
+            keys: LiveKeys { keys: open("keys")?, rings: open("rings")?, counts: open("key_counts")? },
         })
     }
 
@@ -171,7 +194,12 @@ impl Maps {
     /// # Errors
     /// The kernel refused the new map or an entry; the running policy is then unchanged.
     pub fn set_policy(&self, policy: &Policy) -> Result<()> {
-        let entries = policy.entries();
+        let numbers: HashMap<RingName, u8> = policy
+            .rings()
+            .into_iter()
+            .map(|ring| Ok((ring, self.keys.ring_number(ring)?)))
+            .collect::<Result<_>>()?;
+        let entries = policy.entries(|ring| numbers[&ring]);
         let options = libbpf_sys::bpf_map_create_opts {
             sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
             map_flags: libbpf_sys::BPF_F_NO_PREALLOC,

@@ -3,6 +3,7 @@
 #ifndef NETOKEN_MAPS_H
 #define NETOKEN_MAPS_H
 
+#include "keys.h"
 #include "types.h"
 
 const volatile struct netoken_config config = {
@@ -18,6 +19,12 @@ const volatile struct {
 	enum netoken_action action;
 	enum netoken_when_full when_full;
 	enum netoken_fault fault;
+	enum netoken_form form;
+	enum netoken_bind bind;
+	enum netoken_key_size key_size;
+	enum netoken_key_state key_state;
+	enum netoken_check check;
+	struct netoken_accept accept;
 	struct netoken_policy_key policy_key;
 	struct netoken_rule rule;
 } types = {};

@@ -15,6 +15,7 @@
 #include "maps.h"
 #include "parse.h"
 #include "policy.h"
+#include "token.h"
 #include "stamp.h"
 #include "count.h"
 
@@ -40,10 +41,11 @@ __noinline int handle_syn(struct __sk_buff *skb)
 		verdict = VERDICT_NO_POLICY;
 	} else {
 		event->rule = rule->id;
-		__builtin_memcpy(event->token, rule->token, TOKEN_LEN);
 		switch (rule->action) {
 		case ACTION_STAMP:
-			verdict = stamp_syn(skb, scratch, rule->token, &drop);
+			verdict = VERDICT_NO_KEY;
+			if (make_token(event, &rule->spec))
+				verdict = stamp_syn(skb, scratch, event->token, &drop);
 			if (rule->when_full == WHEN_FULL_DROP && verdict != VERDICT_STAMPED &&
 			    verdict != VERDICT_ALREADY_STAMPED)
 				drop = true;

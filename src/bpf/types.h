@@ -39,6 +39,7 @@ enum netoken_verdict {
 	VERDICT_MALFORMED = 9,
 	VERDICT_TOO_BIG = 10,
 	VERDICT_HELPER_FAILED = 11,
+	VERDICT_NO_KEY = 12,
 	VERDICT_COUNT, /* the size of `counters`, not a verdict */
 };
 
@@ -52,6 +53,20 @@ enum netoken_action {
 enum netoken_when_full {
 	WHEN_FULL_PASS = 0,
 	WHEN_FULL_DROP = 1,
+};
+
+/* What a token is made of. */
+enum netoken_form {
+	FORM_STATIC = 0, /* the bytes of the rule */
+	FORM_KEYED = 1,	 /* a MAC, see token.h */
+};
+
+/* What of a connection a keyed token belongs to. Part of the message that the MAC is computed of.
+ */
+enum netoken_bind {
+	BIND_FLOW = 1,	 /* addresses, ports and ISN */
+	BIND_SERVER = 2, /* destination address, destination port and ISN */
+	BIND_ISN = 3,
 };
 
 /*
@@ -101,7 +116,7 @@ struct netoken_event {
 	__u32 ifindex;
 	struct netoken_flow flow;
 	__u32 rule; /* 0 is the default, otherwise the rule's place in its file, from 1 */
-	__u8 token[TOKEN_LEN]; /* the rule's token; zero when it has none */
+	__u8 token[TOKEN_LEN]; /* the one for this SYN; zero when there is none */
 	__u8 verdict;	       /* enum netoken_verdict */
 	__u8 dropped;	       /* 1 if the packet was dropped, whatever the verdict */
 	__u8 old_options_len_bytes;
@@ -128,19 +143,31 @@ struct netoken_policy_key {
 	__u8 pad[2];
 };
 
+/* How a rule's token is made. */
+struct netoken_token_spec {
+	__u8 form; /* enum netoken_form; of the rest a static one has only `bytes` */
+	__u8 bind; /* enum netoken_bind */
+	__u8 ring; /* index into `rings` */
+	__u8 pad;
+	__be16 tag_be;
+	__u8 pad2[2];
+	__u8 bytes[TOKEN_LEN];
+};
+
 struct netoken_rule {
 	__u32 id;
 	__u8 action;	/* enum netoken_action */
 	__u8 when_full; /* enum netoken_when_full */
 	__u8 addr_bits; /* of the prefix, 0 to 128; longer wins */
 	__u8 has_ports; /* some rule of this policy names a port */
-	__u8 token[TOKEN_LEN];
+	struct netoken_token_spec spec;
 };
 
 _Static_assert(sizeof(struct netoken_config) == 20, "netoken_config has hidden padding");
 _Static_assert(sizeof(struct netoken_flow) == 44, "netoken_flow has hidden padding");
 _Static_assert(sizeof(struct netoken_event) == 80, "netoken_event has hidden padding");
 _Static_assert(sizeof(struct netoken_policy_key) == 24, "netoken_policy_key has hidden padding");
-_Static_assert(sizeof(struct netoken_rule) == 16, "netoken_rule has hidden padding");
+_Static_assert(sizeof(struct netoken_token_spec) == 16, "netoken_token_spec has hidden padding");
+_Static_assert(sizeof(struct netoken_rule) == 24, "netoken_rule has hidden padding");
 
 #endif

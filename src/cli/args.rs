@@ -6,11 +6,13 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::{ArgGroup, Parser};
 
+use super::Command;
 use crate::hooks::clsact::Place;
 use crate::hooks::link::find_link;
 use crate::hooks::netlink::Link;
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 use crate::token::Token;
+use crate::token::keyed::Slots;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -20,6 +22,7 @@ Examples:
   netoken --iface eth0 --attach --policy p.toml  stamp, skip or drop by destination
   netoken --query                                what is attached, on every interface
   netoken --iface eth0 --destroy                 remove it, and the clsact qdisc if nobody else uses it
+  netoken key new edge                           make a key for keyed tokens
   tc filter show dev eth0 egress                 see it with the tool that you know
 
 Exit codes: 0 done, 1 failed, 2 wrong usage.";
@@ -27,11 +30,15 @@ Exit codes: 0 done, 1 failed, 2 wrong usage.";
 /// Writes a token into the first packet of TCP connections, as a TCP option, in the kernel.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES, arg_required_else_help = true)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(group = ArgGroup::new("mode").required(true).args(["attach", "query", "detach", "destroy"]))]
 #[command(group = ArgGroup::new("attaching").multiple(true).conflicts_with_all(["query", "detach", "destroy"]).args([
-    "token", "policy", "quiet", "sample", "detach_on_exit", "priority", "handle", "option_kind", "exid",
+    "token", "policy", "quiet", "sample", "detach_on_exit", "priority", "handle", "option_kind", "exid", "slot",
 ]))]
 pub struct Args {
+    #[command(subcommand)]
+    pub(super) command: Option<Command>,
+
     /// Interface to act on; may be given more than once
     #[arg(short, long = "iface", visible_alias = "interface", value_name = "NAME")]
     iface: Vec<String>,
@@ -91,6 +98,12 @@ pub struct Args {
     #[arg(long, value_name = "ID", help_heading = "With --attach", value_parser = exid)]
     exid: Option<u16>,
 
+    /// Length of a time slot of keyed tokens, in seconds; both sides have to agree [default: what the instance has,
+    /// or 16]
+    #[arg(long, value_name = "SECONDS", help_heading = "With --attach",
+          value_parser = clap::value_parser!(u32).range(1..=3600))]
+    slot: Option<u32>,
+
     /// Act on the interfaces of another network namespace: a name from `ip netns`, or a path
     #[arg(long, value_name = "NAME|PATH")]
     netns: Option<String>,
@@ -132,6 +145,7 @@ pub(super) struct AttachOptions {
     pub place: Place,
     pub option_kind: u8,
     pub exid: u16,
+    pub slots: Option<Slots>,
 }
 
 /// Where the policy comes from.
@@ -167,6 +181,7 @@ impl Args {
                 place,
                 option_kind: self.option_kind,
                 exid: self.exid.unwrap_or(DEFAULT_EXID),
+                slots: self.slot.map(|length_s| Slots::new(length_s, 1, 1)).transpose()?,
             })
         };
         let scope = Scope { ifaces: self.iface, netns: self.netns, instance: self.instance, json: self.json };
@@ -214,7 +229,7 @@ fn exid(text: &str) -> Result<u16, String> {
 }
 
 /// Instance names become directories of a BPF file system, which allows no dots.
-fn instance(text: &str) -> Result<String> {
+pub(super) fn instance(text: &str) -> Result<String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if text.is_empty() || text.len() > 32 || !text.chars().all(fits) {
         bail!("an instance name is 1 to 32 letters, digits, '-' or '_'");

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
+use crate::clock;
 use crate::events::reader::Reader;
 use crate::events::show::{Names, Output, Record};
 use crate::events::stream::{self, End};
@@ -14,6 +15,8 @@ use crate::events::watch::Watch;
 use crate::hooks::clsact::{Attachment, Hooks, remove_unused};
 use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
+use crate::keys::file::KeyDir;
+use crate::keys::{self, Key};
 use crate::netns::Netns;
 use crate::policy::Policy;
 use crate::privileges;
@@ -29,11 +32,13 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
     let targets = targets(scope)?;
+    let keys = load_keys(scope, policy.as_ref())?;
 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job = Job { options, state: &state, instance: &instance, is_new, done: Vec::new() };
+    let mut job =
+        Job { options, state: &state, instance: &instance, is_new, keys: keys.as_deref(), done: Vec::new() };
     let (maps, reading, note) = match job.attach(&lock, &targets, policy.as_ref()) {
         Ok(attached) => attached,
         Err(error) => return Err(job.give_up(lock, error)),
@@ -58,7 +63,9 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     };
     let mut output = Output::new(scope.json, names);
     let told = job.tell(&mut output, &note).context("writing to standard output");
+    // A stream may run for months, and has no use for secrets.
     drop((job, lock));
+    drop(keys);
     let Some(mut stream) = stream else {
         return told;
     };
@@ -96,6 +103,24 @@ impl<'a> Stream<'a> {
     }
 }
 
+/// The instance's keys, which must suffice for the policy; nothing if it has no key directory.
+fn load_keys(scope: &Scope, policy: Option<&Policy>) -> Result<Option<Vec<Key>>> {
+    keys::guard_process()?;
+    let dir = KeyDir::of_instance(&scope.instance);
+    let keys = dir.load()?;
+    for ring in policy.map(Policy::rings).unwrap_or_default() {
+        if keys::signer(&keys, ring).is_none() {
+            bail!(
+                "attaching to {}: the policy makes tokens with key ring '{ring}', of which no key in {} signs; make one \
+                 with: netoken key new {ring}",
+                scope.ifaces.join(", "),
+                dir.path().display()
+            );
+        }
+    }
+    Ok(dir.exists().then_some(keys))
+}
+
 /// Removes all of it, or says how to.
 fn leave(scope: &Scope, options: &AttachOptions, left: &[String]) -> Result<()> {
     if options.detach_on_exit {
@@ -119,6 +144,7 @@ struct Job<'a> {
     instance: &'a Instance,
     /// The instance was not there before.
     is_new: bool,
+    keys: Option<&'a [Key]>,
     done: Vec<(Link, Attachment)>,
 }
 
@@ -165,6 +191,10 @@ impl Job<'_> {
             };
             let program = Program::load(settings, Some(&self.instance.pins))?;
             let first = ready.is_none();
+            if first {
+                clock::publish(&program.maps.clock, self.options.slots)?;
+                self.keys.map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
+            }
             let running = program.maps.policy()?.is_some();
             // A policy that runs is replaced when all else has worked; one that does not must be there first.
             if first && !running {

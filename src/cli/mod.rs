@@ -3,20 +3,34 @@
 pub mod args;
 mod attach;
 mod detach;
+mod key;
 mod query;
+mod table;
 
 use anyhow::Result;
 
 pub use args::Args;
 
+use crate::clock;
 use crate::netns::Netns;
 use args::Mode;
+
+/// What is not done with an interface.
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    Key(key::KeyArgs),
+}
 
 /// Runs what was asked for.
 ///
 /// # Errors
 /// It failed; the message says what was being done to what, why it failed, and what to do now.
-pub fn run(args: Args) -> Result<()> {
+pub fn run(mut args: Args) -> Result<()> {
+    clock::publish_to_all();
+    match args.command.take() {
+        Some(Command::Key(args)) => return key::run(args),
+        None => {}
+    }
     let (mode, scope) = args.check()?;
     // Everything that follows happens there. Paths are not affected: a network namespace has none.
     if let Some(netns) = &scope.netns {

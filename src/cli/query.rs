@@ -8,12 +8,15 @@ use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::args::Scope;
+use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::show::totals_line;
 use crate::hooks::clsact::{Attached, attached, loaded_programs};
 use crate::hooks::netlink::Netlink;
+use crate::kernel::Kernel;
 use crate::netns::Netns;
 use crate::privileges;
+use crate::program::Maps;
 use crate::state::State;
 
 /// One filter of ours, as `--json` prints it.
@@ -42,6 +45,18 @@ struct InstanceCounters<'a> {
     instance: &'a str,
     #[serde(flatten)]
     counters: Counters,
+}
+
+/// The wall clock of an instance's keyed tokens, as `--json` prints it.
+#[derive(Serialize)]
+#[serde(tag = "type", rename = "clock")]
+struct InstanceClock<'a> {
+    instance: &'a str,
+    source: Source,
+    /// Unix time as the classifier sees it.
+    unix_s: u64,
+    slot_s: u64,
+    slot: u64,
 }
 
 pub(super) fn run(scope: &Scope) -> Result<()> {
@@ -137,38 +152,58 @@ fn print(scope: &Scope, state: &State, hooks: &[Hook]) -> Result<()> {
         writeln!(out)?;
     }
     for instance in instances {
-        let counters = Counters::read(&state.instance(instance).maps()?)?;
+        let maps = state.instance(instance).maps()?;
+        let counters = Counters::read(&maps)?;
         if scope.json {
             writeln!(out, "{}", serde_json::to_string(&InstanceCounters { instance, counters })?)?;
         } else {
             writeln!(out, "instance '{instance}': {}", totals_line(&counters, 0))?;
         }
+        // Of no interest where no token is keyed.
+        if maps.keys.any()? {
+            print_clock(&mut out, scope, instance, &maps)?;
+        }
     }
+    Ok(())
+}
+
+fn print_clock(out: &mut impl Write, scope: &Scope, instance: &str, maps: &Maps) -> Result<()> {
+    let published = clock::published(&maps.clock)?;
+    let source = Source::choose(&Kernel::probe());
+    let unix = clock::as_seen(&published, source)?;
+    let slot_s = published.slot_ns / 1_000_000_000;
+    let slot = unix.as_secs().checked_div(slot_s).unwrap_or_default();
+    if scope.json {
+        let record = InstanceClock { instance, source, unix_s: unix.as_secs(), slot_s, slot };
+        return Ok(writeln!(out, "{}", serde_json::to_string(&record)?)?);
+    }
+    let time = humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + unix);
+    writeln!(
+        out,
+        "instance '{instance}': keyed tokens go by {}, which makes it {time}: slot {slot} of {slot_s} s",
+        source.name()
+    )?;
     Ok(())
 }
 
 fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
     let heads = ["NETNS", "INTERFACE", "HOOK", "PROGRAM", "HANDLE", "PRIORITY", "INSTANCE", "SINCE (UTC)"];
-    let mut rows = vec![heads.map(str::to_string)];
-    rows.extend(hooks.iter().map(|hook| {
-        [
-            if hook.netns.is_empty() { "-".to_string() } else { hook.netns.clone() },
-            hook.interface.clone(),
-            hook.hook.to_string(),
-            hook.program.to_string(),
-            format!("{:#x}", hook.handle),
-            hook.priority.to_string(),
-            hook.instance.clone().unwrap_or("(pins lost)".to_string()),
-            hook.since.clone(),
-        ]
-    }));
-    let widths: Vec<usize> =
-        (0..heads.len()).map(|at| rows.iter().map(|row| row[at].len()).max().unwrap_or(0)).collect();
-    for row in &rows {
-        let line: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        writeln!(out, "{}", line.join("  ").trim_end())?;
-    }
+    let rows: Vec<_> = hooks
+        .iter()
+        .map(|hook| {
+            [
+                if hook.netns.is_empty() { "-".to_string() } else { hook.netns.clone() },
+                hook.interface.clone(),
+                hook.hook.to_string(),
+                hook.program.to_string(),
+                format!("{:#x}", hook.handle),
+                hook.priority.to_string(),
+                hook.instance.clone().unwrap_or("(pins lost)".to_string()),
+                hook.since.clone(),
+            ]
+        })
+        .collect();
+    super::table::table(out, heads, &rows)?;
     for hook in hooks.iter().filter(|hook| hook.filters_before > 0) {
         writeln!(
             out,

@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::reader::Reader;
 use super::show::{Output, Record};
 use super::watch::{Change, Watch};
+use crate::clock;
 use crate::counters::Counters;
 use crate::is_closed_pipe;
 use crate::program::Maps;
@@ -69,6 +70,8 @@ impl Stream<'_> {
                 break End::Asked;
             }
             self.events(reader, output, LOOK)?;
+            // The wall clock may have been set.
+            clock::publish(&self.maps.clock, None)?;
             report_changes(output, watch)?;
             if watch.links().is_empty() {
                 break End::NothingLeft;

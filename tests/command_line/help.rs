@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use crate::said::netoken;
 
 /// Every flag that the first users know.
-const FLAGS: [&str; 20] = [
+const FLAGS: [&str; 21] = [
     "--iface",
     "--interface",
     "--attach",
@@ -21,6 +21,7 @@ const FLAGS: [&str; 20] = [
     "--handle",
     "--option-kind",
     "--exid",
+    "--slot",
     "--netns",
     "--instance",
     "--json",
@@ -95,6 +96,15 @@ pub fn wrong_usage_is_exit_code_2() -> Result<()> {
         "--iface eth0 --attach --token 0011223344556677 --policy p.toml",
         "--iface eth0 --attach extra",
         "--iface eth0 --attch",
+        "--iface eth0 --attach --slot 0",
+        "--iface eth0 --query --slot 16",
+        "key",
+        "key new",
+        "key new Edge",
+        "key new edge --id 16",
+        "key rotate edge --step back",
+        "--query key list",
+        "key list --query",
         "--nonsense",
     ] {
         let args: Vec<&str> = line.split_whitespace().collect();

@@ -6,6 +6,7 @@
 
 mod help;
 mod json;
+mod keys;
 #[path = "../support/lab.rs"]
 #[allow(dead_code)]
 mod lab;
@@ -68,6 +69,11 @@ fn with_root() -> Vec<Trial> {
             a_query_where_nothing_is_attached;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named without_the_right_to_mount_the_error_says_so;
+        keys: a_rotation_in_three_steps a_file_that_others_can_read_is_refused
+            a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
+            the_files_decide_what_the_kernel_knows nobody_sees_a_secret
+            slots_have_the_length_that_was_asked_for
+            a_stream_follows_a_step_of_the_clock_within_two_seconds;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
             a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
             a_query_names_a_broken_instance;

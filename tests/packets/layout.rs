@@ -4,7 +4,7 @@
 use std::mem::{offset_of, size_of};
 
 use anyhow::Result;
-use netoken::types::{Config, Counter, Event, Flow, PolicyKey, Rule};
+use netoken::types::{Clock, Config, Counter, Event, Flow, Key, KeyCount, PolicyKey, Ring, Rule, TokenSpec};
 
 use crate::support::ensure_eq;
 
@@ -13,7 +13,12 @@ pub fn structures_have_their_documented_sizes() -> Result<()> {
         ("event", size_of::<Event>(), 80),
         ("flow", size_of::<Flow>(), 44),
         ("policy key", size_of::<PolicyKey>(), 24),
-        ("rule", size_of::<Rule>(), 16),
+        ("rule", size_of::<Rule>(), 24),
+        ("token spec", size_of::<TokenSpec>(), 16),
+        ("key", size_of::<Key>(), 24),
+        ("ring", size_of::<Ring>(), 32),
+        ("clock", size_of::<Clock>(), 32),
+        ("key count", size_of::<KeyCount>(), 48),
         ("config", size_of::<Config>(), 20),
         ("counter", size_of::<Counter>(), 24),
     ] {
@@ -52,7 +57,7 @@ pub fn maps_have_keys_and_values_of_those_sizes() -> Result<()> {
     program.maps.set_policy(&netoken::policy::Policy::stamp_all(netoken::token::Token::DEFAULT))?;
     let policy = program.maps.policy()?.ok_or_else(|| anyhow::anyhow!("no policy in use"))?;
     ensure_eq!(policy.key_size(), 24, "key of the policy");
-    ensure_eq!(policy.value_size(), 16, "value of the policy");
+    ensure_eq!(policy.value_size(), 24, "value of the policy");
     ensure_eq!(program.maps.counters.key_size(), 4, "key of the counters");
     ensure_eq!(program.maps.counters.value_size(), 24, "value of the counters");
     Ok(())

@@ -5,6 +5,7 @@
 
 mod events;
 mod faults;
+mod keyed;
 mod layout;
 mod mutate;
 mod named;
@@ -13,6 +14,7 @@ mod others;
 mod packet;
 mod policies;
 mod run;
+mod shared;
 mod sizes;
 #[path = "../support/mod.rs"]
 mod support;
@@ -68,6 +70,12 @@ fn everywhere() -> Vec<Trial> {
         events: an_event_says_what_happened without_a_reader_syns_are_counted_but_make_no_event
             what_is_not_a_syn_makes_no_event
             one_of_ten_syns_makes_an_event_and_all_are_counted;
+        keyed: kernel_and_library_make_the_same_token slots_change_at_their_edges_and_wrap
+            a_stepped_clock_is_followed_both_ways a_rule_without_a_signing_key_leaves_the_syn_as_it_came
+            another_signer_is_one_write a_key_counts_what_is_made_with_it
+            every_option_list_takes_a_keyed_token_as_a_static_one;
+        shared: siphash_gives_its_published_results the_vectors_are_made_and_found_valid
+            kernel_and_library_check_alike both_clocks_are_read_as_user_space_reads_them;
         layout: structures_have_their_documented_sizes an_event_has_its_fields_where_they_are_documented
             maps_have_keys_and_values_of_those_sizes;
     ]

@@ -71,8 +71,14 @@ impl Lab {
     /// The program under test with these arguments, not started yet. Its state is the laboratory's.
     pub fn netoken(&self, args: &str) -> Command {
         let mut command = Command::new(NETOKEN);
-        command.args(args.split_whitespace()).env("NETOKEN_RUN", &self.run).stdin(Stdio::null());
+        command.args(args.split_whitespace()).stdin(Stdio::null());
+        command.env("NETOKEN_RUN", &self.run).env("NETOKEN_KEYS", self.keys());
         command
+    }
+
+    /// What NETOKEN_KEYS names in it. Beside the state directory, which netoken removes when it is empty.
+    pub fn keys(&self) -> PathBuf {
+        self.run.with_extension("keys")
     }
 
     /// Runs the program under test and returns what it printed, successful or not.
@@ -110,6 +116,7 @@ impl Drop for Lab {
         // As often as it was mounted.
         sh(&format!("while mountpoint -q {0}/bpf; do umount {0}/bpf || exit; done", self.run.display())).ok();
         fs::remove_dir_all(&self.run).ok();
+        fs::remove_dir_all(self.keys()).ok();
     }
 }
 

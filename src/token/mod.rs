@@ -1,10 +1,18 @@
-//! The static token: eight bytes that a policy gives, written as 16 hexadecimal digits.
+//! The token: eight bytes that a policy gives, or makes anew for each connection.
+//!
+//! Here are the bytes, written as 16 hexadecimal digits. What a keyed token consists of, and how it is made and
+//! checked, is in [`keyed`]; what a policy says of either is in [`spec`].
+
+pub mod keyed;
+pub mod spec;
 
 use std::fmt;
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
+
+pub use spec::TokenSpec;
 
 use crate::types::Size;
 

@@ -1,0 +1,348 @@
+//! `netoken key`: makes, lists and rotates what keyed tokens are made with.
+
+use std::io::{self, Write};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, bail};
+use clap::Subcommand;
+use serde::Serialize;
+
+use super::args::instance;
+use super::table::table;
+use crate::keys::file::{KeyDir, KeyLock};
+use crate::keys::live::{LiveKeys, Use};
+use crate::keys::rotate::{Step, free_id, next_step, retire, sign};
+use crate::keys::{self, Key, RingName, Secret, State, signer};
+use crate::state::State as RunState;
+
+const EXAMPLES: &str = "\
+Examples:
+  netoken key new edge                 make the first key of ring 'edge', which signs
+  netoken key list                     what there is, and what has been done with it; never a secret
+  netoken key rotate edge              1. make the next key; copy its file to every host, and there:
+  netoken key load                        give the kernel what the files say
+  netoken key rotate edge              2. let it sign
+  netoken key rotate edge              3. give up the one before, once it is idle
+
+A policy uses it: token = { tag = 17, key = \"edge\", bind = \"server\" }
+Keys are files in /etc/netoken/keys/INSTANCE; NETOKEN_KEYS names another /etc/netoken/keys.";
+
+/// Make, list and rotate the keys of keyed tokens
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES, arg_required_else_help = true)]
+pub(super) struct KeyArgs {
+    #[command(subcommand)]
+    command: KeyCommand,
+
+    /// Which instance the keys are for
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = instance, global = true)]
+    instance: String,
+
+    /// Print one JSON object a line
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum KeyCommand {
+    /// Make a key from the kernel's random source; the first one of a ring signs
+    New {
+        /// Name of the ring, as policies use it
+        ring: RingName,
+        /// Id of the key, 0 to 15 [default: one that is free]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..16))]
+        id: Option<u8>,
+        /// Do not let it sign, even if it is the first one
+        #[arg(long)]
+        verify_only: bool,
+    },
+    /// Show keys, their state, and what has been done with them on this host
+    List,
+    /// Do the next step of a rotation: add a key, let it sign, retire the one before
+    Rotate {
+        /// Name of the ring
+        ring: RingName,
+        /// Fail unless this is the step that is due
+        #[arg(long)]
+        step: Option<Step>,
+        /// Retire a key although it is still seen
+        #[arg(long)]
+        force: bool,
+        /// For how many seconds a key must not have been seen before it is retired
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        idle: u64,
+    },
+    /// Give the running instance the keys that the files hold
+    Load,
+}
+
+/// One key, as `--json` prints it.
+#[derive(Serialize)]
+#[serde(tag = "type", rename = "key")]
+struct KeyRecord {
+    ring: RingName,
+    id: u8,
+    state: State,
+    /// RFC 3339 in UTC.
+    created: String,
+    age_s: u64,
+    /// Null if the instance does not run.
+    made: Option<u64>,
+    accepted: Option<u64>,
+    last_used: Option<String>,
+}
+
+/// What a command has done, as `--json` prints it.
+#[derive(Serialize)]
+#[serde(tag = "type", rename = "key_changed")]
+struct Changed<'a> {
+    ring: RingName,
+    /// `add`, `sign` or `retire`.
+    step: String,
+    ids: &'a [u8],
+    /// The running instance has been told.
+    loaded: bool,
+}
+
+pub(super) fn run(args: KeyArgs) -> Result<()> {
+    keys::guard_process()?;
+    let dir = KeyDir::of_instance(&args.instance);
+    match args.command {
+        KeyCommand::New { ring, id, verify_only } => new(&args, &dir, ring, id, verify_only),
+        KeyCommand::List => list(&args, &dir),
+        KeyCommand::Rotate { ring, step, force, idle } => {
+            rotate(&args, &dir, ring, step, force, Duration::from_secs(idle))
+        }
+        KeyCommand::Load => load(&args, &dir),
+    }
+}
+
+/// The maps of the instance, if it runs.
+fn live(instance: &str) -> Result<Option<LiveKeys>> {
+    let Some(state) = RunState::find()? else { return Ok(None) };
+    let instance = state.instance(instance);
+    if !instance.exists() {
+        return Ok(None);
+    }
+    Ok(Some(instance.maps()?.keys))
+}
+
+fn tell_kernel(args: &KeyArgs, keys: &[Key]) -> Result<bool> {
+    let Some(live) = live(&args.instance)? else { return Ok(false) };
+    live.load(keys).context("the files are written, but the kernel does not know of it")?;
+    Ok(true)
+}
+
+fn new(args: &KeyArgs, dir: &KeyDir, ring: RingName, id: Option<u8>, verify_only: bool) -> Result<()> {
+    let lock = dir.lock()?;
+    let mut keys = dir.load()?;
+    let first = !keys.iter().any(|key| key.ring() == ring && key.is_live());
+    let id = add(dir, &lock, &mut keys, ring, id)?;
+    let signs = first && !verify_only;
+    if signs {
+        sign(&mut keys, ring)?;
+        save(dir, &lock, &keys, &[id])?;
+    }
+    let loaded = tell_kernel(args, &keys)?;
+    tell(args, ring, Step::Add, &[id], loaded, |out| {
+        let path = dir.file_of(ring, id);
+        let use_of = if signs { "signing" } else { "verify-only" };
+        writeln!(out, "made key {id} of ring '{ring}' ({use_of}): {}", path.display())?;
+        writeln!(out, "copy that file to every host that checks its tokens, and run there: netoken key load")
+    })
+}
+
+/// Makes a key that only verifies, and writes it.
+fn add(dir: &KeyDir, lock: &KeyLock, keys: &mut Vec<Key>, ring: RingName, id: Option<u8>) -> Result<u8> {
+    let id = match id {
+        Some(id) => id,
+        None => free_id(keys)?,
+    };
+    if let Some(at) = keys.iter().position(|key| key.id() == id) {
+        let old = &keys[at];
+        if old.is_live() {
+            bail!(
+                "making key {id} of ring '{ring}': ring '{}' has a key with that id, and a token names its key by it \
+                 alone; leave --id away to get a free one",
+                old.ring()
+            );
+        }
+        dir.remove(old, lock)?;
+        keys.remove(at);
+    }
+    let key = Key::new(ring, id, Secret::random()?, SystemTime::now())?;
+    dir.save(&key, lock)?;
+    keys.push(key);
+    Ok(id)
+}
+
+fn save(dir: &KeyDir, lock: &KeyLock, keys: &[Key], ids: &[u8]) -> Result<()> {
+    keys.iter().filter(|key| ids.contains(&key.id())).try_for_each(|key| dir.save(key, lock))
+}
+
+fn rotate(
+    args: &KeyArgs,
+    dir: &KeyDir,
+    ring: RingName,
+    wanted: Option<Step>,
+    force: bool,
+    idle: Duration,
+) -> Result<()> {
+    let lock = dir.lock()?;
+    let mut keys = dir.load()?;
+    if !keys.iter().any(|key| key.ring() == ring && key.is_live()) {
+        bail!("rotating the keys of ring '{ring}': it has none; make one with: netoken key new {ring}");
+    }
+    let due = next_step(&keys, ring);
+    let step = wanted.unwrap_or(due);
+    if step != due && step != Step::Add {
+        bail!(
+            "rotating the keys of ring '{ring}': step '{step}' is not due; what comes next is: netoken key rotate \
+             {ring} --step {due}"
+        );
+    }
+    let ids = match step {
+        Step::Add => vec![add(dir, &lock, &mut keys, ring, None)?],
+        Step::Sign => {
+            let (next, before) = sign(&mut keys, ring)?;
+            // The one that stops first: after a crash in between nobody signs, which is seen; two would be an error.
+            for id in before.into_iter().chain([next]) {
+                save(dir, &lock, &keys, &[id])?;
+            }
+            vec![next]
+        }
+        Step::Retire => {
+            let live = live(&args.instance)?;
+            let use_of = |id| live.as_ref().map_or(Ok(Use::default()), |live| live.use_of(id));
+            let ids = retire(&mut keys, ring, use_of, SystemTime::now(), idle, force)?;
+            save(dir, &lock, &keys, &ids)?;
+            ids
+        }
+    };
+    let loaded = tell_kernel(args, &keys)?;
+    tell(args, ring, step, &ids, loaded, |out| match step {
+        Step::Add => writeln!(
+            out,
+            "made key {} of ring '{ring}' (verify-only): {}\ncopy that file to every host that checks its tokens, run \
+             there: netoken key load; and then here: netoken key rotate {ring}",
+            ids[0],
+            dir.file_of(ring, ids[0]).display()
+        ),
+        Step::Sign => writeln!(
+            out,
+            "key {} of ring '{ring}' signs; when the one before is idle everywhere, retire it: netoken key rotate {ring}",
+            ids[0]
+        ),
+        Step::Retire => {
+            let shown: Vec<String> = ids.iter().map(u8::to_string).collect();
+            writeln!(out, "retired key {} of ring '{ring}'; its secret is gone", shown.join(", "))
+        }
+    })
+}
+
+fn load(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
+    let _lock = dir.lock()?;
+    let keys = dir.load()?;
+    let Some(live) = live(&args.instance)? else {
+        bail!(
+            "loading the keys in {}: instance '{}' does not run; it gets them when it is attached",
+            dir.path().display(),
+            args.instance
+        );
+    };
+    live.load(&keys)?;
+    let ids: Vec<u8> = keys.iter().filter(|key| key.is_live()).map(Key::id).collect();
+    if args.json {
+        return print_json(&serde_json::json!({ "type": "keys_loaded", "ids": ids }));
+    }
+    note!("instance '{}' has {} key{}", args.instance, ids.len(), if ids.len() == 1 { "" } else { "s" });
+    Ok(())
+}
+
+fn tell(
+    args: &KeyArgs,
+    ring: RingName,
+    step: Step,
+    ids: &[u8],
+    loaded: bool,
+    text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<()> {
+    if args.json {
+        return print_json(&Changed { ring, step: step.to_string(), ids, loaded });
+    }
+    text(&mut io::stderr().lock()).ok();
+    if !loaded {
+        note!("instance '{}' does not run; it gets its keys when it is attached", args.instance);
+    }
+    Ok(())
+}
+
+fn print_json(record: &impl Serialize) -> Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{}", serde_json::to_string(record)?).context("writing to standard output")
+}
+
+fn list(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
+    let keys = dir.load()?;
+    let live = live(&args.instance)?;
+    let now = SystemTime::now();
+    let records = keys
+        .iter()
+        .map(|key| {
+            let used = live.as_ref().map(|live| live.use_of(key.id())).transpose()?;
+            Ok(KeyRecord {
+                ring: key.ring(),
+                id: key.id(),
+                state: key.state(),
+                created: humantime::format_rfc3339_seconds(key.created()).to_string(),
+                age_s: now.duration_since(key.created()).unwrap_or_default().as_secs(),
+                made: used.map(|used| used.made),
+                accepted: used.map(|used| used.accepted),
+                last_used: used
+                    .and_then(|used| used.last())
+                    .map(|last| humantime::format_rfc3339_seconds(last).to_string()),
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    if args.json {
+        return records.iter().try_for_each(print_json);
+    }
+    if records.is_empty() {
+        note!("there are no keys in {}; make one with: netoken key new RING", dir.path().display());
+        return Ok(());
+    }
+    let number = |value: Option<u64>| value.map_or("-".to_string(), |value| value.to_string());
+    let rows: Vec<_> = records
+        .iter()
+        .map(|key| {
+            [
+                key.ring.to_string(),
+                key.id.to_string(),
+                key.state.name().to_string(),
+                humantime::format_duration(Duration::from_secs(rough(key.age_s))).to_string(),
+                number(key.made),
+                number(key.accepted),
+                key.last_used.clone().unwrap_or("-".to_string()),
+            ]
+        })
+        .collect();
+    let mut out = io::stdout().lock();
+    table(&mut out, ["RING", "ID", "STATE", "AGE", "MADE", "ACCEPTED", "LAST USED (UTC)"], &rows)
+        .context("writing to standard output")?;
+    let mut rings: Vec<RingName> = keys.iter().map(Key::ring).collect();
+    rings.sort_unstable();
+    rings.dedup();
+    for ring in rings.into_iter().filter(|ring| signer(&keys, *ring).is_none()) {
+        note!("no key of ring '{ring}' signs: rules that name it leave their SYNs as they are");
+    }
+    Ok(())
+}
+
+/// Nobody wants to know the age of a month in seconds.
+fn rough(seconds: u64) -> u64 {
+    match seconds {
+        0..600 => seconds,
+        600..86_400 => seconds / 60 * 60,
+        _ => seconds / 3600 * 3600,
+    }
+}

@@ -1,0 +1,433 @@
+//! Keys on disk: a directory for each instance, a file for each key.
+//!
+//! ```text
+//! # /etc/netoken/keys/default/edge-3.key
+//! ring = "edge"
+//! id = 3
+//! state = "signing"
+//! created = "2026-11-21T08:30:00Z"
+//! secret = "32 hexadecimal digits; not there once the key is retired"
+//! ```
+//!
+//! The files are read here and by no general parser, because that would copy the secret and might show it in an
+//! error. A file that others than its owner can read is refused.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::fcntl::{Flock, FlockArg};
+use zeroize::Zeroizing;
+
+use super::{Key, RingName, SECRET_LEN, Secret, State, check_id};
+
+/// Names another directory than /etc/netoken/keys.
+pub const DIR_VARIABLE: &str = "NETOKEN_KEYS";
+const DEFAULT_DIR: &str = "/etc/netoken/keys";
+/// Longer than any key file, with comments.
+const FILE_LEN_MAX: usize = 4096;
+
+/// The keys of one instance.
+#[derive(Clone, Debug)]
+pub struct KeyDir {
+    path: PathBuf,
+}
+
+/// Held while keys are changed.
+#[derive(Debug)]
+pub struct KeyLock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
+
+impl KeyDir {
+    /// Where the keys of an instance are, unless somebody says otherwise.
+    pub fn of_instance(instance: &str) -> KeyDir {
+        let base = std::env::var_os(DIR_VARIABLE).map_or(PathBuf::from(DEFAULT_DIR), PathBuf::from);
+        KeyDir { path: base.join(instance) }
+    }
+
+    /// Another directory.
+    pub fn at(path: PathBuf) -> KeyDir {
+        KeyDir { path }
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it is there.
+    pub fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
+    /// Where a key is, or would be.
+    pub fn file_of(&self, ring: RingName, id: u8) -> PathBuf {
+        self.path.join(format!("{ring}-{id}.key"))
+    }
+
+    /// Keeps other commands from changing keys; makes the directory if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be made or locked.
+    pub fn lock(&self) -> Result<KeyLock> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.path)
+            .with_context(|| format!("making the key directory {} (try sudo)", self.path.display()))?;
+        let dir = File::open(&self.path)
+            .with_context(|| format!("opening the key directory {}", self.path.display()))?;
+        let lock = Flock::lock(dir, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| anyhow!("locking the key directory {}: {errno}", self.path.display()))?;
+        Ok(KeyLock(lock))
+    }
+
+    /// All keys, by id; no key if there is no such directory.
+    ///
+    /// # Errors
+    /// A file cannot be read or is not a key, others can read it, or two keys contradict each other.
+    pub fn load(&self) -> Result<Vec<Key>> {
+        let entries = match fs::read_dir(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.with_context(|| format!("reading the key directory {}", self.path.display()))?,
+        };
+        let mut keys = Vec::new();
+        for entry in entries {
+            let path =
+                entry.with_context(|| format!("reading the key directory {}", self.path.display()))?.path();
+            if path.extension().is_none_or(|extension| extension != "key") {
+                continue;
+            }
+            let key = read(&path)?;
+            if path != self.file_of(key.ring, key.id) {
+                bail!(
+                    "reading the key {}: it holds key {} of ring '{}'; rename it to {}",
+                    path.display(),
+                    key.id,
+                    key.ring,
+                    self.file_of(key.ring, key.id).display()
+                );
+            }
+            keys.push(key);
+        }
+        keys.sort_by_key(|key| key.id);
+        self.check(&keys)?;
+        Ok(keys)
+    }
+
+    fn check(&self, keys: &[Key]) -> Result<()> {
+        for (at, key) in keys.iter().enumerate() {
+            for other in &keys[..at] {
+                if key.id == other.id {
+                    bail!(
+                        "reading the keys in {}: rings '{}' and '{}' both have a key {}; a token names its key by \
+                         that number alone, so make one of them anew",
+                        self.path.display(),
+                        other.ring,
+                        key.ring,
+                        key.id
+                    );
+                }
+                if key.ring == other.ring && key.state == State::Signing && other.state == State::Signing {
+                    bail!(
+                        "reading the keys in {}: keys {} and {} of ring '{}' both sign; set the state of one to \
+                         \"verify-only\"",
+                        self.path.display(),
+                        other.id,
+                        key.id,
+                        key.ring
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a key, in one step and so that nobody else can read it at any time.
+    ///
+    /// # Errors
+    /// It cannot be written; then what was there is still there.
+    pub fn save(&self, key: &Key, _lock: &KeyLock) -> Result<()> {
+        let path = self.file_of(key.ring, key.id);
+        let new = path.with_extension("new");
+        let written = write(&new, key).and_then(|()| fs::rename(&new, &path)).and_then(|()| {
+            // So that it is still there after a power failure.
+            File::open(&self.path)?.sync_all()
+        });
+        if written.is_err() {
+            fs::remove_file(&new).ok();
+        }
+        written.with_context(|| format!("writing the key {}", path.display()))
+    }
+
+    /// Removes a key.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn remove(&self, key: &Key, _lock: &KeyLock) -> Result<()> {
+        let path = self.file_of(key.ring, key.id);
+        fs::remove_file(&path).with_context(|| format!("removing the key {}", path.display()))
+    }
+}
+
+/// Reads one key file.
+///
+/// # Errors
+/// It cannot be read, others can read it, or it is not a key.
+pub fn read(path: &Path) -> Result<Key> {
+    let doing = || format!("reading the key {}", path.display());
+    let mut file =
+        OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path).with_context(doing)?;
+    let meta = file.metadata().with_context(doing)?;
+    check_access(path, &meta).with_context(doing)?;
+    // One buffer that never grows, so that no copy is left behind.
+    let mut text = Zeroizing::new(vec![0; FILE_LEN_MAX]);
+    let mut len = 0;
+    loop {
+        match file.read(&mut text[len..]).with_context(doing)? {
+            0 => break,
+            more => len += more,
+        }
+        if len == FILE_LEN_MAX {
+            bail!("{}: it is longer than {FILE_LEN_MAX} bytes, which no key is", doing());
+        }
+    }
+    parse(&text[..len]).with_context(doing)
+}
+
+fn check_access(path: &Path, meta: &fs::Metadata) -> Result<()> {
+    let shown = path.display();
+    if !meta.is_file() {
+        bail!("it is no regular file");
+    }
+    if meta.mode() & 0o077 != 0 {
+        bail!(
+            "others than its owner can read or write it (mode {:04o}); run `chmod 600 {shown}`, and make a new key \
+             if somebody may have read this one",
+            meta.mode() & 0o7777
+        );
+    }
+    let me = nix::unistd::geteuid().as_raw();
+    if meta.uid() != 0 && meta.uid() != me {
+        bail!("it belongs to user {}, who can read it; run `chown root {shown}`", meta.uid());
+    }
+    Ok(())
+}
+
+/// What a file says, as far as it is read.
+#[derive(Default)]
+struct Fields {
+    ring: Option<RingName>,
+    id: Option<u8>,
+    state: Option<State>,
+    created: Option<SystemTime>,
+    secret: Option<Secret>,
+}
+
+/// No error shows a value: it might be the secret in a wrong place.
+fn parse(text: &[u8]) -> Result<Key> {
+    let mut fields = Fields::default();
+    for (number, line) in (1..).zip(text.split(|byte| *byte == b'\n')) {
+        let line = line.trim_ascii();
+        if line.is_empty() || line.starts_with(b"#") {
+            continue;
+        }
+        let at = line
+            .iter()
+            .position(|byte| *byte == b'=')
+            .with_context(|| format!("line {number} has no '='"))?;
+        let (name, value) = (line[..at].trim_ascii(), line[at + 1..].trim_ascii());
+        let value = value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value);
+        fields.set(name, value).with_context(|| format!("line {number}"))?;
+    }
+    let missing = |what: &str| format!("'{what}' is missing");
+    let state = fields.state.with_context(|| missing("state"))?;
+    if state == State::Retired && fields.secret.is_some() {
+        bail!("a retired key has no secret; remove that line");
+    }
+    if state != State::Retired && fields.secret.is_none() {
+        bail!(missing("secret"));
+    }
+    Ok(Key {
+        ring: fields.ring.with_context(|| missing("ring"))?,
+        id: fields.id.with_context(|| missing("id"))?,
+        state,
+        created: fields.created.with_context(|| missing("created"))?,
+        secret: fields.secret,
+    })
+}
+
+impl Fields {
+    fn set(&mut self, name: &[u8], value: &[u8]) -> Result<()> {
+        fn put<T>(place: &mut Option<T>, value: Option<T>, what: &str) -> Result<()> {
+            let value = value.with_context(|| format!("the value is not {what}"))?;
+            match place.replace(value) {
+                None => Ok(()),
+                Some(_) => bail!("it is given twice"),
+            }
+        }
+        let text = || str::from_utf8(value).ok();
+        match name {
+            b"ring" => put(&mut self.ring, text().and_then(|t| t.parse().ok()), "the name of a key ring"),
+            b"id" => {
+                let id = text().and_then(|t| t.parse().ok()).and_then(|id| check_id(id).ok());
+                put(&mut self.id, id, "a number from 0 to 15")
+            }
+            b"state" => {
+                let state = text().and_then(State::from_name);
+                put(&mut self.state, state, "\"verify-only\", \"signing\" or \"retired\"")
+            }
+            b"created" => {
+                let created = text().and_then(|t| humantime::parse_rfc3339(t).ok());
+                put(&mut self.created, created, "a time like 2026-11-21T08:30:00Z")
+            }
+            b"secret" => put(&mut self.secret, Secret::from_hex(value), "32 hexadecimal digits"),
+            _ => bail!("there is no such field; a key has ring, id, state, created and secret"),
+        }
+    }
+}
+
+fn write(path: &Path, key: &Key) -> io::Result<()> {
+    // A left-over of a command that was killed.
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let Key { ring, id, state, created, secret } = key;
+    writeln!(file, "# A key of netoken. Whoever can read it can forge tokens.")?;
+    writeln!(file, "ring = \"{ring}\"\nid = {id}\nstate = \"{}\"", state.name())?;
+    writeln!(file, "created = \"{}\"", humantime::format_rfc3339_micros(*created))?;
+    if let Some(secret) = secret {
+        let mut digits = Zeroizing::new([0u8; 2 * SECRET_LEN]);
+        for (pair, byte) in digits.chunks_exact_mut(2).zip(secret.bytes()) {
+            let digit = |value: u8| b"0123456789abcdef"[usize::from(value)];
+            (pair[0], pair[1]) = (digit(byte >> 4), digit(byte & 0xf));
+        }
+        file.write_all(b"secret = \"")?;
+        file.write_all(digits.as_slice())?;
+        file.write_all(b"\"\n")?;
+    }
+    file.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::Duration;
+
+    use super::*;
+
+    const GOOD: &str = "# comment\n\nring = \"edge\"\nid = 3\nstate = \"signing\"\n\
+                        created = \"2026-11-21T08:30:00Z\"\nsecret = \"000102030405060708090a0b0c0d0e0f\"\n";
+
+    fn dir() -> (tempfile::TempDir, KeyDir) {
+        let temp = tempfile::tempdir().unwrap();
+        let keys = KeyDir::at(temp.path().join("keys"));
+        (temp, keys)
+    }
+
+    fn key(ring: &str, id: u8, state: State) -> Key {
+        let made = SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_249_800);
+        let mut key = Key::new(ring.parse().unwrap(), id, Secret::random().unwrap(), made).unwrap();
+        key.state = state;
+        key
+    }
+
+    #[test]
+    fn a_key_reads_back_as_it_was_written_and_only_its_owner_can_read_it() {
+        let (_temp, keys) = dir();
+        assert!(keys.load().unwrap().is_empty());
+        let lock = keys.lock().unwrap();
+        let made = key("edge", 3, State::Signing);
+        keys.save(&made, &lock).unwrap();
+        keys.save(&made, &lock).unwrap();
+        let read = keys.load().unwrap();
+        assert_eq!((read.len(), read[0].ring, read[0].id, read[0].state), (1, made.ring, 3, State::Signing));
+        assert_eq!(read[0].created, made.created);
+        assert_eq!(read[0].secret().unwrap().bytes(), made.secret().unwrap().bytes());
+        let mode = fs::metadata(keys.file_of(made.ring, 3)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(fs::metadata(keys.path()).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(fs::read_dir(keys.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_that_others_can_read_is_refused_with_the_remedy() {
+        let (_temp, keys) = dir();
+        let lock = keys.lock().unwrap();
+        let made = key("edge", 3, State::Signing);
+        keys.save(&made, &lock).unwrap();
+        let path = keys.file_of(made.ring, 3);
+        for mode in [0o640, 0o604, 0o620, 0o610, 0o666] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            let error = format!("{:#}", keys.load().unwrap_err());
+            assert!(error.contains("chmod 600") && error.contains("edge-3.key"), "{mode:o}: {error}");
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).unwrap();
+        keys.load().unwrap();
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let (temp, keys) = dir();
+        let _lock = keys.lock().unwrap();
+        let real = temp.path().join("real");
+        fs::write(&real, GOOD).unwrap();
+        fs::set_permissions(&real, fs::Permissions::from_mode(0o600)).unwrap();
+        read(&real).unwrap();
+        std::os::unix::fs::symlink(&real, keys.path().join("edge-3.key")).unwrap();
+        assert!(keys.load().is_err());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_without_a_value() {
+        let secret = "000102030405060708090a0b0c0d0e0f";
+        for (from, to, expect) in [
+            ("ring = \"edge\"", "ring = \"EDGE\"", "line 3: the value is not the name of a key ring"),
+            ("id = 3", "id = 16", "line 4: the value is not a number from 0 to 15"),
+            ("id = 3", "id", "line 4 has no '='"),
+            ("signing", "sign", "line 5: the value is not \"verify-only\""),
+            ("2026", "20261", "line 6: the value is not a time"),
+            ("0e0f", "0e0", "line 7: the value is not 32 hexadecimal digits"),
+            ("0e0f\"", "0e0f", "line 7: the value is not 32 hexadecimal digits"),
+            ("secret =", "secrt =", "line 7: there is no such field"),
+            ("secret =", "id =", "line 7: the value is not a number"),
+            ("secret =", "state =", "line 7: the value is not"),
+            ("id = 3", "ring = \"edge\"", "line 4: it is given twice"),
+            ("id = 3\n", "", "'id' is missing"),
+            ("signing", "retired", "a retired key has no secret"),
+        ] {
+            let text = GOOD.replacen(from, to, 1);
+            assert_ne!(text, GOOD);
+            let error = format!("{:#}", parse(text.as_bytes()).unwrap_err());
+            assert!(error.contains(expect), "{to}: {error}");
+            assert!(!error.contains(&secret[..8]), "{error}");
+        }
+        let (without, _) = GOOD.split_once("secret").unwrap();
+        assert!(parse(without.as_bytes()).is_err());
+        assert!(parse(without.replace("signing", "retired").as_bytes()).is_ok());
+        assert!(parse(&[0xff, b'=', 0xff]).is_err());
+    }
+
+    #[test]
+    fn keys_that_contradict_each_other_are_refused() {
+        for (keys_there, expect) in [
+            ([key("edge", 3, State::Signing), key("other", 3, State::Signing)], "both have a key 3"),
+            ([key("edge", 3, State::Signing), key("edge", 4, State::Signing)], "both sign"),
+        ] {
+            let (_temp, keys) = dir();
+            let lock = keys.lock().unwrap();
+            keys_there.iter().for_each(|key| keys.save(key, &lock).unwrap());
+            let error = format!("{:#}", keys.load().unwrap_err());
+            assert!(error.contains(expect), "{error}");
+        }
+        let (_temp, keys) = dir();
+        let lock = keys.lock().unwrap();
+        keys.save(&key("edge", 3, State::Signing), &lock).unwrap();
+        fs::rename(keys.path().join("edge-3.key"), keys.path().join("edge-4.key")).unwrap();
+        assert!(format!("{:#}", keys.load().unwrap_err()).contains("rename it to"));
+    }
+}

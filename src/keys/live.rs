@@ -1,0 +1,207 @@
+//! Keys in the kernel: the maps `keys`, `rings` and `key_counts` of an instance. What is on disk decides; this file
+//! makes the kernel follow in an order in which no token is made that is not accepted.
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, bail};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use plain::Plain;
+use zeroize::Zeroizing;
+
+use super::{KEYS_MAX, Key, RingName, State, signer};
+use crate::types::{Key as RawKey, KeyCount, KeySize, KeyState, Ring};
+
+const RINGS_MAX: u32 = KeySize::RINGS_MAX.0;
+const _: () = assert!(size_of::<RawKey>() == 24 && size_of::<Ring>() == 32 && size_of::<KeyCount>() == 48);
+
+// SAFETY: integers and arrays of them, without hidden padding, which keys.h asserts.
+unsafe impl Plain for Ring {}
+// SAFETY: the same.
+unsafe impl Plain for KeyCount {}
+
+/// The maps.
+#[derive(Debug)]
+pub struct LiveKeys {
+    /// Array by key id.
+    pub keys: MapHandle,
+    /// Array by number of ring.
+    pub rings: MapHandle,
+    /// Per CPU, by key id.
+    pub counts: MapHandle,
+}
+
+/// What has been done with a key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Use {
+    /// Tokens made with it, as this host's clock saw it.
+    pub made: u64,
+    /// Tokens accepted that were made with it.
+    pub accepted: u64,
+    /// When the last one was made.
+    pub made_at: Option<SystemTime>,
+    /// When the last one was accepted.
+    pub accepted_at: Option<SystemTime>,
+}
+
+impl Use {
+    /// The later of both.
+    pub fn last(&self) -> Option<SystemTime> {
+        self.made_at.max(self.accepted_at)
+    }
+}
+
+impl LiveKeys {
+    /// The number of a ring, which it is given now if it has none yet.
+    ///
+    /// # Errors
+    /// There are too many rings, or the kernel refused.
+    pub fn ring_number(&self, name: RingName) -> Result<u8> {
+        let mut free = None;
+        for number in 0..RINGS_MAX {
+            let ring = self.ring(number)?;
+            if ring.name == name.padded() {
+                return Ok(number as u8);
+            }
+            if ring.name[0] == 0 && free.is_none() {
+                free = Some(number);
+            }
+        }
+        let Some(number) = free else {
+            bail!(
+                "finding a place for the key ring '{name}': an instance has at most {RINGS_MAX} rings; use another \
+                 --instance"
+            );
+        };
+        self.set_ring(number, Ring { signer: 0, name: name.padded(), ..Default::default() })?;
+        Ok(number as u8)
+    }
+
+    /// Makes the kernel's keys those.
+    ///
+    /// # Errors
+    /// There are too many rings, or the kernel refused.
+    pub fn load(&self, keys: &[Key]) -> Result<()> {
+        // First everything can be verified, then the signers change, then what is gone goes.
+        for key in keys.iter().filter(|key| key.is_live()) {
+            let ring = self.ring_number(key.ring)?;
+            self.set_live(key, ring)?;
+        }
+        for number in 0..RINGS_MAX {
+            let ring = self.ring(number)?;
+            let Some(name) = RingName::from_padded(ring.name) else { continue };
+            let signer = signer(keys, name).map_or(0, |key| u32::from(key.id) + 1);
+            if ring.signer != signer {
+                self.set_ring(number, Ring { signer, ..ring })?;
+            }
+        }
+        for id in (0..KEYS_MAX as u8).filter(|id| !keys.iter().any(|key| key.id == *id && key.is_live())) {
+            let retired = keys.iter().any(|key| key.id == id);
+            let state = if retired { KeyState::KEY_RETIRED } else { KeyState::KEY_ABSENT };
+            self.write(id, &encode(None, state, 0))?;
+        }
+        Ok(())
+    }
+
+    fn set_live(&self, key: &Key, ring: u8) -> Result<()> {
+        let new = encode(Some(key), KeyState::KEY_LIVE, ring);
+        let index = u32::from(key.id).to_ne_bytes();
+        let old = self.keys.lookup(&index, MapFlags::ANY).context("looking at a key in the kernel")?;
+        let old = Zeroizing::new(old.unwrap_or_default());
+        if *old == *new {
+            return Ok(());
+        }
+        // Another secret, a byte at a time: nobody may sign with half of it.
+        for number in 0..RINGS_MAX {
+            let ring = self.ring(number)?;
+            if ring.signer == u32::from(key.id) + 1 {
+                self.set_ring(number, Ring { signer: 0, ..ring })?;
+            }
+        }
+        self.reset_use(key.id)?;
+        self.write(key.id, &new)
+    }
+
+    fn write(&self, id: u8, bytes: &[u8]) -> Result<()> {
+        self.keys
+            .update(&u32::from(id).to_ne_bytes(), bytes, MapFlags::ANY)
+            .with_context(|| format!("giving key {id} to the kernel"))
+    }
+
+    fn ring(&self, number: u32) -> Result<Ring> {
+        let bytes = self
+            .rings
+            .lookup(&number.to_ne_bytes(), MapFlags::ANY)
+            .context("looking at a key ring in the kernel")?
+            .context("the kernel has no such key ring")?;
+        let mut ring = Ring::default();
+        ring.copy_from_bytes(&bytes).map_err(|_| anyhow::anyhow!("a key ring of a strange size"))?;
+        Ok(ring)
+    }
+
+    fn set_ring(&self, number: u32, ring: Ring) -> Result<()> {
+        // SAFETY: plain data without padding.
+        let bytes = unsafe { plain::as_bytes(&ring) };
+        self.rings
+            .update(&number.to_ne_bytes(), bytes, MapFlags::ANY)
+            .context("choosing the signing key of a ring")
+    }
+
+    /// What has been done with a key since it was given to the kernel.
+    ///
+    /// # Errors
+    /// The kernel refused to say it.
+    pub fn use_of(&self, id: u8) -> Result<Use> {
+        let rows = self
+            .counts
+            .lookup_percpu(&u32::from(id).to_ne_bytes(), MapFlags::ANY)
+            .context("reading the counters of a key")?
+            .unwrap_or_default();
+        let mut sum = KeyCount::default();
+        for row in rows {
+            let mut count = KeyCount::default();
+            count.copy_from_bytes(&row).map_err(|_| anyhow::anyhow!("a counter of a strange size"))?;
+            sum.made += count.made;
+            sum.accepted += count.accepted;
+            sum.made_at_ns = sum.made_at_ns.max(count.made_at_ns);
+            sum.accepted_at_ns = sum.accepted_at_ns.max(count.accepted_at_ns);
+        }
+        let time = |ns: u64| (ns != 0).then(|| SystemTime::UNIX_EPOCH + Duration::from_nanos(ns));
+        Ok(Use {
+            made: sum.made,
+            accepted: sum.accepted,
+            made_at: time(sum.made_at_ns),
+            accepted_at: time(sum.accepted_at_ns),
+        })
+    }
+
+    fn reset_use(&self, id: u8) -> Result<()> {
+        let cpus = libbpf_rs::num_possible_cpus().context("counting the CPUs")?;
+        let zeros = vec![vec![0; size_of::<KeyCount>()]; cpus];
+        self.counts
+            .update_percpu(&u32::from(id).to_ne_bytes(), &zeros, MapFlags::ANY)
+            .context("clearing the counters of a key")
+    }
+
+    /// True if the kernel has any key.
+    ///
+    /// # Errors
+    /// The kernel refused to say it.
+    pub fn any(&self) -> Result<bool> {
+        (0..RINGS_MAX).try_fold(false, |any, number| Ok(any || self.ring(number)?.name[0] != 0))
+    }
+}
+
+/// A `struct netoken_key`, in memory that is wiped.
+fn encode(key: Option<&Key>, state: KeyState, ring: u8) -> Zeroizing<Vec<u8>> {
+    let mut bytes = Zeroizing::new(vec![0; size_of::<RawKey>()]);
+    if let Some(secret) = key.filter(|key| key.state != State::Retired).and_then(Key::secret) {
+        bytes[..super::SECRET_LEN].copy_from_slice(secret.bytes());
+        // The program reads two little-endian numbers.
+        if cfg!(target_endian = "big") {
+            bytes[..super::SECRET_LEN].chunks_exact_mut(8).for_each(<[u8]>::reverse);
+        }
+    }
+    bytes[std::mem::offset_of!(RawKey, state)] = state.0 as u8;
+    bytes[std::mem::offset_of!(RawKey, ring)] = ring;
+    bytes
+}

@@ -1,0 +1,226 @@
+//! Rotation: what the next step of a ring is, and whether it may be done. Decides only; the caller writes files and
+//! maps.
+//!
+//! 1. *add*: a new key that everybody can verify with, before anybody signs with it;
+//! 2. *sign*: the newest key signs, the one before only verifies;
+//! 3. *retire*: the old one is given up, once no token that was made with it is seen any more.
+
+use std::fmt;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Result, bail};
+
+use super::live::Use;
+use super::{KEYS_MAX, Key, RingName, State, signer};
+
+/// One step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Step {
+    /// Make a key that only verifies.
+    Add,
+    /// Let the newest key sign.
+    Sign,
+    /// Give up the keys that are older than the signing one.
+    Retire,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Step::Add => "add",
+            Step::Sign => "sign",
+            Step::Retire => "retire",
+        })
+    }
+}
+
+/// The newest of those that only verify, if it is newer than the one that signs.
+fn successor(keys: &[Key], ring: RingName) -> Option<&Key> {
+    let signing = signer(keys, ring).map(|key| key.created);
+    keys.iter()
+        .filter(|key| key.ring == ring && key.state == State::VerifyOnly)
+        .filter(|key| signing.is_none_or(|created| key.created > created))
+        .max_by_key(|key| key.created)
+}
+
+/// Those that only verify and are not to sign any more.
+fn outdated(keys: &[Key], ring: RingName) -> Vec<u8> {
+    let Some(signing) = signer(keys, ring) else { return Vec::new() };
+    keys.iter()
+        .filter(|key| key.ring == ring && key.state == State::VerifyOnly && key.created <= signing.created)
+        .map(|key| key.id)
+        .collect()
+}
+
+/// What comes next for a ring.
+pub fn next_step(keys: &[Key], ring: RingName) -> Step {
+    match () {
+        () if successor(keys, ring).is_some() => Step::Sign,
+        () if !outdated(keys, ring).is_empty() => Step::Retire,
+        () => Step::Add,
+    }
+}
+
+/// An id for a new key: one that was never used, or else that of the key that was retired first made.
+///
+/// # Errors
+/// All are live.
+pub fn free_id(keys: &[Key]) -> Result<u8> {
+    let unused = (0..KEYS_MAX as u8).find(|id| !keys.iter().any(|key| key.id == *id));
+    let retired = || keys.iter().filter(|key| !key.is_live()).min_by_key(|key| key.created).map(|key| key.id);
+    match unused.or_else(retired) {
+        Some(id) => Ok(id),
+        None => bail!(
+            "finding an id for a new key: all {KEYS_MAX} are live, and a token has four bits for it; retire one with: \
+             netoken key rotate RING --step retire"
+        ),
+    }
+}
+
+/// Lets the newest key of a ring sign. Returns its id and that of the one that signed before.
+///
+/// # Errors
+/// There is none that is newer than the one that signs.
+pub fn sign(keys: &mut [Key], ring: RingName) -> Result<(u8, Option<u8>)> {
+    let Some(next) = successor(keys, ring).map(|key| key.id) else {
+        bail!(
+            "choosing the signing key of ring '{ring}': there is no newer key; make one with: netoken key rotate {ring} \
+             --step add"
+        );
+    };
+    let before = signer(keys, ring).map(|key| key.id);
+    for key in keys.iter_mut().filter(|key| key.ring == ring && key.is_live()) {
+        key.state = if key.id == next { State::Signing } else { State::VerifyOnly };
+    }
+    Ok((next, before))
+}
+
+/// Retires the keys of a ring that are older than the one that signs. Returns their ids. `use_of` says what has been
+/// done with a key on this host; one used in the last `idle` is still seen.
+///
+/// # Errors
+/// There is none, or one is still seen and nobody forces it.
+pub fn retire(
+    keys: &mut [Key],
+    ring: RingName,
+    use_of: impl Fn(u8) -> Result<Use>,
+    now: SystemTime,
+    idle: Duration,
+    force: bool,
+) -> Result<Vec<u8>> {
+    let old = outdated(keys, ring);
+    if old.is_empty() {
+        bail!(
+            "retiring keys of ring '{ring}': none is older than the one that signs; what comes next is: netoken key \
+             rotate {ring} --step {}",
+            next_step(keys, ring)
+        );
+    }
+    for id in old.iter().copied().filter(|_| !force) {
+        let Some(last) = use_of(id)?.last() else { continue };
+        // A last use in the future means that the clock was set back: how long ago it was nobody knows.
+        let ago = now.duration_since(last).unwrap_or_default();
+        if ago < idle {
+            bail!(
+                "retiring key {id} of ring '{ring}': it was used {} s ago, and tokens made with it may still be on \
+                 their way; wait until it is idle for {} s, or retire it with --force and lose those connections' \
+                 first attempts",
+                ago.as_secs(),
+                idle.as_secs()
+            );
+        }
+    }
+    keys.iter_mut().filter(|key| old.contains(&key.id)).for_each(Key::retire);
+    Ok(old)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::Secret;
+
+    const EDGE: &str = "edge";
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    fn key(ring: &str, id: u8, created: u64) -> Key {
+        Key::new(ring.parse().unwrap(), id, Secret::random().unwrap(), at(created)).unwrap()
+    }
+
+    fn unused(_: u8) -> Result<Use> {
+        Ok(Use::default())
+    }
+
+    #[test]
+    fn a_rotation_has_three_steps_and_begins_anew() {
+        let ring = EDGE.parse().unwrap();
+        let mut keys = vec![key("other", 9, 5)];
+        for round in 0..3u8 {
+            assert_eq!(next_step(&keys, ring), Step::Add);
+            keys.push(key(EDGE, round, 10 + u64::from(round)));
+            assert_eq!(next_step(&keys, ring), Step::Sign);
+            let before = round.checked_sub(1);
+            assert_eq!(sign(&mut keys, ring).unwrap(), (round, before));
+            assert_eq!(signer(&keys, ring).unwrap().id(), round);
+            let Some(before) = before else { continue };
+            assert_eq!(next_step(&keys, ring), Step::Retire);
+            let retired = retire(&mut keys, ring, unused, at(1000), Duration::from_secs(60), false).unwrap();
+            assert_eq!(retired, [before]);
+            let old = keys.iter().find(|key| key.id() == before).unwrap();
+            assert!(!old.is_live() && old.secret().is_none());
+        }
+        assert_eq!(keys[0].state(), State::VerifyOnly);
+    }
+
+    #[test]
+    fn a_key_that_is_still_seen_is_not_retired_unless_forced() {
+        let ring = EDGE.parse().unwrap();
+        let idle = Duration::from_secs(60);
+        for (last, now, force, works) in [
+            (1000, 1059, false, false),
+            (1000, 1060, false, true),
+            (1000, 1000, true, true),
+            // The clock was set back.
+            (1000, 400, false, false),
+        ] {
+            let mut keys = vec![key(EDGE, 0, 1), key(EDGE, 1, 2)];
+            sign(&mut keys, ring).unwrap();
+            for by_use in [
+                Use { made: 1, made_at: Some(at(last)), ..Use::default() },
+                Use { accepted: 1, accepted_at: Some(at(last)), ..Use::default() },
+            ] {
+                let retired = retire(&mut keys, ring, |_| Ok(by_use), at(now), idle, force);
+                assert_eq!(retired.is_ok(), works, "{last} {now} {force}: {retired:?}");
+                if let Err(error) = retired {
+                    assert!(format!("{error:#}").contains("--force"), "{error:#}");
+                    assert!(keys[0].is_live());
+                } else {
+                    break;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_out_of_turn_is_refused_with_the_one_that_is_due() {
+        let ring = EDGE.parse().unwrap();
+        let mut keys = vec![key(EDGE, 0, 1)];
+        sign(&mut keys, ring).unwrap();
+        assert!(format!("{:#}", sign(&mut keys, ring).unwrap_err()).contains("--step add"));
+        let early = retire(&mut keys, ring, unused, at(9), Duration::ZERO, true);
+        assert!(format!("{:#}", early.unwrap_err()).contains("--step add"));
+    }
+
+    #[test]
+    fn ids_are_used_up_before_one_is_used_again() {
+        let mut keys: Vec<Key> = (0..16).map(|id| key(EDGE, id, 100 - u64::from(id))).collect();
+        assert!(format!("{:#}", free_id(&keys).unwrap_err()).contains("retire"));
+        keys[3].state = State::Retired;
+        keys[7].state = State::Retired;
+        assert_eq!(free_id(&keys).unwrap(), 7);
+        keys.remove(5);
+        assert_eq!(free_id(&keys).unwrap(), 5);
+    }
+}

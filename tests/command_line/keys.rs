@@ -1,0 +1,323 @@
+//! `netoken key`: what it makes, shows and refuses; and that nobody sees a secret.
+
+use std::fs;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::lab::{Lab, Running, wait_until};
+use crate::look::counter;
+use crate::said::{Said, said};
+use crate::support::{ensure_eq, sh};
+use crate::world::World;
+
+const KEYED: &str =
+    "default = { action = \"stamp\", token = { tag = 17, key = \"edge\", bind = \"server\" } }\n";
+
+fn run(lab: &Lab, args: &str) -> Result<Said> {
+    said(&mut lab.netoken(args))
+}
+
+/// `key list`, one object for each key.
+fn list(lab: &Lab) -> Result<Vec<Value>> {
+    let text = run(lab, "key list --json")?.code(0)?.out;
+    text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+}
+
+fn states(lab: &Lab) -> Result<Vec<(u64, String)>> {
+    let of =
+        |key: &Value| Ok((key["id"].as_u64().context("id")?, key["state"].as_str().context("state")?.into()));
+    list(lab)?.iter().map(of).collect()
+}
+
+/// The secret in a key file, as it is written there.
+fn secret(lab: &Lab, name: &str) -> Result<String> {
+    let text = fs::read_to_string(lab.keys().join("default").join(name))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("secret = \"")).context("no secret")?;
+    Ok(line.trim_end_matches('"').to_string())
+}
+
+fn write_policy(lab: &Lab) -> Result<String> {
+    fs::create_dir_all(lab.keys())?;
+    let path = lab.keys().join("policy.toml");
+    fs::write(&path, KEYED)?;
+    Ok(path.display().to_string())
+}
+
+pub fn a_rotation_in_three_steps() -> Result<()> {
+    let lab = Lab::new()?;
+    run(&lab, "key list")?.code(0)?.err(&["there are no keys", "netoken key new"])?;
+    run(&lab, "key rotate edge")?.code(1)?.err(&["it has none", "netoken key new edge"])?;
+    run(&lab, "key new edge")?.code(0)?.err(&[
+        "key 0 of ring 'edge' (signing)",
+        "edge-0.key",
+        "netoken key load",
+    ])?;
+    run(&lab, "key rotate edge --step retire")?.code(1)?.err(&["not due", "--step add"])?;
+    run(&lab, "key rotate edge")?.code(0)?.err(&["key 1 of ring 'edge' (verify-only)"])?;
+    ensure_eq!(states(&lab)?, [(0, "signing".to_string()), (1, "verify-only".to_string())], "added");
+    run(&lab, "key rotate edge")?.code(0)?.err(&["key 1 of ring 'edge' signs"])?;
+    ensure_eq!(states(&lab)?, [(0, "verify-only".to_string()), (1, "signing".to_string())], "signs");
+    run(&lab, "key rotate edge")?.code(0)?.err(&["retired key 0"])?;
+    ensure_eq!(states(&lab)?, [(0, "retired".to_string()), (1, "signing".to_string())], "retired");
+    ensure!(secret(&lab, "edge-0.key").is_err(), "a retired key still has a secret");
+    // Another ring has ids of its own, and its first key signs, unless it is not to.
+    run(&lab, "key new other --verify-only")?.code(0)?.err(&["key 2 of ring 'other' (verify-only)"])?;
+    run(&lab, "key new other --id 1")?.code(1)?.err(&["ring 'edge' has a key with that id", "--id"])?;
+    let shown = run(&lab, "key list")?.code(0)?;
+    ensure!(shown.err.contains("no key of ring 'other' signs"), "{shown:#?}");
+    for id in 3..16 {
+        run(&lab, &format!("key new other --verify-only --id {id}"))?.code(0)?;
+    }
+    // The id of a retired key is free again; then all are in use.
+    run(&lab, "key new last")?.code(0)?.err(&["key 0 of ring 'last' (signing)"])?;
+    run(&lab, "key new more")?.code(1)?.err(&["all 16 are live", "retire"])?;
+    Ok(())
+}
+
+pub fn a_file_that_others_can_read_is_refused() -> Result<()> {
+    let lab = Lab::new()?;
+    run(&lab, "key new edge")?.code(0)?;
+    let path = lab.keys().join("default/edge-0.key");
+    ensure_eq!(fs::metadata(&path)?.mode() & 0o7777, 0o600, "mode of a new key");
+    ensure_eq!(fs::metadata(lab.keys().join("default"))?.mode() & 0o7777, 0o700, "mode of the directory");
+    let secret = secret(&lab, "edge-0.key")?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640))?;
+    for args in ["key list", "key list --json", "key rotate edge", "key new edge", "-i lo --attach --quiet"] {
+        let said = run(&lab, args)?.code(1)?.err(&["edge-0.key", "0640", "chmod 600"])?;
+        ensure!(!said.err.contains(&secret), "{said:#?}");
+    }
+    ensure!(sh("tc filter show dev lo egress")?.is_empty(), "attached in spite of it");
+    Ok(())
+}
+
+pub fn a_policy_without_a_signing_key_is_refused() -> Result<()> {
+    let world = World::new()?;
+    let policy = write_policy(&world.lab)?;
+    let why = world.fails(&format!("-i c0 --attach --quiet --policy {policy}"))?;
+    ensure!(why.contains("key ring 'edge'") && why.contains("netoken key new edge"), "{why}");
+    world.lab.ok("key new edge --verify-only")?;
+    world.fails(&format!("-i c0 --attach --quiet --policy {policy}"))?;
+    world.lab.ok("key rotate edge")?;
+    world.ok(&format!("-i c0 --attach --quiet --policy {policy}"))?;
+    world.syns(2)?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 2, "SYNs stamped");
+    ensure_eq!(list(&world.lab)?[0]["made"], 2, "tokens made");
+    Ok(())
+}
+
+pub fn a_key_that_is_still_seen_is_not_retired() -> Result<()> {
+    let world = World::new()?;
+    let policy = write_policy(&world.lab)?;
+    world.lab.ok("key new edge")?;
+    world.ok(&format!("-i c0 --attach --quiet --policy {policy}"))?;
+    world.syns(3)?;
+    world.lab.ok("key rotate edge")?;
+    world.lab.ok("key rotate edge")?;
+    world.syns(1)?;
+    let made =
+        |lab: &Lab| -> Result<Vec<Value>> { Ok(list(lab)?.iter().map(|key| key["made"].clone()).collect()) };
+    ensure_eq!(made(&world.lab)?, [3, 1], "tokens made with each");
+    run(&world.lab, "key rotate edge")?.code(1)?.err(&["retiring key 0", "used", "--force"])?;
+    ensure_eq!(states(&world.lab)?[0].1, "verify-only", "state of the old one");
+    // Idle for a second is enough if one says so; the clock of the kernel is a tick behind at most.
+    wait_until("the key to be idle", || {
+        Ok((run(&world.lab, "key rotate edge --step retire --idle 1")?.code == Some(0)).then_some(()))
+    })?;
+    ensure_eq!(states(&world.lab)?[0].1, "retired", "state of the old one");
+    world.lab.ok("key rotate edge")?;
+    world.lab.ok("key rotate edge")?;
+    world.syns(1)?;
+    run(&world.lab, "key rotate edge --force")?.code(0)?.err(&["retired key 1"])?;
+    world.syns(1)?;
+    ensure_eq!(list(&world.lab)?[2]["made"], 2, "tokens made with the third");
+    Ok(())
+}
+
+pub fn the_files_decide_what_the_kernel_knows() -> Result<()> {
+    let world = World::new()?;
+    run(&world.lab, "key load")?.code(1)?.err(&["does not run", "attached"])?;
+    let policy = write_policy(&world.lab)?;
+    world.lab.ok("key new edge")?;
+    world.ok(&format!("-i c0 --attach --quiet --policy {policy}"))?;
+    world.syns(1)?;
+    // A file that comes from another host, and one that goes.
+    let dir = world.lab.keys().join("default");
+    fs::rename(dir.join("edge-0.key"), dir.join("away"))?;
+    run(&world.lab, "key load")?.code(0)?.err(&["0 keys"])?;
+    world.syns(1)?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "no_key")?, 1, "SYNs without a key");
+    fs::rename(dir.join("away"), dir.join("edge-0.key"))?;
+    run(&world.lab, "key load --json")?.code(0)?;
+    world.syns(1)?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 2, "SYNs stamped");
+    // Attaching again reads them as well, and keeps the policy.
+    fs::rename(dir.join("edge-0.key"), dir.join("away"))?;
+    world.ok("-i c0 --attach --quiet")?;
+    world.syns(1)?;
+    ensure_eq!(counter(&world.lab, &world.ns, "default", "no_key")?, 2, "SYNs without a key");
+    Ok(())
+}
+
+/// No output shows a secret, no pin is open to others, and a process that streams has no copy left of it.
+pub fn nobody_sees_a_secret() -> Result<()> {
+    let world = World::new()?;
+    let policy = write_policy(&world.lab)?;
+    world.lab.ok("key new edge")?;
+    world.lab.ok("key rotate edge")?;
+    let secrets = [secret(&world.lab, "edge-0.key")?, secret(&world.lab, "edge-1.key")?];
+    let mut stream = Running::start(
+        &mut world.lab.netoken(&world.args(&format!("-i c0 --attach --json --policy {policy}"))),
+    )?;
+    stream.wait_for("the stream to begin", |line| line.contains("\"attached\""))?;
+    world.syns(2)?;
+    stream.wait_for("a SYN", |line| line.contains("\"stamped\""))?;
+
+    let pid = stream.child.id();
+    let text = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}"));
+    let core = text("limits")?;
+    let core =
+        core.lines().find(|line| line.starts_with("Max core file size")).context("no limit of cores")?;
+    ensure_eq!(core.split_whitespace().nth(4), Some("0"), "soft limit in '{core}'");
+    for secret in &secrets {
+        ensure!(!text("cmdline")?.contains(secret) && !text("environ")?.contains(secret), "in the arguments");
+        let found = find_in_memory(pid, secret)?;
+        ensure!(found.is_empty(), "the secret is in the memory of a process that streams: {found:?}");
+    }
+    // A search that finds nothing proves nothing unless it can find something.
+    ensure!(
+        !find_in_memory(pid, &hex(policy.as_bytes()))?.is_empty(),
+        "the search does not even find an argument"
+    );
+
+    for args in
+        ["key list", "key list --json", "key load", "key load --json", "key rotate edge", "key new edge"]
+    {
+        let said = run(&world.lab, args)?.code(0)?;
+        for secret in &secrets {
+            ensure!(!said.out.contains(secret) && !said.err.contains(secret), "{args}: {said:#?}");
+        }
+    }
+    let query = world.ok("--query --json")?;
+    ensure!(secrets.iter().all(|secret| !query.contains(secret)), "{query}");
+    ensure!(
+        stream.seen.iter().all(|line| secrets.iter().all(|secret| !line.contains(secret))),
+        "in the stream"
+    );
+
+    let pins = world.lab.run.join("bpf/default");
+    for entry in fs::read_dir(&pins)? {
+        let entry = entry?;
+        ensure_eq!(entry.metadata()?.mode() & 0o777, 0o600, "mode of the pin {:?}", entry.file_name());
+    }
+    ensure_eq!(fs::metadata(&pins)?.mode() & 0o077, 0, "mode of the directory of pins");
+    let denied = sh(&format!(
+        "setpriv --reuid 65534 --regid 65534 --clear-groups cat {}/keys 2>&1 || true",
+        pins.display()
+    ))?;
+    ensure!(denied.contains("denied"), "somebody else gets to the pin: {denied}");
+    Ok(())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Where a process has those bytes, or their hexadecimal digits, in memory that it can write.
+fn find_in_memory(pid: u32, digits: &str) -> Result<Vec<String>> {
+    let bytes: Vec<u8> = (0..digits.len() / 2)
+        .map(|at| u8::from_str_radix(&digits[2 * at..2 * at + 2], 16))
+        .collect::<Result<_, _>>()?;
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let mut memory = fs::File::open(format!("/proc/{pid}/mem"))?;
+    let (mut found, mut searched) = (Vec::new(), 0);
+    for line in maps.lines().filter(|line| line.contains(" rw")) {
+        let (range, rest) = line.split_once(' ').context("a line of maps")?;
+        let (from, to) = range.split_once('-').context("a range")?;
+        let (from, to) = (u64::from_str_radix(from, 16)?, u64::from_str_radix(to, 16)?);
+        if rest.contains("[vvar") || to - from > 1 << 30 {
+            continue;
+        }
+        let mut part = vec![0; (to - from) as usize];
+        memory.seek(SeekFrom::Start(from))?;
+        // Device memory, as the perf buffers are, cannot be read so.
+        if memory.read_exact(&mut part).is_err() {
+            continue;
+        }
+        searched += part.len();
+        for needle in [&bytes[..], digits.as_bytes(), &bytes[..8], &bytes[8..16]] {
+            if part.windows(needle.len()).any(|window| window == needle) {
+                found.push(line.to_string());
+            }
+        }
+    }
+    if searched < 1 << 16 {
+        bail!("only {searched} bytes of the memory of {pid} could be read");
+    }
+    Ok(found)
+}
+
+pub fn slots_have_the_length_that_was_asked_for() -> Result<()> {
+    let world = World::new()?;
+    let policy = write_policy(&world.lab)?;
+    world.lab.ok("key new edge")?;
+    let clock = || -> Result<Value> {
+        let text = world.ok("--query --json")?;
+        let line = text.lines().find(|line| line.contains("\"clock\"")).context("no clock in the query")?;
+        Ok(serde_json::from_str(line)?)
+    };
+    world.ok(&format!("-i c0 --attach --quiet --policy {policy}"))?;
+    ensure_eq!(clock()?["slot_s"], 16, "slots at first");
+    world.ok("-i c0 --attach --quiet --slot 30")?;
+    ensure_eq!(clock()?["slot_s"], 30, "slots as asked for");
+    world.ok("-i c0 --attach --quiet")?;
+    let clock = clock()?;
+    ensure_eq!(clock["slot_s"], 30, "slots as they were");
+    let now = netoken::clock::now().as_secs();
+    let unix = clock["unix_s"].as_u64().context("unix_s")?;
+    ensure!(now.abs_diff(unix) <= 5, "the classifier thinks that it is {unix}, and it is {now}");
+    ensure_eq!(clock["slot"].as_u64(), Some(unix / 30), "slot");
+    ensure!(world.ok("--query")?.contains("keyed tokens go by CLOCK_"), "the query does not name the clock");
+    Ok(())
+}
+
+/// A stream puts a clock right that went wrong, as it does after a step of the wall clock.
+pub fn a_stream_follows_a_step_of_the_clock_within_two_seconds() -> Result<()> {
+    let world = World::new()?;
+    let policy = write_policy(&world.lab)?;
+    world.lab.ok("key new edge")?;
+    let mut stream = Running::start(
+        &mut world.lab.netoken(&world.args(&format!("-i c0 --attach --json --policy {policy}"))),
+    )?;
+    stream.wait_for("the stream to begin", |line| line.contains("\"attached\""))?;
+    let map = libbpf_rs::MapHandle::from_pinned_path(world.lab.run.join("bpf/default/clock"))?;
+    for step_s in [3600, -3600, 37, -1] {
+        let right = netoken::clock::published(&map)?;
+        let mut wrong = right;
+        wrong.tai_offset_ns += step_s * 1_000_000_000;
+        wrong.boot_offset_ns += step_s * 1_000_000_000;
+        netoken::clock::write(&map, &wrong)?;
+        let began = std::time::Instant::now();
+        wait_until("the stream to put the clock right", || {
+            let now = netoken::clock::published(&map)?;
+            let off = now.boot_offset_ns.abs_diff(right.boot_offset_ns);
+            Ok((now.tai_offset_ns == right.tai_offset_ns && off < 50_000_000).then_some(()))
+        })?;
+        let took = began.elapsed();
+        println!("a step of {step_s} s was picked up after {took:?}");
+        ensure!(took.as_secs_f64() < 2.0, "a step of {step_s} s was picked up after {took:?}");
+    }
+    // Without a stream, any command does it.
+    drop(stream);
+    let right = netoken::clock::published(&map)?;
+    let mut wrong = right;
+    wrong.tai_offset_ns += 3_600_000_000_000;
+    for args in ["key list", "-i c0 --query"] {
+        netoken::clock::write(&map, &wrong)?;
+        world.lab.ok(&if args.starts_with('-') { world.args(args) } else { args.to_string() })?;
+        ensure_eq!(netoken::clock::published(&map)?.tai_offset_ns, right.tai_offset_ns, "after {args}");
+    }
+    Ok(())
+}
