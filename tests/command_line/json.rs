@@ -12,7 +12,7 @@ use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
 const VERDICTS: &str = "stamped skipped dropped no_policy no_room auth_option already_stamped fragment malformed \
-                        too_big helper_failed";
+                        too_big helper_failed no_key";
 
 /// The keys of each type, beside `type` itself.
 fn keys(kind: &str) -> Result<String> {
