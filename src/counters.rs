@@ -10,7 +10,7 @@ use crate::program::Maps;
 use crate::types::{Counter, Verdict};
 
 /// Number and name of every verdict, in the order of their numbers.
-pub const VERDICTS: &[(u32, &str)] = include!(concat!(env!("OUT_DIR"), "/verdicts.rs"));
+pub const VERDICTS: &[(u32, &str)] = include!(concat!(env!("OUT_DIR"), "/netoken_verdicts.rs"));
 
 /// The name of a verdict's number: what events, metrics and the README call it.
 pub fn verdict_name(verdict: u32) -> &'static str {

@@ -4,6 +4,8 @@
 //! [`program`] put them into maps, [`hooks`] attach the program. Upwards: [`events`] reads what the
 //! program reports and shows it. [`state`] knows where things are kept between two commands.
 //!
+//! [`guard`] is the other side: it checks the tokens of what comes in.
+//!
 //! Beside that, [`token::keyed`] makes and checks keyed tokens without any kernel, and [`keys`] keeps what they are
 //! made with.
 
@@ -14,6 +16,7 @@ pub mod cli;
 pub mod clock;
 pub mod counters;
 pub mod events;
+pub mod guard;
 pub mod hooks;
 pub mod kernel;
 pub mod keys;
@@ -28,6 +31,12 @@ pub mod token;
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
 mod skel {
     include!(concat!(env!("OUT_DIR"), "/netoken.skel.rs"));
+}
+
+/// The same for the guard.
+#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
+mod guard_skel {
+    include!(concat!(env!("OUT_DIR"), "/guard.skel.rs"));
 }
 
 /// The types and constants that C and Rust share, read out of the compiled program's BTF.

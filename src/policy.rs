@@ -75,8 +75,13 @@ pub struct Prefix {
 }
 
 impl Prefix {
+    /// 4 or 6.
+    pub(crate) fn family(self) -> u8 {
+        if self.addr.is_ipv4() { 4 } else { 6 }
+    }
+
     /// The prefix in the one address space that the kernel side uses: IPv4 mapped into IPv6.
-    fn mapped(self) -> (Ipv6Addr, u8) {
+    pub(crate) fn mapped(self) -> (Ipv6Addr, u8) {
         match self.addr {
             IpAddr::V4(addr) => (addr.to_ipv6_mapped(), self.bits + 96),
             IpAddr::V6(addr) => (addr, self.bits),

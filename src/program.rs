@@ -16,7 +16,7 @@ use crate::kernel::Kernel;
 use crate::keys::RingName;
 use crate::keys::live::LiveKeys;
 use crate::policy::Policy;
-use crate::skel::NetokenSkelBuilder;
+use crate::skel::{NetokenSkelBuilder, OpenNetokenMaps};
 use crate::types::{Config, Live, PolicyKey, Rule};
 
 /// The name that `tc filter show` and `bpftool prog` print.
@@ -103,6 +103,26 @@ impl AsFd for Program {
 }
 
 impl Program {
+    /// Makes the maps of an instance where there are none yet, without loading the classifier. Another program of
+    /// the instance then shares them.
+    ///
+    /// # Errors
+    /// The kernel refused it, or the maps that are pinned are of another version.
+    pub fn make_maps(pins: &Path) -> Result<Maps> {
+        let kernel = Kernel::probe();
+        let mut storage = MaybeUninit::uninit();
+        let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
+        let mut open = opened.context("opening the classifier that is built into this program")?;
+        pin_all(pins, &mut open.maps)?;
+        open.progs.netoken_egress.set_autoload(false);
+        open.progs.netoken_egress3.set_autoload(false);
+        let (loaded, log) = messages(|| open.load());
+        loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
+        let maps = Maps::open(pins)?;
+        clock::publish(&maps.clock, None)?;
+        Ok(maps)
+    }
+
     /// Loads the classifier. With `pins`, its maps are those that are pinned in this directory; what is not
     /// there yet is created and pinned.
     ///
@@ -126,14 +146,7 @@ impl Program {
         };
         data.has_tai = kernel.has_tai.into();
         if let Some(dir) = pins {
-            pin_below(dir, &mut open.maps.policies)?;
-            pin_below(dir, &mut open.maps.counters)?;
-            pin_below(dir, &mut open.maps.events)?;
-            pin_below(dir, &mut open.maps.live)?;
-            pin_below(dir, &mut open.maps.clock)?;
-            pin_below(dir, &mut open.maps.keys)?;
-            pin_below(dir, &mut open.maps.rings)?;
-            pin_below(dir, &mut open.maps.key_counts)?;
+            pin_all(dir, &mut open.maps)?;
         }
 
         let is_ethernet = settings.link_header == LinkHeader::Ethernet;
@@ -164,7 +177,19 @@ impl Program {
     }
 }
 
-fn pin_below(dir: &Path, map: &mut OpenMapMut<'_>) -> Result<()> {
+/// Everything that an instance keeps.
+fn pin_all(dir: &Path, maps: &mut OpenNetokenMaps<'_>) -> Result<()> {
+    pin_below(dir, &mut maps.policies)?;
+    pin_below(dir, &mut maps.counters)?;
+    pin_below(dir, &mut maps.events)?;
+    pin_below(dir, &mut maps.live)?;
+    pin_below(dir, &mut maps.clock)?;
+    pin_below(dir, &mut maps.keys)?;
+    pin_below(dir, &mut maps.rings)?;
+    pin_below(dir, &mut maps.key_counts)
+}
+
+pub(crate) fn pin_below(dir: &Path, map: &mut OpenMapMut<'_>) -> Result<()> {
     let path = dir.join(map.name());
     map.set_pin_path(&path).with_context(|| format!("choosing {} as a pin", path.display()))
 }

@@ -9,11 +9,7 @@
 
 #include "scratch.h"
 #include "types.h"
-
-#define TCPOPT_EOL 0
-#define TCPOPT_NOP 1
-#define TCPOPT_MD5SIG 19 /* RFC 2385 */
-#define TCPOPT_AO 29	 /* RFC 5925 */
+#include "wire.h"
 
 struct token_option {
 	__u8 kind;
@@ -22,17 +18,6 @@ struct token_option {
 	__u8 token[TOKEN_LEN];
 	__u8 eol[4]; /* up to three bytes of padding, RFC 9293 section 3.1; one more for the copy */
 };
-
-/*
- * Keeps an offset inside a 64-byte window, in a way that the compiler cannot reason about and
- * remove. The verifier then knows the same of every iteration, and one pass through a loop's body
- * stands for all.
- */
-static __always_inline __u64 below_64(__u64 off)
-{
-	asm volatile("%0 &= 63" : "+r"(off));
-	return off;
-}
 
 /*
  * Reads the list in the scratch, which is `len` bytes long, 0 to 40. Returns 0 if it lies about a

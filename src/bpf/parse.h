@@ -11,17 +11,7 @@
 
 #include "scratch.h"
 #include "types.h"
-
-#define ETH_HEADER_LEN 14
-#define ETH_P_IP 0x0800
-#define ETH_P_IPV6 0x86dd
-#define ETH_P_8021Q 0x8100
-#define ETH_P_8021AD 0x88a8
-#define ETH_P_QINQ1 0x9100
-
-#define IP_OFFSET 0x1fff /* fragment offset, RFC 791 */
-#define IP_MF 0x2000
-#define IPV6_OFFSET 0xfff8 /* fragment offset, RFC 8200 section 4.5 */
+#include "wire.h"
 
 #define VLAN_TAGS_MAX 2
 #define IPV6_EXTENSIONS_MAX 8
@@ -36,10 +26,6 @@
 #define PULL_LEN_BYTES 256
 #define PULL_LEN_MAX_BYTES (L4_OFF_MAX + TCP_HEADER_LEN + TCP_OPTIONS_MAX)
 
-#define TCP_FLAG_FIN 0x01
-#define TCP_FLAG_SYN 0x02
-#define TCP_FLAG_RST 0x04
-#define TCP_FLAG_ACK 0x10
 /* ECE and CWR do not matter: an ECN SYN is a SYN. One with FIN or RST opens nothing. */
 #define TCP_FLAGS_OF_SYN (TCP_FLAG_SYN | TCP_FLAG_ACK | TCP_FLAG_RST | TCP_FLAG_FIN)
 
@@ -57,29 +43,9 @@ struct layers {
 	bool is_fragment;
 };
 
-/* The part of a TCP header that decides what the packet is: through the flags. */
-struct tcp_head {
-	__be16 sport_be;
-	__be16 dport_be;
-	__be32 seq_be;
-	__be32 ack_be;
-	__u8 data_offset; /* in words, in the upper four bits */
-	__u8 flags;
-};
-
-struct vlan_tag {
-	__be16 tci_be;
-	__be16 next_proto_be;
-};
-
 static __always_inline bool is_syn(__u8 flags)
 {
 	return (flags & TCP_FLAGS_OF_SYN) == TCP_FLAG_SYN;
-}
-
-static __always_inline bool is_extension(__u8 next)
-{
-	return next == NEXTHDR_HOP || next == NEXTHDR_ROUTING || next == NEXTHDR_DEST;
 }
 
 /*
@@ -199,16 +165,6 @@ static __always_inline enum parsed parse_layers(struct layers *layers, struct __
 	if (proto == ETH_P_IPV6)
 		return parse_ipv6(layers, skb, l3, end);
 	return PARSED_OTHER;
-}
-
-static __always_inline void copy_mapped(__u8 *to, __be32 addr_be)
-{
-	__u32 *words = (__u32 *)to;
-
-	words[0] = 0;
-	words[1] = 0;
-	words[2] = bpf_htonl(0xffff);
-	words[3] = addr_be;
 }
 
 /*

@@ -11,12 +11,9 @@
 #define NETOKEN_SCRATCH_H
 
 #include "types.h"
+#include "wire.h"
 
 #define CHUNK_LEN_BYTES 2048
-
-#define IPV4_HEADER_LEN 20
-#define IPV6_HEADER_LEN 40
-#define TCP_HEADER_LEN 20
 
 /* Where the parts of a SYN are, as offsets from the start of the frame, and what an event says of
  * it. */

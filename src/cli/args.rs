@@ -23,6 +23,8 @@ Examples:
   netoken --query                                what is attached, on every interface
   netoken --iface eth0 --destroy                 remove it, and the clsact qdisc if nobody else uses it
   netoken key new edge                           make a key for keyed tokens
+  netoken guard --iface eth0 --attach --rules guard.toml
+                                                 let only SYNs with a right token in
   tc filter show dev eth0 egress                 see it with the tool that you know
 
 Exit codes: 0 done, 1 failed, 2 wrong usage.";
@@ -217,14 +219,14 @@ fn number(text: &str) -> Result<u32, String> {
     parsed.map_err(|_| "not a number; write it like 7 or 0x7".to_string())
 }
 
-fn handle(text: &str) -> Result<u32, String> {
+pub(super) fn handle(text: &str) -> Result<u32, String> {
     match number(text)? {
         0 => Err("handles count from 1; leave the flag away to let the kernel choose".to_string()),
         handle => Ok(handle),
     }
 }
 
-fn exid(text: &str) -> Result<u16, String> {
+pub(super) fn exid(text: &str) -> Result<u16, String> {
     number(text)?.try_into().map_err(|_| "an experiment identifier has 16 bits".to_string())
 }
 

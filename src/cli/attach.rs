@@ -1,5 +1,6 @@
 //! `--attach`: puts the classifier on interfaces and streams what it does.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -202,7 +203,7 @@ impl Job<'_> {
                 program.maps.set_policy(policy.unwrap_or(&default))?;
             }
             let attachment =
-                hooks.attach(lock, &target.link, &self.instance.name, &program, self.options.place)?;
+                hooks.attach(lock, &target.link, &self.instance.name, program.as_fd(), self.options.place)?;
             self.done.push((target.link.clone(), attachment));
             if first {
                 let note = match (policy, running) {

@@ -3,6 +3,7 @@
 pub mod args;
 mod attach;
 mod detach;
+mod guard;
 mod key;
 mod query;
 mod table;
@@ -19,6 +20,7 @@ use args::Mode;
 #[derive(Debug, clap::Subcommand)]
 enum Command {
     Key(key::KeyArgs),
+    Guard(guard::GuardArgs),
 }
 
 /// Runs what was asked for.
@@ -29,6 +31,7 @@ pub fn run(mut args: Args) -> Result<()> {
     clock::publish_to_all();
     match args.command.take() {
         Some(Command::Key(args)) => return key::run(args),
+        Some(Command::Guard(args)) => return guard::run(args),
         None => {}
     }
     let (mode, scope) = args.check()?;

@@ -12,7 +12,7 @@ use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::show::totals_line;
 use crate::hooks::clsact::{Attached, attached, loaded_programs};
-use crate::hooks::netlink::Netlink;
+use crate::hooks::netlink::{Netlink, Side};
 use crate::kernel::Kernel;
 use crate::netns::Netns;
 use crate::privileges;
@@ -113,7 +113,7 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
             }
             let mut found = Vec::new();
             for link in links {
-                for ours in attached(&mut netlink, link.index, &programs)? {
+                for ours in attached(&mut netlink, link.index, Side::Egress, &programs)? {
                     found.push(hook(&name, &link.name, ours, boot));
                 }
             }

@@ -67,7 +67,7 @@ impl Clock {
         Clock { boot: SystemTime::now() - monotonic }
     }
 
-    fn at(self, monotonic_ns: u64) -> SystemTime {
+    pub(crate) fn at(self, monotonic_ns: u64) -> SystemTime {
         self.boot + Duration::from_nanos(monotonic_ns)
     }
 }

@@ -2,17 +2,19 @@
 //! maps of the instance in question; everything else on the qdisc is somebody else's and stays as it is.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions};
-use libbpf_rs::{MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcHook};
+use libbpf_rs::{MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook};
 
 use super::netlink::{Filter, Link, Netlink, Side};
+use crate::guard::program as guard;
 use crate::netns::Netns;
-use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, Program, messages};
+use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, messages};
 use crate::state::{Lock, State};
 
 /// The number of the empty egress chain that we put on a clsact qdisc that we make, and by which it is known to
@@ -28,9 +30,11 @@ pub struct Place {
     pub handle: Option<u32>,
 }
 
-/// A classifier of ours that is loaded.
+/// A program of ours that is loaded.
 #[derive(Clone, Debug)]
 pub struct Loaded {
+    /// Where programs of its name are attached.
+    pub role: Role,
     /// Time since boot at which it was loaded.
     pub loaded_at: Duration,
     /// The instance whose maps it uses; none if its pins are gone.
@@ -50,6 +54,32 @@ pub struct Attached {
     pub before: usize,
 }
 
+/// What a program of ours is for. Each is attached at a place of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The classifier, on clsact egress.
+    Stamp,
+    /// The guard, on clsact ingress.
+    Guard,
+    /// The guard, at XDP.
+    GuardXdp,
+}
+
+impl Role {
+    /// By the name of a program and those of its maps; the name alone anybody can have.
+    fn of(name: &OsStr) -> Option<(Role, &'static [&'static str])> {
+        const STAMP: &[&str] = &["policies", "counters", "events", "live", "scratches"];
+        const GUARD: &[&str] =
+            &["guard_rules", "guard_exempt", "guard_blocked", "guard_counters", "guard_live"];
+        match name.to_str()? {
+            PROGRAM_NAME | PROGRAM_NAME_L3 => Some((Role::Stamp, STAMP)),
+            guard::PROGRAM_NAME | guard::PROGRAM_NAME_L3 => Some((Role::Guard, GUARD)),
+            guard::PROGRAM_NAME_XDP => Some((Role::GuardXdp, GUARD)),
+            _ => None,
+        }
+    }
+}
+
 /// What became of the clsact qdisc.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Qdisc {
@@ -63,44 +93,48 @@ pub enum Qdisc {
     InUse(usize),
 }
 
-/// Every classifier of ours that is loaded, in whatever network namespace, by program id.
+/// Every program of ours that is loaded, in whatever network namespace, by program id.
 ///
 /// # Errors
 /// An instance's pins cannot be read.
 pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
     let mut owners = HashMap::new();
     for instance in state.instances() {
-        // An attach that was killed leaves an instance without all of its maps; the next one completes it.
-        if let Ok(counters) = MapHandle::from_pinned_path(instance.pins.join("counters")) {
-            owners.insert(counters.info().context("asking for a map's id")?.info.id, instance.name);
+        // The stamp has the one, the guard the other. An attach that was killed leaves an instance without all of
+        // its maps; the next one completes it.
+        for map in ["counters", "guard_counters"] {
+            if let Ok(counters) = MapHandle::from_pinned_path(instance.pins.join(map)) {
+                let id = counters.info().context("asking for a map's id")?.info.id;
+                owners.insert(id, instance.name.clone());
+            }
         }
     }
     let programs = ProgInfoIter::with_query_opts(ProgInfoQueryOptions::default().include_map_ids(true));
     Ok(programs
-        .filter(|program| program.name == PROGRAM_NAME || program.name == PROGRAM_NAME_L3)
         .filter_map(|program| {
+            let (role, maps) = Role::of(&program.name)?;
             let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
-            // One whose pins are gone is ours if it has our maps; the name alone anybody can have.
-            let ours = instance.is_some() || has_our_maps(&program.map_ids);
-            ours.then_some((program.id, Loaded { loaded_at: program.load_time, instance }))
+            // One whose pins are gone is ours if it has our maps.
+            let ours = instance.is_some() || has_maps(&program.map_ids, maps);
+            ours.then_some((program.id, Loaded { role, loaded_at: program.load_time, instance }))
         })
         .collect())
 }
 
-fn has_our_maps(ids: &[u32]) -> bool {
-    let names: Vec<_> = ids.iter().filter_map(|id| MapHandle::from_map_id(*id).ok()).collect();
-    ["policies", "counters", "events", "live", "scratches"]
-        .iter()
-        .all(|name| names.iter().any(|map| map.name() == *name))
+fn has_maps(ids: &[u32], names: &[&str]) -> bool {
+    let maps: Vec<_> = ids.iter().filter_map(|id| MapHandle::from_map_id(*id).ok()).collect();
+    // The kernel cuts names off behind 15 characters.
+    names.iter().all(|name| maps.iter().any(|map| map.name() == &name[..name.len().min(15)]))
 }
 
-/// Our filters on an interface's egress, in the order in which they run.
+/// Our filters on one side of an interface, in the order in which they run.
 ///
 /// # Errors
 /// The kernel refused to list them.
 pub fn attached(
     netlink: &mut Netlink,
     ifindex: u32,
+    side: Side,
     programs: &HashMap<u32, Loaded>,
 ) -> Result<Vec<Attached>> {
     if !netlink.clsacts()?.contains(&ifindex) {
@@ -108,8 +142,9 @@ pub fn attached(
     }
     let mut found = Vec::new();
     let mut before = 0;
-    for filter in netlink.filters(ifindex, Side::Egress)? {
-        match filter.program.and_then(|id| Some((id, programs.get(&id)?))) {
+    for filter in netlink.filters(ifindex, side)? {
+        let ours = filter.program.and_then(|id| Some((id, programs.get(&id)?)));
+        match ours.filter(|(_, loaded)| loaded.role == side.role()) {
             Some((program, loaded)) => {
                 found.push(Attached { filter, program, loaded: loaded.clone(), before });
             }
@@ -119,9 +154,34 @@ pub fn attached(
     Ok(found)
 }
 
-/// The interfaces of one network namespace and how to change what is attached to them.
+impl Side {
+    /// What of ours is attached there.
+    fn role(self) -> Role {
+        match self {
+            Side::Ingress => Role::Guard,
+            Side::Egress => Role::Stamp,
+        }
+    }
+
+    fn point(self) -> TcAttachPoint {
+        match self {
+            Side::Ingress => TC_INGRESS,
+            Side::Egress => TC_EGRESS,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Side::Ingress => "ingress",
+            Side::Egress => "egress",
+        }
+    }
+}
+
+/// The interfaces of one network namespace and how to change what is attached to one side of them.
 pub struct Hooks<'a> {
     state: &'a State,
+    side: Side,
     netns: Netns,
     netlink: Netlink,
 }
@@ -138,12 +198,20 @@ pub struct Attachment {
 }
 
 impl<'a> Hooks<'a> {
-    /// For the namespace of the calling thread.
+    /// The egress side, in the namespace of the calling thread.
     ///
     /// # Errors
     /// The kernel refused a netlink socket.
     pub fn open(state: &'a State) -> Result<Self> {
-        Ok(Hooks { state, netns: Netns::current()?, netlink: Netlink::connect()? })
+        Hooks::open_side(state, Side::Egress)
+    }
+
+    /// One side, in the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The kernel refused a netlink socket.
+    pub fn open_side(state: &'a State, side: Side) -> Result<Self> {
+        Ok(Hooks { state, side, netns: Netns::current()?, netlink: Netlink::connect()? })
     }
 
     /// All interfaces.
@@ -160,7 +228,7 @@ impl<'a> Hooks<'a> {
     /// The kernel refused to list them.
     pub fn attached(&mut self, link: &Link, instance: &str) -> Result<Vec<Attached>> {
         let programs = loaded_programs(self.state)?;
-        let mut found = attached(&mut self.netlink, link.index, &programs)?;
+        let mut found = attached(&mut self.netlink, link.index, self.side, &programs)?;
         found.retain(|ours| ours.loaded.instance.as_deref().is_none_or(|name| name == instance));
         Ok(found)
     }
@@ -175,9 +243,10 @@ impl<'a> Hooks<'a> {
         _lock: &Lock,
         link: &Link,
         instance: &str,
-        program: &Program,
+        program: BorrowedFd<'_>,
         place: Place,
     ) -> Result<Attachment> {
+        let front = if place.priority.is_none() { self.front(link)? } else { None };
         let made_qdisc = self.make_clsact(link)?;
         let ours = self.attached(link, instance)?;
         let previous = hold_programs(&ours)?;
@@ -186,15 +255,15 @@ impl<'a> Hooks<'a> {
                 && place.handle.is_none_or(|handle| handle == ours.filter.handle)
         });
 
-        let mut hook = TcHook::new(program.as_fd());
-        hook.ifindex(link.index.cast_signed()).attach_point(TC_EGRESS);
+        let mut hook = TcHook::new(program);
+        hook.ifindex(link.index.cast_signed()).attach_point(self.side.point());
         match in_place {
             Some(ours) => {
                 let Filter { priority, handle, .. } = ours.filter;
                 hook.priority(priority.into()).handle(handle).replace(true);
             }
             None => {
-                let priority = place.priority.or(ours.first().map(|ours| ours.filter.priority));
+                let priority = place.priority.or(ours.first().map(|ours| ours.filter.priority)).or(front);
                 hook.priority(priority.unwrap_or(0).into()).handle(place.handle.unwrap_or(0));
             }
         }
@@ -224,6 +293,33 @@ impl<'a> Hooks<'a> {
         Ok(Attachment { filter, previous, made_qdisc })
     }
 
+    /// The priority in front of every filter that is there; none if there are none, which lets the kernel choose. Its
+    /// own choice is in front of those that it placed itself, but behind those with a priority below 32768.
+    fn front(&mut self, link: &Link) -> Result<Option<u16>> {
+        if !self.netlink.clsacts()?.contains(&link.index) {
+            return Ok(None);
+        }
+        let filters = self.netlink.filters(link.index, self.side)?;
+        let Some(first) = filters.iter().map(|filter| filter.priority).min() else { return Ok(None) };
+        match (first, self.side) {
+            (2.., _) => Ok(Some(first - 1)),
+            // A stamp that is not reached is a packet without a token; a guard that is not reached is none.
+            (_, Side::Egress) => Ok(None),
+            (_, Side::Ingress) if self.has_ours(link)? => Ok(None),
+            (_, Side::Ingress) => bail!(
+                "attaching the guard to {} ingress: a filter of priority 1 is there, in front of which there is no place, \
+                 and it may let packets pass the guard by; give it another priority, or use --hook xdp, or say where the \
+                 guard is to stand with --priority",
+                link.name
+            ),
+        }
+    }
+
+    fn has_ours(&mut self, link: &Link) -> Result<bool> {
+        let programs = loaded_programs(self.state)?;
+        Ok(!attached(&mut self.netlink, link.index, self.side, &programs)?.is_empty())
+    }
+
     /// Puts back what was there before an attach: filters of ours in their places, or none, and no qdisc of ours.
     ///
     /// # Errors
@@ -232,7 +328,7 @@ impl<'a> Hooks<'a> {
         for (filter, program) in &attachment.previous {
             let mut hook = TcHook::new(program.as_fd());
             hook.ifindex(link.index.cast_signed())
-                .attach_point(TC_EGRESS)
+                .attach_point(self.side.point())
                 .priority(filter.priority.into())
                 .handle(filter.handle)
                 .replace(true);
@@ -319,7 +415,7 @@ impl<'a> Hooks<'a> {
     fn remove_filter(&mut self, link: &Link, filter: &Filter) -> Result<()> {
         let mut hook = TcHook::new(self.netns.as_fd());
         hook.ifindex(link.index.cast_signed())
-            .attach_point(TC_EGRESS)
+            .attach_point(self.side.point())
             .priority(filter.priority.into())
             .handle(filter.handle);
         let (removed, said) = messages(|| hook.detach());
@@ -341,8 +437,12 @@ impl<'a> Hooks<'a> {
         error: anyhow::Error,
         said: &str,
     ) -> anyhow::Error {
-        let what = format!("attaching {PROGRAM_NAME} to {} egress", link.name);
-        let filters = self.netlink.filters(link.index, Side::Egress).unwrap_or_default();
+        let name = match self.side {
+            Side::Ingress => guard::PROGRAM_NAME,
+            Side::Egress => PROGRAM_NAME,
+        };
+        let what = format!("attaching {name} to {} {}", link.name, self.side.name());
+        let filters = self.netlink.filters(link.index, self.side).unwrap_or_default();
         let taken = filters.iter().find(|filter| {
             Some(filter.priority) == place.priority
                 && (filter.kind != "bpf" || place.handle.is_none_or(|handle| handle == filter.handle))

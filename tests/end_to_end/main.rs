@@ -3,6 +3,7 @@
 mod connects;
 mod devices;
 mod fastopen;
+mod guard;
 #[path = "../support/lab.rs"]
 mod lab;
 mod measures;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         skbs::cases(),
         devices::cases(),
         streams::cases(),
+        guard::cases(),
         measures::cases(),
     ];
     support::run(cases.into_iter().flatten().collect())

@@ -66,6 +66,7 @@ fn main() -> ExitCode {
             a_clsact_of_a_namespace_with_a_used_number_is_not_ours a_deleted_namespace_leaves_no_mark;
         place: priority_and_handle_can_be_chosen another_place_leaves_exactly_one_filter
             another_handle_stays_within_the_priority a_taken_place_is_an_error_that_says_so the_default_is_in_front_of_what_is_there
+            the_default_is_in_front_of_a_low_priority_too
             a_place_that_cannot_be_is_wrong_usage;
         half: a_missing_second_interface_leaves_nothing a_command_for_a_missing_interface_makes_no_state a_second_interface_that_refuses_leaves_nothing
             a_second_interface_that_refuses_leaves_the_first_as_it_was

@@ -96,6 +96,22 @@ pub fn the_default_is_in_front_of_what_is_there() -> Result<()> {
     Ok(())
 }
 
+/// Left to itself the kernel chooses a place behind priorities below 32768.
+pub fn the_default_is_in_front_of_a_low_priority_too() -> Result<()> {
+    let world = World::new()?;
+    sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
+    sh(&format!("tc -n {} filter add dev c0 egress pref 7 bpf da bytecode '1,6 0 0 0,'", world.ns))?;
+    world.ok("-i c0 --attach --quiet")?;
+    expect_place(&world, "pref 6 bpf chain 0 handle 0x1 ")?;
+    world.syns(1)?;
+    ensure_eq!(
+        counter(&world.lab, &world.ns, "default", "stamped")?,
+        1,
+        "SYNs stamped in front of an accept"
+    );
+    Ok(())
+}
+
 pub fn a_place_that_cannot_be_is_wrong_usage() -> Result<()> {
     let world = World::new()?;
     for flags in ["--priority 0", "--handle 0", "--priority 65536", "--handle x", "--handle 0x100000000"] {

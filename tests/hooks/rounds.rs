@@ -1,6 +1,7 @@
 //! Many rounds leave nothing behind: no filter, qdisc, pin, mount, descriptor, program or map.
 
 use std::fs;
+use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::MapCore;
@@ -101,7 +102,7 @@ fn rounds(count: usize) -> Result<u32> {
         programs.swap(0, 1);
         for (program, replaced) in programs.iter().zip([false, true]) {
             program.maps.set_policy(&Policy::stamp_all(Token::DEFAULT))?;
-            let attachment = hooks.attach(&lock, &link, "default", program, Place::default())?;
+            let attachment = hooks.attach(&lock, &link, "default", program.as_fd(), Place::default())?;
             ensure_eq!(attachment.replaced(), replaced, "whether it was replaced");
         }
         ensure_eq!(hooks.attached(&link, "default")?.len(), 1, "filters of ours");

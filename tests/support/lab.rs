@@ -117,6 +117,9 @@ impl Drop for Lab {
         sh(&format!("while mountpoint -q {0}/bpf; do umount {0}/bpf || exit; done", self.run.display())).ok();
         fs::remove_dir_all(&self.run).ok();
         fs::remove_dir_all(self.keys()).ok();
+        for file in ["guard.toml", "policy.toml", "marks.toml", "good.toml"] {
+            fs::remove_file(self.run.with_extension(file)).ok();
+        }
     }
 }
 
@@ -158,6 +161,19 @@ impl Running {
                     }
                 }
                 Err(error) => bail!("waiting for {what}: {error}; seen so far:\n{}", self.seen.join("\n")),
+            }
+        }
+    }
+
+    /// The first line that fits and comes within that time, if one does.
+    #[allow(dead_code)]
+    pub fn wait_within(&mut self, time: Duration, fits: impl Fn(&str) -> bool) -> Option<String> {
+        let deadline = Instant::now() + time;
+        loop {
+            let line = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()?;
+            self.seen.push(line.clone());
+            if fits(&line) {
+                return Some(line);
             }
         }
     }

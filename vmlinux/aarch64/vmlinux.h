@@ -106,6 +106,23 @@ struct __sk_buff {
 	__u64 hwtstamp;
 };
 
+struct xdp_md {
+	__u32 data;
+	__u32 data_end;
+	__u32 data_meta;
+	__u32 ingress_ifindex;
+	__u32 rx_queue_index;
+	__u32 egress_ifindex;
+};
+
+enum xdp_action {
+	XDP_ABORTED = 0,
+	XDP_DROP = 1,
+	XDP_PASS = 2,
+	XDP_TX = 3,
+	XDP_REDIRECT = 4,
+};
+
 struct iphdr {
 	__u8 ihl: 4;
 	__u8 version: 4;
@@ -260,6 +277,10 @@ enum {
 	BPF_F_TOKEN_FD = 65536,
 	BPF_F_SEGV_ON_FAULT = 131072,
 	BPF_F_NO_USER_CONV = 262144,
+};
+
+struct bpf_spin_lock {
+	__u32 val;
 };
 
 enum {

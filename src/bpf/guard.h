@@ -1,0 +1,369 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Decides about what could open a connection: which rule protects its destination, whether its
+ * source is on a list, whether its token is right. One body of logic for TC and XDP.
+ *
+ * The rule of this file: every way to `valid`, `exempt` or `unprotected` is written out; what ends
+ * anywhere else is refused.
+ */
+#ifndef NETOKEN_GUARD_H
+#define NETOKEN_GUARD_H
+
+#include "guard_maps.h"
+#include "guard_parse.h"
+#include "token.h"
+
+/* No rule: an index that none has. */
+#define NO_RULE GUARD_RULES_MAX
+
+/* The rule for a destination whose port is known. The first match decides. Here and below an index
+ * and no pointer, because of a pointer the verifier would follow every value. */
+static __always_inline __u32 match_port(const struct netoken_guard_table *table,
+					const struct netoken_flow *flow)
+{
+	__u16 port = bpf_ntohs(flow->dport_be);
+	const __u64 *addr = (const __u64 *)flow->daddr;
+	__u64 first = addr[0], second = addr[1];
+	__u32 count = table->matches_count;
+
+	for (__u32 i = 0; i < GUARD_MATCHES_MAX; i++) {
+		const struct netoken_guard_match *match = &table->matches[i];
+
+		if (i >= count)
+			break;
+		if (port < match->port_first || port > match->port_last ||
+		    match->family != flow->family)
+			continue;
+		if ((second & match->mask[1]) == match->addr[1] &&
+		    (first & match->mask[0]) == match->addr[0])
+			return match->rule;
+	}
+	return NO_RULE;
+}
+
+/*
+ * The rule for a packet that does not show its port, or not even its address: the first that drops,
+ * if there is any that could be meant, else the first.
+ */
+static __always_inline __u32 match_less(const struct netoken_guard_table *table,
+					const struct netoken_flow *flow, bool has_addr)
+{
+	__u32 found = NO_RULE;
+	const __u64 *addr = (const __u64 *)flow->daddr;
+	__u32 count = table->matches_count;
+
+	for (__u32 i = 0; i < GUARD_MATCHES_MAX; i++) {
+		const struct netoken_guard_match *match = &table->matches[i];
+
+		if (i >= count)
+			break;
+		if (has_addr && (match->family != flow->family ||
+				 (addr[1] & match->mask[1]) != match->addr[1] ||
+				 (addr[0] & match->mask[0]) != match->addr[0]))
+			continue;
+		if (match->mode == MODE_DROP)
+			return match->rule;
+		if (found == NO_RULE)
+			found = match->rule;
+	}
+	return found;
+}
+
+static __always_inline bool has_expired(const struct netoken_source *source)
+{
+	__u32 zero = 0;
+	struct netoken_clock *now;
+
+	if (!source->expires_ns)
+		return false;
+	now = bpf_map_lookup_elem(&clock, &zero);
+	return now && bpf_ktime_get_boot_ns() + now->boot_offset_ns >= source->expires_ns;
+}
+
+/* Whether the source of a flow is below one of these prefixes. */
+static __always_inline bool is_listed(void *prefixes, const struct netoken_flow *flow)
+{
+	struct netoken_source_key key = {
+		.prefixlen = SOURCE_FAMILY_BITS + ADDR_LEN * 8,
+		.family = flow->family,
+	};
+
+	__builtin_memcpy(key.addr, flow->saddr, ADDR_LEN);
+	/* Around a prefix that has expired there may be one that has not. */
+	for (int i = 0; i <= GUARD_EXPIRED_MAX; i++) {
+		const struct netoken_source *source = bpf_map_lookup_elem(prefixes, &key);
+
+		if (!source)
+			return false;
+		if (!has_expired(source))
+			return true;
+		if (source->prefixlen <= SOURCE_FAMILY_BITS)
+			return false;
+		key.prefixlen = source->prefixlen - 1;
+	}
+	return false;
+}
+
+/* Out of line, because few instances have lists. Says GUARD_NONE if the source is on none. */
+static __noinline __u32 check_source(const struct netoken_guard_table *table,
+				     const struct netoken_flow *flow)
+{
+	__u32 generation;
+	void *prefixes;
+
+	if (!table || !flow)
+		return GUARD_BLOCKED;
+	generation = table->generation;
+	if (table->has_exempt) {
+		prefixes = bpf_map_lookup_elem(&guard_exempt, &generation);
+		if (prefixes && is_listed(prefixes, flow))
+			return GUARD_EXEMPT;
+	}
+	if (table->has_blocked) {
+		prefixes = bpf_map_lookup_elem(&guard_blocked, &generation);
+		if (prefixes && is_listed(prefixes, flow))
+			return GUARD_BLOCKED;
+	}
+	return GUARD_NONE;
+}
+
+/* Whether the slot of a token that is outside of the window lies ahead of it, as far as four bits
+ * can tell: the nearer side is meant. */
+static __always_inline bool is_ahead(__u64 token)
+{
+	__u32 zero = 0, key_id = le64(token) >> 20 & 0xf;
+	const struct netoken_clock *now = bpf_map_lookup_elem(&clock, &zero);
+	struct netoken_key_count *count = count_of_key(key_id);
+	__u32 ahead;
+
+	if (!now || !count || !now->slot_ns)
+		return false;
+	ahead = ((__u32)(le64(token) >> 16) - (__u32)(unix_time_ns(now, count) / now->slot_ns)) &
+		(SLOTS - 1);
+	return ahead <= SLOTS / 2;
+}
+
+/* Not inlined: a packet without a token must not pay for the registers that this needs. */
+static __noinline __u32 check_keyed(const struct netoken_flow *flow,
+				    const struct netoken_guard_rule *rule, __u64 token)
+{
+	bool has_tag = false;
+	__be16 tag_be;
+
+	if (!flow || !rule)
+		return GUARD_BAD_MAC;
+	tag_be = *(__be16 *)&token;
+	for (__u32 i = 0; i < GUARD_TAGS_MAX; i++)
+		has_tag |= i < rule->tags_count && rule->tags_be[i] == tag_be;
+	if (rule->tags_count && !has_tag)
+		return GUARD_TAG_NOT_ALLOWED;
+
+	switch (check_token(flow, token, &rule->accept)) {
+	case CHECK_VALID:
+		return GUARD_VALID;
+	case CHECK_UNKNOWN_KEY:
+		return GUARD_UNKNOWN_KEY;
+	case CHECK_RETIRED_KEY:
+		return GUARD_RETIRED_KEY;
+	case CHECK_WRONG_RING:
+		return GUARD_KEY_NOT_ALLOWED;
+	case CHECK_WRONG_TAG:
+		return GUARD_TAG_NOT_ALLOWED;
+	case CHECK_WRONG_TIME:
+		return is_ahead(token) ? GUARD_FUTURE_SLOT : GUARD_STALE_SLOT;
+	default:
+		return GUARD_BAD_MAC;
+	}
+}
+
+static __always_inline __u32 judge_token(struct guard_scratch *scratch,
+					 const struct netoken_guard_rule *rule)
+{
+	__u64 off = below_64(scratch->token_off);
+	__u64 token = *(__u64 *)&scratch->options[off + OPTION_LEN - TOKEN_LEN];
+
+	*(__u64 *)scratch->event.token = token;
+	if (scratch->tokens > 1)
+		return GUARD_DUPLICATE;
+	for (__u32 i = 0; i < GUARD_STATICS_MAX; i++) {
+		if (i < rule->statics_count && rule->statics[i] == token)
+			return GUARD_VALID;
+	}
+	if (!rule->accept.rings)
+		return GUARD_WRONG_STATIC;
+	return check_keyed(&scratch->event.flow, rule, token);
+}
+
+/* RFC 4291 section 2.5.5.2. On the wire no host may use it, and a list of IPv4 prefixes must not
+ * be reached with it. */
+static __always_inline bool is_mapped(const __u8 *addr)
+{
+	const __u32 *words = (const __u32 *)addr;
+
+	return !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
+}
+
+static __always_inline __u32 judge_shape(const struct guard_scratch *scratch, enum shape shape,
+					 __u32 packet_len)
+{
+	__u32 tcp_len = scratch->tcp_len_bytes;
+
+	switch (shape) {
+	case SHAPE_SYN:
+		break;
+	case SHAPE_FRAGMENT:
+		return GUARD_FRAGMENT;
+	case SHAPE_DEEP:
+		return GUARD_TOO_DEEP;
+	case SHAPE_ROUTED:
+		return GUARD_SOURCE_ROUTED;
+	case SHAPE_FLAGS:
+		return GUARD_BAD_FLAGS;
+	default:
+		return GUARD_MALFORMED;
+	}
+	if (tcp_len < TCP_HEADER_LEN ||
+	    scratch->l4_off + tcp_len > scratch->l3_off + scratch->ip_len_bytes ||
+	    scratch->l3_off + scratch->ip_len_bytes > packet_len)
+		return GUARD_MALFORMED;
+	if (!walk_list(tcp_len - TCP_HEADER_LEN, false))
+		return GUARD_MALFORMED;
+	return scratch->tokens ? GUARD_NONE : GUARD_MISSING;
+}
+
+static __always_inline __u32 judge(struct guard_scratch *scratch,
+				   const struct netoken_guard_table *table,
+				   const struct netoken_guard_rule *rule, enum shape shape,
+				   __u32 packet_len)
+{
+	const struct netoken_flow *flow = &scratch->event.flow;
+	__u32 verdict = GUARD_NONE;
+
+	if (scratch->reach != REACH_NOTHING) {
+		if (flow->family == 6 && is_mapped(flow->saddr))
+			return GUARD_MALFORMED;
+		if (table->has_exempt | table->has_blocked)
+			verdict = check_source(table, flow);
+	}
+	if (verdict == GUARD_NONE)
+		verdict = judge_shape(scratch, shape, packet_len);
+	if (verdict == GUARD_NONE)
+		verdict = judge_token(scratch, rule);
+	return verdict;
+}
+
+static __always_inline bool is_refused(__u32 verdict)
+{
+	return verdict != GUARD_VALID && verdict != GUARD_EXEMPT && verdict != GUARD_UNPROTECTED;
+}
+
+static __always_inline bool guard_has_reader(void)
+{
+	__u32 zero = 0;
+	struct netoken_live *now = bpf_map_lookup_elem(&guard_live, &zero);
+
+	return now && now->has_reader;
+}
+
+/* Out of line: nobody reads along when it matters what a packet costs. */
+static __noinline void send_event(void *ctx, struct netoken_guard_event *event, __u32 ifindex)
+{
+	if (!event)
+		return;
+	event->time_ns = bpf_ktime_get_ns();
+	event->netns_ino = config.netns_ino;
+	event->ifindex = ifindex;
+	__builtin_memset(event->flow.pad, 0, sizeof(event->flow.pad));
+	__builtin_memset(event->pad, 0, sizeof(event->pad));
+	bpf_perf_event_output(ctx, &guard_events, BPF_F_CURRENT_CPU, event, sizeof(*event));
+}
+
+static __always_inline void count_packet(void *ctx, const enum hook hook,
+					 struct guard_scratch *scratch, __u32 verdict, bool drop)
+{
+	struct netoken_counter *counter = bpf_map_lookup_elem(&guard_counters, &verdict);
+	struct netoken_guard_event *event = &scratch->event;
+	__u64 before;
+
+	if (!counter)
+		return;
+	before = counter->packets;
+	counter->packets = before + 1;
+	counter->dropped += drop;
+	if (!guard_has_reader() || (config.sample != 1 && before % config.sample))
+		return;
+	counter->events++;
+	event->verdict = verdict;
+	event->dropped = drop;
+	send_event(ctx, event, packet_ifindex(ctx, hook));
+}
+
+static __always_inline const struct netoken_guard_rule *
+find_rule(const struct netoken_guard_table *table, const struct guard_scratch *scratch)
+{
+	const struct netoken_flow *flow = &scratch->event.flow;
+	__u32 at;
+
+	at = scratch->reach == REACH_PORT ? match_port(table, flow)
+					  : match_less(table, flow, scratch->reach == REACH_ADDR);
+	barrier_var(at);
+	if (at >= GUARD_RULES_MAX)
+		return NULL;
+	return &table->rules[at];
+}
+
+/* In the answer of judge_packet(), beside the verdict. */
+#define JUDGED_DROP (1U << 8)
+#define JUDGED_MARK (1U << 9)
+
+/*
+ * Decides about the packet in the scratch. Not static, so that the verifier looks at it once and
+ * not for every way in which a packet can be found; so it takes only numbers, and works for both
+ * hooks.
+ */
+__noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
+{
+	const struct netoken_guard_table *table;
+	const struct netoken_guard_rule *rule;
+	__u32 zero = 0, verdict;
+	struct guard_scratch *scratch = this_guard_scratch();
+	void *generation = bpf_map_lookup_elem(&guard_rules, &zero);
+
+	if (!scratch || !generation)
+		return GUARD_UNPROTECTED;
+	scratch->event.rule = 0;
+	scratch->event.mode = MODE_OBSERVE;
+	*(__u64 *)scratch->event.token = 0;
+	table = bpf_map_lookup_elem(generation, &zero);
+	rule = table ? find_rule(table, scratch) : NULL;
+	if (!table || !rule)
+		return GUARD_UNPROTECTED;
+
+	verdict = judge(scratch, table, rule, shape, packet_len);
+	scratch->event.rule = rule->id;
+	scratch->event.mode = rule->mode;
+	if (rule->mode == MODE_DROP && is_refused(verdict))
+		return verdict | JUDGED_DROP;
+	if (rule->mode != MODE_MARK)
+		return verdict;
+	scratch->mark = is_refused(verdict) ? rule->mark_refused : rule->mark_valid;
+	scratch->mark_mask = rule->mark_mask;
+	return verdict | JUDGED_MARK;
+}
+
+/* What to do with a packet of that shape. */
+static __always_inline int guard(void *ctx, const enum hook hook, struct guard_scratch *scratch,
+				 enum shape shape)
+{
+	__u32 judged;
+
+	if (shape == SHAPE_OTHER)
+		return pass_packet(hook);
+	judged = judge_packet(shape, packet_len(ctx, hook));
+	if (judged & JUDGED_MARK)
+		mark_packet(ctx, hook, scratch->mark, scratch->mark_mask);
+	count_packet(ctx, hook, scratch, judged & 0xff, judged & JUDGED_DROP);
+	return judged & JUDGED_DROP ? drop_packet(hook) : pass_packet(hook);
+}
+
+#endif

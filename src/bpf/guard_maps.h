@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * The maps and settings of the guard. Keys, rings, clock and the counters of keys are those of
+ * keys.h: pinned in the instance, and so the same that the stamp of the instance uses.
+ */
+#ifndef NETOKEN_GUARD_MAPS_H
+#define NETOKEN_GUARD_MAPS_H
+
+#include "guard_types.h"
+#include "wire.h"
+
+const volatile struct netoken_config config = {
+	.sample = 1,
+	.exid = 0x4e54,
+	.option_kind = 253,
+};
+
+/* Brings into BTF, and so to Rust, the types that no map and no setting mentions by value. */
+const volatile struct {
+	enum netoken_guard_size size;
+	enum netoken_guard_verdict verdict;
+	enum netoken_guard_mode mode;
+	struct netoken_guard_event event;
+	struct netoken_guard_table table;
+	struct netoken_source_key source_key;
+	struct netoken_source source;
+} guard_types = {};
+
+/* How much of a packet's destination is known. */
+enum reach {
+	REACH_NOTHING,
+	REACH_ADDR,
+	REACH_PORT,
+};
+
+/* What is known of one packet. One for each CPU is enough: an ingress hook is not entered from
+ * within itself. */
+struct guard_scratch {
+	struct netoken_guard_event event;
+	__u32 l3_off;
+	__u32 l4_off;
+	__u32 ip_len_bytes;  /* what the IP header claims, header included */
+	__u32 tcp_len_bytes; /* what the data offset claims */
+	__u32 reach;	     /* enum reach */
+	__u32 mark;	     /* what a rule wants of the mark of the skb */
+	__u32 mark_mask;
+	__u32 tokens;	 /* in the options */
+	__u32 token_off; /* of the first one's option */
+	/* Slack for the verifier, which sees only that an offset is below 64. */
+	__u8 options[TCP_OPTIONS_MAX + 40];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct guard_scratch);
+	__uint(max_entries, 1);
+} guard_scratches SEC(".maps");
+
+struct guard_generation {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct netoken_guard_table));
+	__uint(max_entries, 1);
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__type(key, __u32);
+	__uint(max_entries, 1);
+	__array(values, struct guard_generation);
+} guard_rules SEC(".maps");
+
+struct source_prefixes {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(key_size, sizeof(struct netoken_source_key));
+	__uint(value_size, sizeof(struct netoken_source));
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+};
+
+/* By generation. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__type(key, __u32);
+	__uint(max_entries, GUARD_GENERATIONS);
+	__array(values, struct source_prefixes);
+} guard_exempt SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__type(key, __u32);
+	__uint(max_entries, GUARD_GENERATIONS);
+	__array(values, struct source_prefixes);
+} guard_blocked SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct netoken_counter);
+	__uint(max_entries, GUARD_COUNT);
+} guard_counters SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct netoken_live);
+	__uint(max_entries, 1);
+} guard_live SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);
+	__type(key, __u32);
+	__type(value, __u32);
+} guard_events SEC(".maps");
+
+static __always_inline struct guard_scratch *this_guard_scratch(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&guard_scratches, &zero);
+}
+
+#endif

@@ -1,0 +1,137 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What crosses the border between the guard and user space, beside what types.h and keys.h have.
+ * The same rules hold: Rust reads it out of BTF, _be is network byte order, padding is spelt out.
+ */
+#ifndef NETOKEN_GUARD_TYPES_H
+#define NETOKEN_GUARD_TYPES_H
+
+#include "keys.h"
+#include "types.h"
+
+enum netoken_guard_size {
+	GUARD_RULES_MAX = 32,
+	GUARD_MATCHES_MAX = 128, /* prefixes times port ranges, of all rules together */
+	GUARD_TAGS_MAX = 8,	 /* of one rule */
+	GUARD_STATICS_MAX = 8,
+	/* Two generations of source prefixes, of which a table names one. */
+	GUARD_GENERATIONS = 2,
+	/* Bits of netoken_source_key in front of the address. */
+	SOURCE_FAMILY_BITS = 8,
+	/* Prefixes around one another that may all have expired before a lookup gives up. */
+	GUARD_EXPIRED_MAX = 4,
+};
+
+/*
+ * The one outcome of one packet that could open a connection. It indexes `guard_counters` and is
+ * the event's `verdict`. Numbers are never given away twice: retire one, do not reuse it.
+ */
+enum netoken_guard_verdict {
+	GUARD_NONE = 0, /* opens nothing, never counted */
+	GUARD_UNPROTECTED = 1,
+	GUARD_VALID = 2,
+	GUARD_EXEMPT = 3,
+	/* From here on refused: in mode `drop` it is dropped. */
+	GUARD_BLOCKED = 4,
+	GUARD_MISSING = 5,
+	GUARD_MALFORMED = 6,
+	GUARD_FRAGMENT = 7,
+	GUARD_BAD_FLAGS = 8,
+	GUARD_TOO_DEEP = 9,
+	GUARD_SOURCE_ROUTED = 10,
+	GUARD_DUPLICATE = 11,
+	GUARD_WRONG_STATIC = 12,
+	GUARD_TAG_NOT_ALLOWED = 13,
+	GUARD_UNKNOWN_KEY = 14,
+	GUARD_RETIRED_KEY = 15,
+	GUARD_KEY_NOT_ALLOWED = 16,
+	GUARD_STALE_SLOT = 17,
+	GUARD_FUTURE_SLOT = 18,
+	GUARD_BAD_MAC = 19,
+	GUARD_COUNT, /* the size of `guard_counters`, not a verdict */
+};
+
+enum netoken_guard_mode {
+	MODE_OBSERVE = 0,
+	MODE_MARK = 1,
+	MODE_DROP = 2,
+};
+
+/* One prefix and one range of ports, and the rule that protects them. The first match decides. */
+struct netoken_guard_match {
+	__u64 addr[2]; /* as the bytes stand in the packet; IPv4 is mapped into IPv6 */
+	__u64 mask[2];
+	__u16 port_first;
+	__u16 port_last;
+	__u8 rule;   /* index into `rules` */
+	__u8 mode;   /* of that rule, enum netoken_guard_mode */
+	__u8 family; /* 4 or 6: ::/0 is no IPv4 prefix */
+	__u8 pad;
+};
+
+struct netoken_guard_rule {
+	__u32 id; /* its place in the file, from 1 */
+	__u8 mode;
+	__u8 tags_count; /* 0: any tag */
+	__u8 statics_count;
+	__u8 pad;
+	struct netoken_accept accept; /* of keyed tokens; its tag is not used */
+	/* In mode `mark`, what the bits of `mark_mask` in the skb's mark become. */
+	__u32 mark_valid;
+	__u32 mark_refused;
+	__u32 mark_mask;
+	__u8 pad2[4];
+	__be16 tags_be[GUARD_TAGS_MAX];
+	__u64 statics[GUARD_STATICS_MAX]; /* as the bytes stand in the packet */
+};
+
+/* One generation of rules. User space fills a new one and swaps it in whole. */
+struct netoken_guard_table {
+	__u32 matches_count;
+	__u8 generation; /* of the source prefixes */
+	__u8 has_exempt;
+	__u8 has_blocked;
+	__u8 pad[9];
+	struct netoken_guard_match matches[GUARD_MATCHES_MAX];
+	struct netoken_guard_rule rules[GUARD_RULES_MAX];
+};
+
+/* Longest prefix match: the family exactly, then the leading bits of the source address. */
+struct netoken_source_key {
+	__u32 prefixlen; /* SOURCE_FAMILY_BITS plus the bits of the address that count */
+	__u8 family;	 /* 4 or 6 */
+	__u8 addr[ADDR_LEN];
+	__u8 pad[3];
+};
+
+struct netoken_source {
+	__u64 expires_ns; /* Unix time; 0 is never */
+	__u32 prefixlen;  /* of its key */
+	__u8 pad[4];
+};
+
+struct netoken_guard_event {
+	__u64 time_ns; /* CLOCK_MONOTONIC */
+	__u32 netns_ino;
+	__u32 ifindex;
+	/* Of a packet that does not show its ports these are 0, and so is the ISN. Family 0: it
+	 * does not show its addresses either. */
+	struct netoken_flow flow;
+	__u32 rule;	       /* its place in its file, from 1; 0 is none */
+	__u8 token[TOKEN_LEN]; /* the first one in the packet; zero when there is none */
+	__u8 verdict;	       /* enum netoken_guard_verdict */
+	__u8 dropped;
+	__u8 mode; /* enum netoken_guard_mode, if there is a rule */
+	__u8 pad[5];
+};
+
+_Static_assert(sizeof(struct netoken_guard_match) == 40, "netoken_guard_match has hidden padding");
+_Static_assert(sizeof(struct netoken_guard_rule) == 112, "netoken_guard_rule has hidden padding");
+_Static_assert(sizeof(struct netoken_guard_table) ==
+		       16 + GUARD_MATCHES_MAX * 40 + GUARD_RULES_MAX * 112,
+	       "netoken_guard_table has hidden padding");
+_Static_assert(sizeof(struct netoken_source_key) == 24, "netoken_source_key has hidden padding");
+_Static_assert(sizeof(struct netoken_source) == 16, "netoken_source has hidden padding");
+_Static_assert(sizeof(struct netoken_guard_event) == 80, "netoken_guard_event has hidden padding");
+
+#endif

@@ -1,0 +1,165 @@
+//! What the guard reports of single packets: reading it from the perf buffer, and what it means.
+
+use std::cell::RefCell;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::rc::Rc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use libbpf_rs::{ErrorKind, PerfBuffer, PerfBufferBuilder};
+use plain::Plain;
+use serde::Serialize;
+
+use super::counters::{GuardCounters, verdict_name};
+use super::program::GuardMaps;
+use super::types::{Event, Mode};
+use crate::events::model::Clock;
+use crate::program::messages;
+use crate::token::Token;
+
+// SAFETY: integers and arrays of them, without hidden padding, which guard_types.h asserts.
+unsafe impl Plain for Event {}
+
+const _: () = assert!(size_of::<Event>() == 80);
+
+/// Pages of each CPU's buffer.
+const PAGES: usize = 64;
+
+/// One packet that could open a connection, and what became of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Seen {
+    /// Wall-clock time, RFC 3339 in UTC with microseconds.
+    #[serde(serialize_with = "rfc3339")]
+    pub time: SystemTime,
+    /// Inode number of the network namespace.
+    pub netns: u32,
+    /// Index of the interface in that namespace.
+    pub ifindex: u32,
+    /// Source; none if the packet does not show it. The port is 0 if only that is not shown.
+    pub src: Option<SocketAddr>,
+    /// Destination, the same.
+    pub dst: Option<SocketAddr>,
+    /// Initial sequence number.
+    pub isn: u32,
+    /// Name of the verdict.
+    pub verdict: &'static str,
+    /// True if it was dropped.
+    pub dropped: bool,
+    /// `observe`, `mark` or `drop`; none if no rule matches.
+    pub mode: Option<&'static str>,
+    /// Number of the rule, from 1; 0 is none.
+    pub rule: u32,
+    /// Its first token.
+    pub token: Option<Token>,
+}
+
+fn rfc3339<S: serde::Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_rfc3339_micros(*time))
+}
+
+/// The name of a mode, as rules call it.
+fn mode_name(mode: u32) -> &'static str {
+    match Mode(mode) {
+        Mode::MODE_OBSERVE => "observe",
+        Mode::MODE_MARK => "mark",
+        Mode::MODE_DROP => "drop",
+        _ => "unknown",
+    }
+}
+
+impl Seen {
+    /// Reads an event as it came out of the buffer; nothing if it is too short to be one.
+    pub fn decode(bytes: &[u8], clock: Clock) -> Option<Seen> {
+        let mut event = Event::default();
+        event.copy_from_bytes(bytes).ok()?;
+        let flow = event.flow;
+        let end = |octets: [u8; 16], port_be: u16| {
+            let addr = match flow.family {
+                4 => Ipv6Addr::from(octets).to_canonical(),
+                6 => IpAddr::V6(octets.into()),
+                _ => return None,
+            };
+            Some(SocketAddr::new(addr, u16::from_be(port_be)))
+        };
+        Some(Seen {
+            time: clock.at(event.time_ns),
+            netns: event.netns_ino,
+            ifindex: event.ifindex,
+            src: end(flow.saddr, flow.sport_be),
+            dst: end(flow.daddr, flow.dport_be),
+            isn: flow.isn,
+            verdict: verdict_name(event.verdict.into()),
+            dropped: event.dropped != 0,
+            mode: (event.rule != 0).then(|| mode_name(event.mode.into())),
+            rule: event.rule,
+            token: (event.token != [0; 8]).then_some(Token(event.token)),
+        })
+    }
+}
+
+#[derive(Debug)]
+struct Inbox {
+    seen: Vec<Seen>,
+    clock: Clock,
+    received: u64,
+}
+
+/// The one reader of the guard's events of an instance.
+pub struct Reader<'a> {
+    maps: &'a GuardMaps,
+    buffer: PerfBuffer<'static>,
+    inbox: Rc<RefCell<Inbox>>,
+    /// Events that were handed to the buffer before we read it.
+    before: u64,
+}
+
+impl<'a> Reader<'a> {
+    /// Opens the buffer. From here on the kernel sends events, until this is dropped.
+    ///
+    /// # Errors
+    /// The kernel refused a perf event.
+    pub fn open(maps: &'a GuardMaps) -> Result<Reader<'a>> {
+        let inbox = Rc::new(RefCell::new(Inbox { seen: Vec::new(), clock: Clock::now(), received: 0 }));
+        let arrived = Rc::clone(&inbox);
+        let builder = PerfBufferBuilder::new(&maps.events).pages(PAGES).sample_cb(move |_cpu, bytes| {
+            let mut inbox = arrived.borrow_mut();
+            let seen = Seen::decode(bytes, inbox.clock);
+            inbox.seen.extend(seen);
+            inbox.received += 1;
+        });
+        let (built, _) = messages(|| builder.build());
+        let buffer = built.context("opening the guard's event buffer; it needs CAP_PERFMON (try sudo)")?;
+        let before = GuardCounters::read(maps)?.events();
+        maps.set_reader(true)?;
+        Ok(Reader { maps, buffer, inbox, before })
+    }
+
+    /// Waits for events, at most that long, and returns what there is, in the order of each CPU.
+    ///
+    /// # Errors
+    /// The kernel refused to wait.
+    pub fn read(&mut self, timeout: Duration) -> Result<Vec<Seen>> {
+        self.inbox.borrow_mut().clock = Clock::now();
+        match self.buffer.poll(timeout) {
+            Err(error) if error.kind() != ErrorKind::Interrupted => Err(error).context("waiting for events"),
+            _ => Ok(std::mem::take(&mut self.inbox.borrow_mut().seen)),
+        }
+    }
+
+    /// Of the events that `counters` know of, those for which the buffer had no room. What is in the buffer is
+    /// taken out first; the next look returns it.
+    ///
+    /// # Errors
+    /// The kernel refused to read the buffer.
+    pub fn lost(&mut self, counters: &GuardCounters) -> Result<u64> {
+        self.buffer.consume().context("emptying the event buffer")?;
+        Ok((counters.events() - self.before).saturating_sub(self.inbox.borrow().received))
+    }
+}
+
+impl Drop for Reader<'_> {
+    fn drop(&mut self) {
+        // A reader that was killed leaves it on, which costs time and nothing else; the next one turns it off.
+        self.maps.set_reader(false).ok();
+    }
+}

@@ -1,0 +1,296 @@
+//! Loads the guard and gives it its rules. The one place that drives the guard's skeleton; what leaves it is file
+//! descriptors and typed settings.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
+use plain::Plain;
+
+use super::rules::{Listed, RingNumbers, Rules};
+use super::types::{Config, Live, Size, Source, SourceKey, Table};
+use crate::clock;
+use crate::guard_skel::GuardSkelBuilder;
+use crate::kernel::Kernel;
+use crate::keys::live::LiveKeys;
+use crate::program::{DEFAULT_EXID, DEFAULT_KIND, messages, pin_below};
+
+/// The names that `tc filter show`, `ip link` and `bpftool prog` print.
+pub const PROGRAM_NAME: &str = "netoken_guard";
+/// The same for interfaces without a link header.
+pub const PROGRAM_NAME_L3: &str = "netoken_guard3";
+/// The same for XDP.
+pub const PROGRAM_NAME_XDP: &str = "netoken_guardx";
+
+/// Entries that go into a list with one system call.
+const BATCH: usize = 4096;
+
+// SAFETY: integers and arrays of them, without hidden padding, which guard_types.h asserts.
+unsafe impl Plain for Table {}
+
+/// Which of the programs to load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// For TC ingress of an interface with an Ethernet header.
+    Tc,
+    /// For TC ingress of an interface whose packets begin with layer 3.
+    TcLayer3,
+    /// For XDP, native or generic.
+    Xdp,
+}
+
+/// What is fixed for one loaded program.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Which of the programs.
+    pub kind: Kind,
+    /// One event for each `sample` packets of the same verdict; at least 1.
+    pub sample: u32,
+    /// Inode number of the interface's network namespace.
+    pub netns_ino: u32,
+    /// Kind byte of the option, 253 or 254.
+    pub option_kind: u8,
+    /// Experiment identifier, host order.
+    pub exid: u16,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings { kind: Kind::Tc, sample: 1, netns_ino: 0, option_kind: DEFAULT_KIND, exid: DEFAULT_EXID }
+    }
+}
+
+/// The maps of the guard of an instance.
+#[derive(Debug)]
+pub struct GuardMaps {
+    /// Array of one: the rules in use.
+    pub rules: MapHandle,
+    /// By generation: sources that need no token.
+    pub exempt: MapHandle,
+    /// By generation: sources that are refused.
+    pub blocked: MapHandle,
+    /// Per CPU, by verdict.
+    pub counters: MapHandle,
+    /// Perf event array.
+    pub events: MapHandle,
+    /// Array of one: what an attached program is told.
+    pub live: MapHandle,
+    /// Array of one: what makes a wall clock. Shared with the stamp.
+    pub clock: MapHandle,
+    /// What keyed tokens are checked with. Shared with the stamp.
+    pub keys: LiveKeys,
+}
+
+/// A loaded guard. Dropping it unloads it, unless it is attached somewhere.
+#[derive(Debug)]
+pub struct GuardProgram {
+    fd: OwnedFd,
+    /// The maps that it uses.
+    pub maps: GuardMaps,
+}
+
+impl AsFd for GuardProgram {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl GuardProgram {
+    /// Loads the guard. With `pins`, its maps are those that are pinned in this directory; what is not there yet is
+    /// created and pinned.
+    ///
+    /// # Errors
+    /// The kernel refused it; the message says why and what to do.
+    pub fn load(settings: Settings, pins: Option<&Path>) -> Result<GuardProgram> {
+        let kernel = Kernel::probe();
+        let mut storage = MaybeUninit::uninit();
+        let (opened, _) = messages(|| GuardSkelBuilder::default().open(&mut storage));
+        let mut open = opened.context("opening the guard that is built into this program")?;
+
+        let data = open.maps.rodata_data.as_deref_mut().context("the guard has no settings")?;
+        data.config = Config {
+            sample: settings.sample,
+            netns_ino: settings.netns_ino,
+            exid: settings.exid,
+            option_kind: settings.option_kind,
+            ..Default::default()
+        };
+        data.has_tai = kernel.has_tai.into();
+        if let Some(dir) = pins {
+            let maps = &mut open.maps;
+            pin_below(dir, &mut maps.guard_rules)?;
+            pin_below(dir, &mut maps.guard_exempt)?;
+            pin_below(dir, &mut maps.guard_blocked)?;
+            pin_below(dir, &mut maps.guard_counters)?;
+            pin_below(dir, &mut maps.guard_events)?;
+            pin_below(dir, &mut maps.guard_live)?;
+            pin_below(dir, &mut maps.clock)?;
+            pin_below(dir, &mut maps.keys)?;
+            pin_below(dir, &mut maps.rings)?;
+            pin_below(dir, &mut maps.key_counts)?;
+        }
+        open.progs.netoken_guard.set_autoload(settings.kind == Kind::Tc);
+        open.progs.netoken_guard3.set_autoload(settings.kind == Kind::TcLayer3);
+        open.progs.netoken_guardx.set_autoload(settings.kind == Kind::Xdp);
+
+        let (loaded, log) = messages(|| open.load());
+        let skel = loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
+        let own = |map: &libbpf_rs::Map<'_>| MapHandle::try_from(map).context("keeping a map open");
+        let program = match settings.kind {
+            Kind::Tc => &skel.progs.netoken_guard,
+            Kind::TcLayer3 => &skel.progs.netoken_guard3,
+            Kind::Xdp => &skel.progs.netoken_guardx,
+        };
+        let program = GuardProgram {
+            fd: program.as_fd().try_clone_to_owned().context("keeping the program open")?,
+            maps: GuardMaps {
+                rules: own(&skel.maps.guard_rules)?,
+                exempt: own(&skel.maps.guard_exempt)?,
+                blocked: own(&skel.maps.guard_blocked)?,
+                counters: own(&skel.maps.guard_counters)?,
+                events: own(&skel.maps.guard_events)?,
+                live: own(&skel.maps.guard_live)?,
+                clock: own(&skel.maps.clock)?,
+                keys: LiveKeys {
+                    keys: own(&skel.maps.keys)?,
+                    rings: own(&skel.maps.rings)?,
+                    counts: own(&skel.maps.key_counts)?,
+                },
+            },
+        };
+        clock::publish(&program.maps.clock, None)?;
+        Ok(program)
+    }
+}
+
+impl GuardMaps {
+    /// Opens what is pinned below `dir`.
+    ///
+    /// # Errors
+    /// A pin is missing or not readable.
+    pub fn open(dir: &Path) -> Result<GuardMaps> {
+        let open = |name: &str| {
+            MapHandle::from_pinned_path(dir.join(name))
+                .with_context(|| format!("opening the pinned map '{name}'"))
+        };
+        Ok(GuardMaps {
+            rules: open("guard_rules")?,
+            exempt: open("guard_exempt")?,
+            blocked: open("guard_blocked")?,
+            counters: open("guard_counters")?,
+            events: open("guard_events")?,
+            live: open("guard_live")?,
+            clock: open("clock")?,
+            keys: LiveKeys { keys: open("keys")?, rings: open("rings")?, counts: open("key_counts")? },
+        })
+    }
+
+    /// The rules in use, or nothing if none ever were.
+    ///
+    /// # Errors
+    /// The kernel refused to read them.
+    pub fn table(&self) -> Result<Option<Table>> {
+        let zero = 0u32.to_ne_bytes();
+        let Some(id) = self.rules.lookup(&zero, MapFlags::ANY).context("looking for the rules in use")?
+        else {
+            return Ok(None);
+        };
+        let id = u32::from_ne_bytes(id.try_into().map_err(|_| anyhow!("a map id of a strange size"))?);
+        let map = MapHandle::from_map_id(id).context("opening the rules in use")?;
+        let bytes = map.lookup(&zero, MapFlags::ANY).context("reading the rules in use")?;
+        let mut table = Table::default();
+        let read = table.copy_from_bytes(&bytes.context("the rules in use are empty")?);
+        read.map_err(|_| anyhow!("the rules in use are of another version of netoken"))?;
+        Ok(Some(table))
+    }
+
+    /// Puts rules and lists into use. A packet sees the old ones or these.
+    ///
+    /// # Errors
+    /// The kernel refused; what is in use is then unchanged.
+    pub fn set_rules(&self, rules: &Rules) -> Result<()> {
+        let numbers: RingNumbers = rules
+            .rings()
+            .into_iter()
+            .map(|ring| Ok((ring, self.keys.ring_number(ring)?)))
+            .collect::<Result<_>>()?;
+        let running = self.table()?.map_or(1, |table| table.generation);
+        let generation = (running + 1) % Size::GUARD_GENERATIONS.0 as u8;
+        for (map, list, name) in
+            [(&self.exempt, &rules.exempt, "exempt"), (&self.blocked, &rules.blocked, "blocked")]
+        {
+            set_list(map, generation, list).with_context(|| format!("filling the list of {name} sources"))?;
+        }
+        let table = rules.table(generation, |ring| numbers[&ring]);
+        let next = create(MapType::Array, "guard_table", size_of::<u32>(), size_of::<Table>(), 1, 0)?;
+        // SAFETY: plain data without padding.
+        let bytes = unsafe { plain::as_bytes(&table) };
+        let zero = 0u32.to_ne_bytes();
+        next.update(&zero, bytes, MapFlags::ANY).context("filling the table of rules")?;
+        let fd = next.as_fd().as_raw_fd().to_ne_bytes();
+        self.rules.update(&zero, &fd, MapFlags::ANY).context("putting the rules into use")
+    }
+
+    /// Tells the attached programs whether somebody reads the events; without a reader they send none.
+    ///
+    /// # Errors
+    /// The kernel refused to write it.
+    pub fn set_reader(&self, has_reader: bool) -> Result<()> {
+        let live = Live { has_reader: has_reader.into() };
+        // SAFETY: plain data without padding.
+        let bytes = unsafe { plain::as_bytes(&live) };
+        self.live.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("turning events on or off")
+    }
+}
+
+fn create(
+    kind: MapType,
+    name: &str,
+    key_size: usize,
+    value_size: usize,
+    entries: usize,
+    map_flags: u32,
+) -> Result<MapHandle> {
+    let options = libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+        map_flags,
+        ..Default::default()
+    };
+    MapHandle::create(kind, Some(name), key_size as u32, value_size as u32, entries as u32, &options)
+        .with_context(|| format!("creating the map '{name}'"))
+}
+
+fn set_list(outer: &MapHandle, generation: u8, list: &[Listed]) -> Result<()> {
+    let next = create(
+        MapType::LpmTrie,
+        "guard_sources",
+        size_of::<SourceKey>(),
+        size_of::<Source>(),
+        list.len().max(1),
+        libbpf_sys::BPF_F_NO_PREALLOC,
+    )?;
+    let entries: Vec<_> = Rules::entries(list).collect();
+    for chunk in entries.chunks(BATCH) {
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (key, value) in chunk {
+            // SAFETY: both are plain data without hidden padding, which guard_types.h asserts.
+            let (key, value) = unsafe { (plain::as_bytes(key), plain::as_bytes(value)) };
+            keys.extend_from_slice(key);
+            values.extend_from_slice(value);
+        }
+        // Before 5.13 a trie takes them only one by one.
+        if next.update_batch(&keys, &values, chunk.len() as u32, MapFlags::ANY, MapFlags::ANY).is_err() {
+            let (keys, values) = (keys.chunks(size_of::<SourceKey>()), values.chunks(size_of::<Source>()));
+            for (key, value) in keys.zip(values) {
+                next.update(key, value, MapFlags::ANY).context("adding a prefix")?;
+            }
+        }
+    }
+    let fd = next.as_fd().as_raw_fd().to_ne_bytes();
+    outer
+        .update(&u32::from(generation).to_ne_bytes(), &fd, MapFlags::ANY)
+        .context("putting the list in its place")
+}

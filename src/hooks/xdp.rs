@@ -1,0 +1,216 @@
+//! The XDP hook: attach, find, detach. An interface has one place for it, so that whoever is there is either ours or
+//! stays.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use anyhow::{Context, Result, anyhow, bail};
+use libbpf_sys::{
+    XDP_FLAGS_DRV_MODE, XDP_FLAGS_REPLACE, XDP_FLAGS_SKB_MODE, XDP_FLAGS_UPDATE_IF_NOEXIST,
+    bpf_xdp_attach_opts, bpf_xdp_query_opts,
+};
+use serde::Serialize;
+
+use super::clsact::{Loaded, Role, loaded_programs};
+use super::netlink::Link;
+use crate::program::messages;
+use crate::state::{Lock, State};
+
+/// Who runs the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// The driver, before there is an skb.
+    Native,
+    /// The kernel, behind the driver: works everywhere, and costs more.
+    Generic,
+}
+
+impl Mode {
+    fn flag(self) -> u32 {
+        match self {
+            Mode::Native => XDP_FLAGS_DRV_MODE,
+            Mode::Generic => XDP_FLAGS_SKB_MODE,
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Mode::Native => "native",
+            Mode::Generic => "generic",
+        })
+    }
+}
+
+/// Our program on an interface.
+#[derive(Clone, Debug)]
+pub struct AttachedXdp {
+    /// Who runs it.
+    pub mode: Mode,
+    /// Its id.
+    pub program: u32,
+    /// What is known of it.
+    pub loaded: Loaded,
+}
+
+/// An attach that has happened and can be taken back.
+#[derive(Debug)]
+pub struct XdpAttachment {
+    /// Who runs the program.
+    pub mode: Mode,
+    /// Why the driver does not, if it does not.
+    pub why_generic: Option<String>,
+    /// What of ours was there before.
+    previous: Option<(Mode, OwnedFd)>,
+}
+
+impl XdpAttachment {
+    /// It took the place of one of ours.
+    pub fn replaced(&self) -> bool {
+        self.previous.is_some()
+    }
+}
+
+/// Ids of the programs at an interface's XDP hook. One that runs in hardware is nobody's that we know.
+#[derive(Clone, Copy, Debug, Default)]
+struct Present {
+    native: u32,
+    generic: u32,
+    hardware: u32,
+}
+
+fn present(ifindex: u32) -> Result<Present> {
+    let mut opts = bpf_xdp_query_opts {
+        sz: size_of::<bpf_xdp_query_opts>() as libbpf_sys::size_t,
+        ..Default::default()
+    };
+    // SAFETY: `opts` is a whole structure whose size says so.
+    let result = unsafe { libbpf_sys::bpf_xdp_query(ifindex.cast_signed(), 0, &mut opts) };
+    if result != 0 {
+        return Err(std::io::Error::from_raw_os_error(-result))
+            .with_context(|| format!("asking for the XDP program of interface {ifindex}"));
+    }
+    Ok(Present { native: opts.drv_prog_id, generic: opts.skb_prog_id, hardware: opts.hw_prog_id })
+}
+
+/// Our program on an interface, if it is there.
+///
+/// # Errors
+/// The kernel refused to say.
+pub fn attached_xdp(ifindex: u32, programs: &HashMap<u32, Loaded>) -> Result<Option<AttachedXdp>> {
+    let there = present(ifindex)?;
+    let ours = |(mode, id): (Mode, u32)| {
+        let loaded = programs.get(&id).filter(|loaded| loaded.role == Role::GuardXdp)?;
+        Some(AttachedXdp { mode, program: id, loaded: loaded.clone() })
+    };
+    Ok([(Mode::Native, there.native), (Mode::Generic, there.generic)].into_iter().find_map(ours))
+}
+
+/// Changes what is there, if that is still `old`: the kernel compares, so that nobody else's program is pushed out
+/// even if it came a moment ago.
+fn change(
+    ifindex: u32,
+    program: Option<BorrowedFd<'_>>,
+    old: Option<BorrowedFd<'_>>,
+    mode: Mode,
+) -> Result<()> {
+    let flags = mode.flag() | if old.is_some() { XDP_FLAGS_REPLACE } else { XDP_FLAGS_UPDATE_IF_NOEXIST };
+    let opts = bpf_xdp_attach_opts {
+        sz: size_of::<bpf_xdp_attach_opts>() as libbpf_sys::size_t,
+        old_prog_fd: old.map_or(0, |fd| fd.as_raw_fd()),
+        ..Default::default()
+    };
+    let fd = program.map_or(-1, |fd| fd.as_raw_fd());
+    // SAFETY: `opts` is a whole structure whose size says so, and outlives the call.
+    let (result, said) =
+        messages(|| unsafe { libbpf_sys::bpf_xdp_attach(ifindex.cast_signed(), fd, flags, &opts) });
+    if result == 0 {
+        return Ok(());
+    }
+    let reason = said.lines().find_map(|line| line.split_once("Kernel error message: "));
+    let error = std::io::Error::from_raw_os_error(-result);
+    match reason {
+        Some((_, reason)) => Err(anyhow!(error).context(reason.trim().to_string())),
+        None => Err(error.into()),
+    }
+}
+
+/// Attaches `program`, natively if the driver can, in the place of ours if that is there already. Where the driver
+/// cannot, `or_generic` says whether generic XDP will do.
+///
+/// # Errors
+/// Somebody else's program is there, or the kernel refused; then everything is as it was.
+pub fn attach_xdp(
+    state: &State,
+    _lock: &Lock,
+    link: &Link,
+    instance: &str,
+    program: BorrowedFd<'_>,
+    or_generic: bool,
+) -> Result<XdpAttachment> {
+    let what = format!("attaching to {} at XDP", link.name);
+    let there = present(link.index)?;
+    let ours = attached_xdp(link.index, &loaded_programs(state)?)?;
+    if let Some(other) =
+        ours.as_ref().and_then(|ours| ours.loaded.instance.as_deref()).filter(|i| *i != instance)
+    {
+        bail!(
+            "{what}: instance '{other}' of netoken is there, and an interface has one XDP program; use --hook tc"
+        );
+    }
+    if ours.is_none() && (there.native | there.generic | there.hardware) != 0 {
+        bail!(
+            "{what}: somebody else's program (id {}) is there, and an interface has one XDP program; use --hook tc, or \
+             remove it first: ip link set dev {} xdp off",
+            there.native.max(there.generic).max(there.hardware),
+            link.name
+        );
+    }
+    if let Some(ours) = ours {
+        let old = libbpf_rs::Program::fd_from_id(ours.program).context("keeping the running program")?;
+        change(link.index, Some(program), Some(old.as_fd()), ours.mode).context(what)?;
+        return Ok(XdpAttachment { mode: ours.mode, why_generic: None, previous: Some((ours.mode, old)) });
+    }
+    let native = change(link.index, Some(program), None, Mode::Native);
+    let Err(refused) = native else {
+        return Ok(XdpAttachment { mode: Mode::Native, why_generic: None, previous: None });
+    };
+    if !or_generic {
+        return Err(refused.context(format!("{what} natively")));
+    }
+    change(link.index, Some(program), None, Mode::Generic)
+        .with_context(|| format!("{what} (natively the driver refused: {refused:#})"))?;
+    Ok(XdpAttachment { mode: Mode::Generic, why_generic: Some(format!("{refused:#}")), previous: None })
+}
+
+/// Puts back what was there before an attach.
+///
+/// # Errors
+/// The kernel refused.
+pub fn undo_xdp(
+    _lock: &Lock,
+    link: &Link,
+    program: BorrowedFd<'_>,
+    attachment: &XdpAttachment,
+) -> Result<()> {
+    let before = attachment.previous.as_ref().map(|(_, fd)| fd.as_fd());
+    change(link.index, before, Some(program), attachment.mode)
+        .with_context(|| format!("putting back what was at XDP of {}", link.name))
+}
+
+/// Removes our program of this instance, or of one that is gone. True if it was there.
+///
+/// # Errors
+/// The kernel refused.
+pub fn detach_xdp(state: &State, _lock: &Lock, link: &Link, instance: &str) -> Result<bool> {
+    let ours = attached_xdp(link.index, &loaded_programs(state)?)?
+        .filter(|ours| ours.loaded.instance.as_deref().is_none_or(|name| name == instance));
+    let Some(ours) = ours else { return Ok(false) };
+    let old = libbpf_rs::Program::fd_from_id(ours.program).context("keeping the running program")?;
+    change(link.index, None, Some(old.as_fd()), ours.mode)
+        .with_context(|| format!("removing our XDP program from {}", link.name))?;
+    Ok(true)
+}

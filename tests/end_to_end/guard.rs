@@ -1,0 +1,435 @@
+//! The guard at the server, at native and generic XDP and at TC: who has a token connects, who has none does not, and
+//! when it is gone nothing is left of it.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::lab::{PATIENCE, Running, kernel_counter};
+use crate::segment::TOKEN;
+use crate::sockets::{Listener, connect, exchange, expect_dropped};
+use crate::support::ensure_eq;
+use crate::world::{FAMILIES, Family, Hook, IN, OFFLOADS, OUT, World};
+use crate::{NET, case, sh, with};
+
+/// How the guard is asked for, and what it must then be.
+const HOOKS: [(&str, &str); 3] = [("auto", "xdp native"), ("xdp", "xdp native"), ("tc", "clsact ingress")];
+
+const DESTINATIONS: &str = "dst = ['10.0.0.0/8', 'fd00::/8']";
+
+pub fn cases() -> Vec<Trial> {
+    let mut cases = Vec::new();
+    for (hook, shown) in HOOKS {
+        for (tx, offload) in OFFLOADS {
+            cases.push(case(
+                &format!("guard: --hook {hook} {offload} lets in who has a token"),
+                NET,
+                move || lets_in(hook, shown, tx),
+            ));
+        }
+        cases.push(case(&format!("guard: --hook {hook} leaves an interface as it was"), NET, move || {
+            leaves(hook, shown)
+        }));
+        cases.push(case(
+            &format!("guard: --hook {hook} checks keyed tokens behind source NAT"),
+            &with("nft"),
+            move || behind_nat(hook),
+        ));
+        cases.push(case(
+            &format!("guard: --hook {hook}: reload and rotation drop nothing valid"),
+            NET,
+            move || under_load(hook),
+        ));
+    }
+    cases.push(case("guard: generic XDP is used where the driver cannot, and it says so", NET, generic));
+    cases.push(case("guard: somebody else's XDP program stays", NET, foreign_xdp));
+    cases.push(case("guard: somebody else's ingress filter stays", NET, foreign_filter));
+    cases.push(case("guard: a guard can move from one hook to the other", NET, moves));
+    cases.push(case("guard: a failed attach of the guard leaves nothing", NET, fails));
+    cases.push(case("guard: observe counts and drops nothing", NET, observes));
+    cases.push(case("guard: an event says what the guard decided", NET, events));
+    cases.push(case("guard: the stamp's destroy leaves a guard of the instance at work", NET, shares));
+    cases
+}
+
+fn write(world: &World, name: &str, text: &str) -> Result<String> {
+    let path = world.lab.run.with_extension(name);
+    std::fs::write(&path, text)?;
+    Ok(path.display().to_string())
+}
+
+fn rules(world: &World, mode: &str, accepts: &str) -> Result<String> {
+    write(
+        world,
+        "guard.toml",
+        &format!("[[rule]]\nname = 'all'\n{DESTINATIONS}\nmode = '{mode}'\n{accepts}\n"),
+    )
+}
+
+const STATIC: &str = "tokens = '4e45544f4b454e31'";
+const KEYED: &str = "keys = 'edge'";
+
+/// What a policy of the client says to stamp keyed tokens.
+fn keyed_policy(world: &World) -> Result<String> {
+    world.lab.ok("key new edge")?;
+    write(world, "policy.toml", "default = { action = 'stamp', token = { tag = 17, key = 'edge' } }")
+}
+
+fn place(world: &World) -> String {
+    format!("--netns {} --iface {IN}", world.server)
+}
+
+fn attach(world: &World, hook: &str, rules: &str) -> Result<Value> {
+    let said =
+        world.lab.ok(&format!("guard {} --attach --hook {hook} --json --rules {rules}", place(world)))?;
+    serde_json::from_str(&said).with_context(|| format!("reading {said}"))
+}
+
+/// One record of `guard --query`.
+fn query(world: &World, kind: &str) -> Result<Value> {
+    let text = world.lab.ok(&format!("guard {} --query --json", place(world)))?;
+    for line in text.lines() {
+        let record: Value = serde_json::from_str(line)?;
+        if record["type"] == kind {
+            return Ok(record);
+        }
+    }
+    bail!("no {kind} in {text}")
+}
+
+fn lets_in(hook: &str, shown: &str, tx: bool) -> Result<()> {
+    let world = World::new(tx)?;
+    let listeners = FAMILIES.map(|family| Listener::open(&world, family));
+    let listeners = listeners.into_iter().collect::<Result<Vec<_>>>()?;
+    let attached = attach(&world, hook, &rules(&world, "drop", STATIC)?)?;
+    ensure_eq!(attached["hook"], shown, "hook");
+    for listener in &listeners {
+        expect_dropped(&world, listener.addr)?;
+    }
+    let dropped = query(&world, "guard_counters")?;
+    ensure!(dropped["missing"].as_u64() >= Some(2) && dropped["missing"] == dropped["dropped"], "{dropped}");
+    world.attach("")?;
+    for listener in &listeners {
+        for _ in 0..3 {
+            exchange(&world, listener)?.check_stamped(TOKEN)?;
+        }
+    }
+    ensure_eq!(query(&world, "guard_counters")?["valid"], 6, "valid");
+    // Another token is none.
+    world.attach("--token 0000000000000001")?;
+    for listener in &listeners {
+        expect_dropped(&world, listener.addr)?;
+    }
+    let wrong = query(&world, "guard_counters")?;
+    ensure!(wrong["wrong_static"].as_u64() >= Some(2), "{wrong}");
+    world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
+    for listener in &listeners {
+        exchange(&world, listener)?;
+    }
+    world.expect_no_bad_packets()
+}
+
+/// What can be seen of both ends of the cable.
+fn looks(world: &World) -> Result<String> {
+    let mut text = String::new();
+    for (ns, iface) in [(&world.server, IN), (&world.client, OUT)] {
+        for command in [
+            format!("ip -n {ns} -d link show {iface}"),
+            format!("tc -n {ns} qdisc show dev {iface}"),
+            format!("ip netns exec {ns} ethtool -k {iface}"),
+            format!("ip netns exec {ns} ethtool -l {iface} 2>&1 || true"),
+        ] {
+            text.push_str(&sh(&command)?);
+        }
+    }
+    Ok(text)
+}
+
+fn leaves(hook: &str, shown: &str) -> Result<()> {
+    let world = World::new(true)?;
+    let before = looks(&world)?;
+    let rules = rules(&world, "drop", STATIC)?;
+    for round in 0..3 {
+        attach(&world, hook, &rules)?;
+        let again = attach(&world, hook, &rules)?;
+        ensure_eq!(again["replaced"], true, "whether it was replaced");
+        ensure_eq!(query(&world, "guard_hook")?["hook"], shown, "hook");
+        ensure!(looks(&world)? != before, "nothing to be seen of it");
+        world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
+        ensure_eq!(looks(&world)?, before, "round {round}");
+        ensure!(!world.lab.run.join("bpf").exists(), "state was left");
+    }
+    let output = world.lab.run(&format!("guard {} --query", place(&world)))?;
+    ensure_eq!(output.status.code(), Some(1), "query where it is not");
+    Ok(())
+}
+
+fn behind_nat(hook: &str) -> Result<()> {
+    let (world, router) = World::routed(true, Hook::Client)?;
+    sh(&format!(
+        "ip netns exec {router} nft 'add table inet nat; \
+         add chain inet nat out {{ type nat hook postrouting priority 100; }}; \
+         add rule inet nat out oifname {OUT} masquerade'"
+    ))?;
+    let policy = keyed_policy(&world)?;
+    attach(&world, hook, &rules(&world, "drop", KEYED)?)?;
+    for family in FAMILIES {
+        let listener = Listener::open(&world, family)?;
+        expect_dropped(&world, listener.addr)?;
+        world.attach(&format!("--policy {policy}"))?;
+        let mut client = connect(&world.lab, &world.client, listener.addr, PATIENCE)?;
+        let mut server = listener.accept()?;
+        ensure!(
+            server.stream.peer_addr()?.ip() != world.client_addr(family),
+            "the source was not translated"
+        );
+        crate::sockets::echo(&mut client, &mut server.stream)?;
+        world.lab.ok(&format!("{} --detach", world.place()))?;
+    }
+    ensure_eq!(query(&world, "guard_counters")?["valid"], 2, "valid");
+    Ok(())
+}
+
+fn under_load(hook: &str) -> Result<()> {
+    let world = World::new(true)?;
+    let policy = keyed_policy(&world)?;
+    let rules = rules(&world, "drop", KEYED)?;
+    attach(&world, hook, &rules)?;
+    world.attach(&format!("--policy {policy}"))?;
+    let listener = Listener::open(&world, Family::V4)?;
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            let mut connections = 0u64;
+            while !done.load(Ordering::Relaxed) || connections < 200 {
+                exchange(&world, &listener)?;
+                connections += 1;
+            }
+            Ok::<_, anyhow::Error>(connections)
+        });
+        let changed = (|| {
+            for _ in 0..3 {
+                for step in ["add", "sign"] {
+                    world.lab.ok(&format!("key rotate edge --step {step}"))?;
+                    world.lab.ok(&format!("guard --load --netns {} --rules {rules}", world.server))?;
+                    attach(&world, hook, &rules)?;
+                }
+            }
+            Ok::<_, anyhow::Error>(())
+        })();
+        done.store(true, Ordering::Relaxed);
+        let connections = load.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        changed?;
+        let counters = query(&world, "guard_counters")?;
+        ensure_eq!(counters["valid"], connections, "valid of {counters}");
+        ensure_eq!(counters["dropped"], 0, "dropped of {counters}");
+        // A SYN that gets lost beside the guard would come again as well.
+        ensure_eq!(kernel_counter(&world.client, "TcpExtTCPSynRetrans")?, 0, "retransmitted SYNs");
+        Ok(())
+    })
+}
+
+/// veth takes XDP programs itself, loopback does not.
+fn generic() -> Result<()> {
+    let world = World::new(true)?;
+    let rules = write(
+        &world,
+        "guard.toml",
+        &format!("[[rule]]\nname = 'all'\ndst = '127.0.0.0/8'\nmode = 'drop'\n{STATIC}\n"),
+    )?;
+    let before = sh(&format!("ip -n {} -d link show lo", world.server))?;
+    let place = format!("--netns {} --iface lo", world.server);
+    let output = world.lab.run(&format!("guard {place} --attach --hook xdp --rules {rules}"))?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(output.status.success() && said.contains("xdp generic (natively the driver refused"), "{said}");
+    let listener = Listener::open_with(&world.lab, &world.server, ([127, 0, 0, 1], 0).into(), |_| Ok(()))?;
+    let refused = connect(&world.lab, &world.server, listener.addr, crate::sockets::DROPPED);
+    ensure!(refused.is_err(), "a connection without a token was opened");
+    world.lab.ok(&format!("{place} --attach --quiet"))?;
+    connect(&world.lab, &world.server, listener.addr, PATIENCE)?;
+    world.lab.ok(&format!("guard {place} --destroy"))?;
+    ensure_eq!(sh(&format!("ip -n {} -d link show lo", world.server))?, before, "what is left");
+    // Nobody asked for XDP at any price.
+    let attached = world.lab.ok(&format!("guard {place} --attach --json --rules {rules}"))?;
+    ensure!(attached.contains("clsact ingress"), "{attached}");
+    Ok(())
+}
+
+fn foreign_xdp() -> Result<()> {
+    let world = World::new(true)?;
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/end_to_end/foreign_xdp.bpf.c");
+    let object = world.lab.run.join("foreign_xdp.o");
+    sh(&format!("clang -O2 -g -target bpf -c {} -o {}", source.display(), object.display()))?;
+    sh(&format!("ip -n {} link set dev {IN} xdp object {} section xdp", world.server, object.display()))?;
+    let there = || sh(&format!("ip -n {} -d link show {IN}", world.server));
+    let before = there()?;
+    ensure!(before.contains("prog/xdp"), "{before}");
+    let rules = rules(&world, "drop", STATIC)?;
+    let output = world.lab.run(&format!("guard {} --attach --hook xdp --rules {rules}", place(&world)))?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(output.status.code() == Some(1) && said.contains("somebody else's program (id"), "{said}");
+    ensure_eq!(there()?, before, "somebody else's program");
+    // There is another place, and taking ours away does not take theirs.
+    ensure_eq!(attach(&world, "auto", &rules)?["hook"], "clsact ingress", "hook");
+    world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
+    ensure_eq!(there()?, before, "somebody else's program");
+    Ok(())
+}
+
+/// Ours comes in front, so that theirs, which ends the way of every packet, does not let any pass it by.
+fn foreign_filter() -> Result<()> {
+    let world = World::new(true)?;
+    let (server, rules) = (&world.server, rules(&world, "drop", STATIC)?);
+    sh(&format!("tc -n {server} qdisc add dev {IN} clsact"))?;
+    let add = |priority: u32| {
+        sh(&format!(
+            "tc -n {server} filter add dev {IN} ingress pref {priority} protocol ip u32 match u32 0 0 classid 1:1"
+        ))
+    };
+    let there =
+        || sh(&format!("tc -n {server} filter show dev {IN} ingress; tc -n {server} qdisc show dev {IN}"));
+    add(7)?;
+    let before = there()?;
+    let listener = Listener::open(&world, Family::V4)?;
+    attach(&world, "tc", &rules)?;
+    expect_dropped(&world, listener.addr)?;
+    ensure_eq!(query(&world, "guard_hook")?["filters_before"], 0, "filters before ours");
+    add(2)?;
+    ensure_eq!(query(&world, "guard_hook")?["filters_before"], 1, "filters before ours");
+    sh(&format!("tc -n {server} filter del dev {IN} ingress pref 2"))?;
+    world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
+    ensure_eq!(there()?, before, "somebody else's filter");
+
+    add(1)?;
+    let output = world.lab.run(&format!("guard {} --attach --hook tc --rules {rules}", place(&world)))?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(output.status.code() == Some(1) && said.contains("a filter of priority 1 is there"), "{said}");
+    attach(&world, "xdp", &rules)?;
+    expect_dropped(&world, listener.addr)
+}
+
+fn moves() -> Result<()> {
+    let world = World::new(true)?;
+    let rules = rules(&world, "drop", STATIC)?;
+    let before = looks(&world)?;
+    let listener = Listener::open(&world, Family::V6)?;
+    for (hook, shown) in [
+        ("tc", "clsact ingress"),
+        ("xdp", "xdp native"),
+        ("tc", "clsact ingress"),
+        ("auto", "clsact ingress"),
+    ] {
+        attach(&world, hook, &rules)?;
+        let text = world.lab.ok(&format!("guard {} --query --json", place(&world)))?;
+        ensure_eq!(text.matches("guard_hook").count(), 1, "hooks in {text}");
+        ensure_eq!(query(&world, "guard_hook")?["hook"], shown, "hook");
+        expect_dropped(&world, listener.addr)?;
+    }
+    world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
+    ensure_eq!(looks(&world)?, before, "what is left");
+    Ok(())
+}
+
+fn fails() -> Result<()> {
+    let world = World::new(true)?;
+    let before = looks(&world)?;
+    let marks = write(
+        &world,
+        "marks.toml",
+        &format!(
+            "[[rule]]\nname = 'all'\n{DESTINATIONS}\nmode = 'mark'\nmark = {{ valid = 1, refused = 2 }}\n{STATIC}\n"
+        ),
+    )?;
+    let keyed = rules(&world, "drop", KEYED)?;
+    let good = write(
+        &world,
+        "good.toml",
+        &format!("[[rule]]\nname = 'all'\n{DESTINATIONS}\nmode = 'drop'\n{STATIC}\n"),
+    )?;
+    for (arguments, expect) in [
+        (format!("{} --attach", place(&world)), "has no rules yet"),
+        (format!("{} --attach --hook xdp --rules {marks}", place(&world)), "--hook tc"),
+        (format!("{} --attach --rules {keyed}", place(&world)), "netoken key new edge"),
+        (format!("{} --attach --rules /nonexistent", place(&world)), "reading the rules"),
+        (format!("{} --iface nosuch --attach --rules {good}", place(&world)), "no such interface"),
+        (format!("--load --rules {good}"), "not attached"),
+        ("--watch".to_string(), "not attached"),
+    ] {
+        let output = world.lab.run(&format!("guard {arguments}"))?;
+        let said = String::from_utf8(output.stderr)?;
+        ensure!(output.status.code() == Some(1) && said.contains(expect), "{arguments}: {said}");
+        ensure_eq!(looks(&world)?, before, "{arguments}");
+        ensure!(!world.lab.run.join("bpf").exists(), "{arguments} left state");
+    }
+    // Marks are for TC, and auto knows.
+    ensure_eq!(attach(&world, "auto", &marks)?["hook"], "clsact ingress", "hook");
+    Ok(())
+}
+
+fn observes() -> Result<()> {
+    let world = World::new(true)?;
+    attach(&world, "auto", &rules(&world, "observe", STATIC)?)?;
+    let listener = Listener::open(&world, Family::V4)?;
+    exchange(&world, &listener)?;
+    world.attach("")?;
+    exchange(&world, &listener)?;
+    let counters = query(&world, "guard_counters")?;
+    for (name, count) in [("missing", 1), ("valid", 1), ("dropped", 0), ("seen", 2)] {
+        ensure_eq!(counters[name], count, "{name} of {counters}");
+    }
+    // From here on it is enforced.
+    world
+        .lab
+        .ok(&format!("guard --load --rules {}", rules(&world, "drop", "tokens = '0000000000000001'")?))?;
+    expect_dropped(&world, listener.addr)
+}
+
+fn events() -> Result<()> {
+    let world = World::new(true)?;
+    attach(&world, "auto", &rules(&world, "drop", STATIC)?)?;
+    let mut watch = Running::start(&mut world.lab.netoken("guard --watch --json"))?;
+    let listener = Listener::open(&world, Family::V6)?;
+    // Events begin when the buffer is open, which nobody can see.
+    let missing = crate::lab::wait_until("an event", || {
+        expect_dropped(&world, listener.addr)?;
+        Ok(watch.wait_within(std::time::Duration::from_millis(300), |line| line.contains("guarded")))
+    })?;
+    let event: Value = serde_json::from_str(&missing)?;
+    for (name, value) in [("verdict", "missing"), ("mode", "drop"), ("dst", &listener.addr.to_string())] {
+        ensure_eq!(event[name], *value, "{name} of {event}");
+    }
+    ensure_eq!((&event["dropped"], &event["rule"]), (&Value::from(true), &Value::from(1)), "{event}");
+    world.attach("")?;
+    exchange(&world, &listener)?;
+    let valid =
+        watch.wait_for("a valid SYN", |line| line.contains("\"valid\"") && line.contains("guarded"))?;
+    ensure!(valid.contains("4e45544f4b454e31"), "{valid}");
+    let second = world.lab.run("guard --watch")?;
+    ensure_eq!(second.status.code(), Some(1), "a second reader");
+    watch.signal(nix::sys::signal::Signal::SIGINT)?;
+    let (code, seen) = watch.end()?;
+    ensure_eq!(code, Some(0), "exit code after {seen:?}");
+    Ok(())
+}
+
+fn shares() -> Result<()> {
+    let world = World::new(true)?;
+    let listener = Listener::open(&world, Family::V4)?;
+    world.attach("")?;
+    attach(&world, "tc", &rules(&world, "drop", STATIC)?)?;
+    exchange(&world, &listener)?;
+    world.lab.ok(&format!("{} --destroy", world.place()))?;
+    expect_dropped(&world, listener.addr)?;
+    ensure_eq!(query(&world, "guard_counters")?["valid"], 1, "valid");
+    // The other way round.
+    world.attach("")?;
+    world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
+    exchange(&world, &listener)?.check_stamped(TOKEN)?;
+    world.lab.ok(&format!("{} --destroy", world.place()))?;
+    ensure!(!world.lab.run.join("bpf").exists(), "state was left");
+    Ok(())
+}

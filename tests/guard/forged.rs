@@ -1,0 +1,82 @@
+//! A million SYNs that nobody with a key has made: random tokens, tokens of other flows, and right ones of which bits
+//! were turned over.
+
+use anyhow::{Result, ensure};
+use netoken::guard::program::Kind;
+use netoken::guard::types::Verdict;
+use netoken::token::keyed::Bind;
+
+use crate::packet::{LINUX, Packet, syn};
+use crate::run::{Bench, Random, SLOT, keyed};
+use crate::support::Hex;
+use crate::table::with;
+
+const FORGED: usize = 1_000_000;
+const RULES: &str = "[[rule]]\nname = 'all'\ndst = ['0.0.0.0/0', '::/0']\nmode = 'drop'\nkeys = 'edge'\nbinds = \
+                     ['flow', 'server', 'isn']\n";
+
+/// A SYN with a token that is right.
+fn right(random: &mut Random) -> Result<Packet> {
+    let mut packet = syn().family(random.below(2) == 0).options(LINUX);
+    (packet.sport, packet.dport, packet.isn) =
+        (random.next() as u16, random.next() as u16, (random.next() >> 32) as u32);
+    let bind = *random.one_of(&Bind::ALL);
+    let token = keyed(&packet, 1, random.next() as u16, bind, SLOT)?;
+    Ok(with(&packet, LINUX, &[token.0]))
+}
+
+pub fn a_million_forged_syns_and_none_is_accepted() -> Result<()> {
+    let benches = [Bench::new(Kind::Tc, RULES)?, Bench::new(Kind::Xdp, RULES)?];
+    let mut random = Random::seeded()?;
+    let mut genuine = right(&mut random)?;
+    for at in 0..FORGED {
+        if at % 50 == 0 {
+            genuine = right(&mut random)?;
+            for bench in &benches {
+                ensure!(!bench.run_uncounted(&genuine.build())?.0, "a right token is refused");
+            }
+        }
+        let mut packet = genuine.clone();
+        let token_at = packet.options.len() - 8;
+        match at % 4 {
+            // Any token, mostly with a key that there is.
+            0 => {
+                let token = random.next().to_le_bytes();
+                packet.options[token_at..].copy_from_slice(&token);
+                packet.options[token_at + 2] = 1 << 4 | (SLOT as u8 & 15);
+            }
+            // The right one with up to three bits turned over. The same bit twice would be none.
+            1 => {
+                let mut bits = [random.below(64), random.below(64), random.below(64)];
+                bits.sort_unstable();
+                bits.iter().take(1 + random.below(3)).enumerate().for_each(|(at, bit)| {
+                    if at == 0 || bits[at - 1] != *bit {
+                        packet.options[token_at + bit / 8] ^= 1 << (bit % 8);
+                    }
+                });
+            }
+            // The right one on another flow: with another ISN no bind mode holds.
+            2 => packet.isn ^= 1 << random.below(32),
+            // The option itself, or what stands in front of it, is no longer what it was.
+            _ => {
+                let bit = random.below(32);
+                packet.options[token_at - 4 + bit / 8] ^= 1 << (bit % 8);
+            }
+        }
+        let frame = packet.build();
+        // Half of them each, because both together take twice as long.
+        let bench = &benches[at / 4 % 2];
+        let (dropped, _, _) = bench.run_uncounted(&frame)?;
+        ensure!(dropped, "{:?} accepts\n  {}", bench.kind, Hex(&frame));
+    }
+    for bench in &benches {
+        let counters = bench.counters()?;
+        println!("{:?}: {}", bench.kind, counters.line());
+        ensure!(
+            counters.of(Verdict::GUARD_VALID) == FORGED as u64 / 50,
+            "accepted others than the right ones"
+        );
+        ensure!(counters.dropped() == FORGED as u64 / 2, "{} were dropped", counters.dropped());
+    }
+    Ok(())
+}

@@ -1,0 +1,41 @@
+//! Runs packets through the loaded guard with BPF_PROG_TEST_RUN, as TC and as XDP, and holds what it decides
+//! against an oracle that was written from the RFCs. Nothing is attached anywhere.
+//!
+//! [`packet`] writes frames, [`run`] runs them, [`oracle`] judges; the other modules hold the cases.
+
+mod forged;
+mod lists;
+mod oracle;
+#[path = "../packets/packet.rs"]
+#[allow(dead_code)]
+mod packet;
+mod run;
+#[path = "../support/mod.rs"]
+mod support;
+mod table;
+
+use std::process::ExitCode;
+
+use support::Need;
+
+/// Each case under the name of its function.
+macro_rules! cases {
+    ($($module:ident: $($function:ident)*;)*) => {
+        vec![$($(support::case(
+            concat!(stringify!($module), "::", stringify!($function)),
+            &[Need::Root],
+            $module::$function,
+        ),)*)*]
+    };
+}
+
+fn main() -> ExitCode {
+    support::run(cases![
+        table: tc_and_xdp_do_what_the_oracle_says every_verdict_has_a_packet
+            a_truncated_frame_to_a_protected_port_never_passes without_a_link_header_the_same_is_decided
+            the_packet_stays_as_it_came marks_are_set_at_tc without_rules_everything_passes;
+        forged: a_million_forged_syns_and_none_is_accepted;
+        lists: exempt_and_blocked_sources_by_their_longest_prefix an_entry_that_has_expired_shows_what_is_around_it
+            a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it;
+    ])
+}

@@ -1,0 +1,291 @@
+//! Says from a frame alone what the guard must decide. Written from RFC 791, 8200, 9293 and 6994 and from the page
+//! docs/guard.md; it shares no code and no idea with `src/bpf`. Keyed tokens it lets the library check.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use anyhow::Result;
+use netoken::guard::rules::{Mode, Rule, Rules};
+use netoken::guard::types::Verdict;
+use netoken::keys::Key;
+use netoken::token::Token;
+use netoken::token::keyed::{Flow, Parts, Refusal, Slots, Verifier};
+
+use crate::run::{SLOT, SLOT_S};
+
+/// What must be decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Judgement {
+    pub verdict: Option<Verdict>,
+    pub dropped: bool,
+}
+
+/// What an oracle has to know besides the frame.
+pub struct Oracle {
+    pub rules: Rules,
+    pub keys: Vec<Key>,
+    /// 14 for Ethernet, 0 for none.
+    pub link_len: usize,
+}
+
+/// As much of a packet as can be told.
+struct Look {
+    src: Option<IpAddr>,
+    dst: Option<IpAddr>,
+    port: Option<u16>,
+    found: Result<Syn, Verdict>,
+}
+
+struct Syn {
+    flow: Flow,
+    options: Vec<u8>,
+}
+
+/// Bytes that may not be there.
+fn be16(frame: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?))
+}
+
+impl Oracle {
+    pub fn judge(&self, frame: &[u8]) -> Judgement {
+        let Some(look) = self.look(frame) else { return Judgement { verdict: None, dropped: false } };
+        let Some(rule) = self.rule(&look) else {
+            return Judgement { verdict: Some(Verdict::GUARD_UNPROTECTED), dropped: false };
+        };
+        let verdict = self.verdict(&look, rule);
+        let passes = matches!(verdict, Verdict::GUARD_VALID | Verdict::GUARD_EXEMPT);
+        Judgement { verdict: Some(verdict), dropped: rule.mode == Mode::Drop && !passes }
+    }
+
+    fn rule(&self, look: &Look) -> Option<&Rule> {
+        let could = |rule: &&Rule| {
+            look.dst.is_none_or(|dst| rule.dst.iter().any(|prefix| contains(&prefix.to_string(), dst)))
+                && look.port.is_none_or(|port| rule.ports.iter().any(|(a, b)| (*a..=*b).contains(&port)))
+        };
+        let mut rules = self.rules.rules.iter().filter(could);
+        if look.port.is_some() {
+            return rules.next();
+        }
+        let all: Vec<&Rule> = rules.collect();
+        all.iter().find(|rule| rule.mode == Mode::Drop).or(all.first()).copied()
+    }
+
+    fn verdict(&self, look: &Look, rule: &Rule) -> Verdict {
+        if let Some(src) = look.src {
+            if matches!(src, IpAddr::V6(src) if src.to_ipv4_mapped().is_some()) {
+                return Verdict::GUARD_MALFORMED;
+            }
+            if self.rules.exempt.iter().any(|listed| contains(&listed.src.to_string(), src)) {
+                return Verdict::GUARD_EXEMPT;
+            }
+            if self.rules.blocked.iter().any(|listed| contains(&listed.src.to_string(), src)) {
+                return Verdict::GUARD_BLOCKED;
+            }
+        }
+        match &look.found {
+            Ok(syn) => self.token(syn, rule),
+            Err(verdict) => *verdict,
+        }
+    }
+
+    fn token(&self, syn: &Syn, rule: &Rule) -> Verdict {
+        let Some(tokens) = tokens(&syn.options) else { return Verdict::GUARD_MALFORMED };
+        let token = match tokens[..] {
+            [] => return Verdict::GUARD_MISSING,
+            [token] => token,
+            _ => return Verdict::GUARD_DUPLICATE,
+        };
+        if rule.tokens.contains(&token) {
+            return Verdict::GUARD_VALID;
+        }
+        if rule.keys.is_empty() {
+            return Verdict::GUARD_WRONG_STATIC;
+        }
+        let parts = Parts::from(token);
+        if !rule.tags.is_empty() && !rule.tags.contains(&parts.tag) {
+            return Verdict::GUARD_TAG_NOT_ALLOWED;
+        }
+        match self.keys.iter().find(|key| key.id() == parts.key_id) {
+            None => return Verdict::GUARD_UNKNOWN_KEY,
+            Some(key) if !key.is_live() => return Verdict::GUARD_RETIRED_KEY,
+            Some(key) if !rule.keys.contains(&key.ring()) => return Verdict::GUARD_KEY_NOT_ALLOWED,
+            Some(_) => {}
+        }
+        let slots = Slots::new(SLOT_S, 1, 1).expect("slots");
+        let now = Duration::from_secs(u64::from(SLOT) * u64::from(SLOT_S) + 2);
+        match (Verifier { keys: &self.keys, slots, binds: &rule.binds }).check(token, &syn.flow, now) {
+            Ok(_) => Verdict::GUARD_VALID,
+            Err(Refusal::WrongTime) => match (u32::from(parts.slot_low) + 16 - SLOT % 16) % 16 {
+                0..=8 => Verdict::GUARD_FUTURE_SLOT,
+                _ => Verdict::GUARD_STALE_SLOT,
+            },
+            Err(_) => Verdict::GUARD_BAD_MAC,
+        }
+    }
+
+    /// Nothing for what opens no connection.
+    fn look(&self, frame: &[u8]) -> Option<Look> {
+        let unknown = |verdict| Some(Look { src: None, dst: None, port: None, found: Err(verdict) });
+        let (mut at, mut ether_type) = match self.link_len {
+            0 => (0, if frame.first()? >> 4 == 4 { 0x0800 } else { 0x86dd }),
+            _ => (14, be16(frame, 12)?),
+        };
+        let mut tags = 0;
+        while matches!(ether_type, 0x8100 | 0x88a8 | 0x9100) {
+            tags += 1;
+            if tags > 3 {
+                return unknown(Verdict::GUARD_TOO_DEEP);
+            }
+            match be16(frame, at + 2) {
+                Some(next) => ether_type = next,
+                None => return unknown(Verdict::GUARD_MALFORMED),
+            }
+            at += 4;
+        }
+        let ip = frame.get(at..)?;
+        match ether_type {
+            0x0800 if ip.len() < 20 => unknown(Verdict::GUARD_MALFORMED),
+            0x86dd if ip.len() < 40 => unknown(Verdict::GUARD_MALFORMED),
+            0x0800 => ipv4(ip),
+            0x86dd => ipv6(ip),
+            _ => None,
+        }
+    }
+}
+
+fn ipv4(ip: &[u8]) -> Option<Look> {
+    const TCP: u8 = 6;
+    if ip[9] != TCP {
+        return None;
+    }
+    let addr = |at: usize| IpAddr::from(Ipv4Addr::new(ip[at], ip[at + 1], ip[at + 2], ip[at + 3]));
+    let by_addr =
+        |verdict| Look { src: Some(addr(12)), dst: Some(addr(16)), port: None, found: Err(verdict) };
+    let header = usize::from(ip[0] & 0xf) * 4;
+    if ip[0] >> 4 != 4 || header < 20 {
+        return Some(by_addr(Verdict::GUARD_MALFORMED));
+    }
+    if be16(ip, 6)? & 0x3fff != 0 {
+        return Some(by_addr(Verdict::GUARD_FRAGMENT));
+    }
+    let claimed = usize::from(be16(ip, 2)?);
+    // A list of options that lies may hide a source route as well.
+    let routed = header > 20
+        && ip
+            .get(20..header)
+            .and_then(options)
+            .is_none_or(|list| list.iter().any(|o| matches!(o[0], 131 | 137)));
+    tcp(ip, header, claimed, routed, (addr(12), addr(16)))
+}
+
+fn ipv6(ip: &[u8]) -> Option<Look> {
+    let addr = |at: usize| {
+        let octets: [u8; 16] = ip[at..at + 16].try_into().expect("16 bytes");
+        IpAddr::from(Ipv6Addr::from(octets))
+    };
+    let by_addr = |verdict| Look { src: Some(addr(8)), dst: Some(addr(24)), port: None, found: Err(verdict) };
+    let leads = |next: u8| matches!(next, 0 | 6 | 43 | 44 | 60);
+    let (mut at, mut next, mut routed) = (40, ip[6], false);
+    if !leads(next) {
+        return None;
+    }
+    if ip[0] >> 4 != 6 {
+        return Some(by_addr(Verdict::GUARD_MALFORMED));
+    }
+    for _ in 0..8 {
+        if next == 6 {
+            break;
+        }
+        if !leads(next) {
+            return None;
+        }
+        let Some(head) = ip.get(at..at + 8) else { return Some(by_addr(Verdict::GUARD_MALFORMED)) };
+        if next == 44 {
+            return leads(head[0]).then(|| by_addr(Verdict::GUARD_FRAGMENT));
+        }
+        routed |= next == 43 && head[3] != 0;
+        next = head[0];
+        at += 8 + 8 * usize::from(head[1]);
+    }
+    match next {
+        6 => {
+            let claimed = 40 + usize::from(be16(ip, 4)?);
+            tcp(ip, at, claimed, routed, (addr(8), addr(24)))
+        }
+        next if leads(next) => Some(by_addr(Verdict::GUARD_TOO_DEEP)),
+        _ => None,
+    }
+}
+
+/// The TCP header at `at`. `claimed`: where the IP packet ends, as its header says.
+fn tcp(ip: &[u8], at: usize, claimed: usize, routed: bool, (src, dst): (IpAddr, IpAddr)) -> Option<Look> {
+    let Some(head) = ip.get(at..at + 14) else {
+        return Some(Look {
+            src: Some(src),
+            dst: Some(dst),
+            port: None,
+            found: Err(Verdict::GUARD_MALFORMED),
+        });
+    };
+    let (syn, ack, fin_or_rst) = (head[13] & 2 != 0, head[13] & 16 != 0, head[13] & 5 != 0);
+    if !syn || ack {
+        return None;
+    }
+    if routed {
+        return Some(Look { src: None, dst: None, port: None, found: Err(Verdict::GUARD_SOURCE_ROUTED) });
+    }
+    let port = be16(head, 2)?;
+    let header = usize::from(head[12] >> 4) * 4;
+    let found = if fin_or_rst {
+        Err(Verdict::GUARD_BAD_FLAGS)
+    } else if header < 20 || at + header > claimed || claimed > ip.len() {
+        Err(Verdict::GUARD_MALFORMED)
+    } else {
+        let isn = u32::from_be_bytes(head[4..8].try_into().ok()?);
+        match Flow::new((src, be16(head, 0)?).into(), (dst, port).into(), isn) {
+            Ok(flow) => Ok(Syn { flow, options: ip[at + 20..at + header].to_vec() }),
+            Err(_) => Err(Verdict::GUARD_MALFORMED),
+        }
+    };
+    Some(Look { src: Some(src), dst: Some(dst), port: Some(port), found })
+}
+
+/// The options in front of the end of the list; nothing if a length lies.
+fn options(mut list: &[u8]) -> Option<Vec<&[u8]>> {
+    let mut found = Vec::new();
+    while let Some(kind) = list.first() {
+        match kind {
+            0 => break,
+            1 => list = &list[1..],
+            _ => {
+                let len = usize::from(*list.get(1)?);
+                if len < 2 {
+                    return None;
+                }
+                found.push(list.get(..len)?);
+                list = &list[len..];
+            }
+        }
+    }
+    Some(found)
+}
+
+fn tokens(list: &[u8]) -> Option<Vec<Token>> {
+    let ours = |option: &&&[u8]| option.len() >= 4 && option[0] == 253 && option[2..4] == [0x4e, 0x54];
+    options(list)?.iter().filter(ours).map(|option| Some(Token(option.get(4..)?.try_into().ok()?))).collect()
+}
+
+/// Whether an address is below a prefix, written as `address/bits`.
+fn contains(prefix: &str, addr: IpAddr) -> bool {
+    let (network, bits) = prefix.split_once('/').expect("a prefix");
+    let bits: u32 = bits.parse().expect("a length");
+    match (network.parse().expect("an address"), addr) {
+        (IpAddr::V4(network), IpAddr::V4(addr)) => {
+            (network.to_bits() ^ addr.to_bits()).leading_zeros() >= bits
+        }
+        (IpAddr::V6(network), IpAddr::V6(addr)) => {
+            (network.to_bits() ^ addr.to_bits()).leading_zeros() >= bits
+        }
+        _ => false,
+    }
+}
