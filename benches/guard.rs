@@ -163,7 +163,7 @@ fn frame(family: u8, flags: u8, dport: u16, token: bool, bind: Bind) -> Result<V
     let mut segment = 40_000u16.to_be_bytes().to_vec();
     segment.extend(dport.to_be_bytes());
     segment.extend(isn.to_be_bytes());
-    segment.extend([0, 0, 0, 0, ((20 + options.len()) / 4 << 4) as u8, flags, 0xfa, 0xf0, 0, 0, 0, 0]);
+    segment.extend([0, 0, 0, 0, (((20 + options.len()) / 4) << 4) as u8, flags, 0xfa, 0xf0, 0, 0, 0, 0]);
     segment.extend(options);
 
     let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];

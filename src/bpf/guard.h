@@ -143,6 +143,54 @@ static __always_inline bool is_ahead(__u64 token)
 	return ahead <= SLOTS / 2;
 }
 
+/*
+ * Whether a valid token was accepted for another flow before. It is remembered for as long as any
+ * slot is accepted that it may have, so that in this time nobody else can use it. A SYN of the same
+ * flow is a retransmission.
+ */
+static __noinline __u32 check_seen(const struct netoken_flow *flow, __u64 token)
+{
+	__u32 zero = 0, key_id = le64(token) >> 20 & 0xf;
+	__u32 at = le64(token) >> (64 - MAC_BITS) & (SEEN_BUCKETS - 1);
+	const struct netoken_clock *now = bpf_map_lookup_elem(&clock, &zero);
+	const struct netoken_key *key = bpf_map_lookup_elem(&keys, &key_id);
+	struct seen_bucket *bucket = bpf_map_lookup_elem(&guard_seen, &at);
+	__u32 verdict = GUARD_SEEN_FULL, isn, place = SEEN_WAYS;
+	__u64 who, now_ns, until_ns;
+
+	if (!flow || !now || !key || !bucket)
+		return GUARD_SEEN_FULL;
+	who = hash_flow(key, flow, message_head(BIND_FLOW, 0, key_id), 0);
+	now_ns = bpf_ktime_get_ns();
+	until_ns = now_ns + (now->slots_behind + now->slots_ahead + 1) * now->slot_ns;
+	isn = flow->isn;
+
+	bpf_spin_lock(&bucket->lock);
+	for (__u32 i = 0; i < SEEN_WAYS; i++) {
+		struct seen_token *seen = &bucket->tokens[i];
+
+		if (seen->until_ns <= now_ns) {
+			place = i;
+			continue;
+		}
+		if (seen->token == token && seen->isn == isn) {
+			verdict = seen->who == who ? GUARD_VALID : GUARD_REPLAYED;
+			break;
+		}
+	}
+	if (verdict == GUARD_SEEN_FULL && place < SEEN_WAYS) {
+		struct seen_token *seen = &bucket->tokens[place & (SEEN_WAYS - 1)];
+
+		seen->until_ns = until_ns;
+		seen->token = token;
+		seen->who = who;
+		seen->isn = isn;
+		verdict = GUARD_VALID;
+	}
+	bpf_spin_unlock(&bucket->lock);
+	return verdict;
+}
+
 /* Not inlined: a packet without a token must not pay for the registers that this needs. */
 static __noinline __u32 check_keyed(const struct netoken_flow *flow,
 				    const struct netoken_guard_rule *rule, __u64 token)
@@ -160,7 +208,7 @@ static __noinline __u32 check_keyed(const struct netoken_flow *flow,
 
 	switch (check_token(flow, token, &rule->accept)) {
 	case CHECK_VALID:
-		return GUARD_VALID;
+		return rule->may_repeat ? GUARD_VALID : check_seen(flow, token);
 	case CHECK_UNKNOWN_KEY:
 		return GUARD_UNKNOWN_KEY;
 	case CHECK_RETIRED_KEY:

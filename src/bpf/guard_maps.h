@@ -94,6 +94,30 @@ struct {
 	__array(values, struct source_prefixes);
 } guard_blocked SEC(".maps");
 
+/* A token that was accepted, and for whom. With its ISN, because of a bind mode nothing else may
+ * be known. */
+struct seen_token {
+	__u64 until_ns; /* CLOCK_MONOTONIC; behind it no slot is accepted that the token may have */
+	__u64 token;
+	__u64 who; /* hash of the flow, with the key of the token */
+	__u32 isn;
+	__u32 pad;
+};
+
+struct seen_bucket {
+	struct bpf_spin_lock lock;
+	__u32 pad;
+	struct seen_token tokens[SEEN_WAYS];
+};
+
+/* By bits of the MAC, which are as good as random. Only who has a key can add to it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct seen_bucket);
+	__uint(max_entries, SEEN_BUCKETS);
+} guard_seen SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__type(key, __u32);

@@ -18,6 +18,9 @@ enum netoken_guard_size {
 	GUARD_GENERATIONS = 2,
 	/* Bits of netoken_source_key in front of the address. */
 	SOURCE_FAMILY_BITS = 8,
+	/* Tokens that have been accepted: how many stand in one bucket, and buckets. */
+	SEEN_WAYS = 8,
+	SEEN_BUCKETS = 65536,
 	/* Prefixes around one another that may all have expired before a lookup gives up. */
 	GUARD_EXPIRED_MAX = 4,
 };
@@ -48,6 +51,8 @@ enum netoken_guard_verdict {
 	GUARD_STALE_SLOT = 17,
 	GUARD_FUTURE_SLOT = 18,
 	GUARD_BAD_MAC = 19,
+	GUARD_REPLAYED = 20,
+	GUARD_SEEN_FULL = 21,
 	GUARD_COUNT, /* the size of `guard_counters`, not a verdict */
 };
 
@@ -74,7 +79,7 @@ struct netoken_guard_rule {
 	__u8 mode;
 	__u8 tags_count; /* 0: any tag */
 	__u8 statics_count;
-	__u8 pad;
+	__u8 may_repeat;	      /* a keyed token is good for more than one flow */
 	struct netoken_accept accept; /* of keyed tokens; its tag is not used */
 	/* In mode `mark`, what the bits of `mark_mask` in the skb's mark become. */
 	__u32 mark_valid;

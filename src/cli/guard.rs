@@ -278,7 +278,7 @@ fn of_instance(state: &State, instance: &str) -> Result<Vec<Loaded>> {
 /// What was done on one interface.
 enum Done {
     Tc(Attachment),
-    Xdp(GuardProgram, XdpAttachment),
+    Xdp(Box<GuardProgram>, XdpAttachment),
 }
 
 struct Job<'a> {
@@ -398,7 +398,7 @@ impl Job<'_> {
         if kind == Kind::Xdp {
             let or_generic = self.args.hook == HookArg::Xdp;
             let done = attach_xdp(self.state, lock, link, name, program.as_fd(), or_generic)?;
-            self.done.push((link.clone(), Done::Xdp(program, done)));
+            self.done.push((link.clone(), Done::Xdp(Box::new(program), done)));
             if hooks.detach(lock, link, name)? > 0 {
                 hooks.destroy_clsact(lock, link)?;
             }

@@ -124,6 +124,7 @@ impl GuardProgram {
             pin_below(dir, &mut maps.guard_rules)?;
             pin_below(dir, &mut maps.guard_exempt)?;
             pin_below(dir, &mut maps.guard_blocked)?;
+            pin_below(dir, &mut maps.guard_seen)?;
             pin_below(dir, &mut maps.guard_counters)?;
             pin_below(dir, &mut maps.guard_events)?;
             pin_below(dir, &mut maps.guard_live)?;

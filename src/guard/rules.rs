@@ -56,6 +56,8 @@ pub struct Rule {
     pub tags: Vec<u16>,
     /// Static tokens that are accepted.
     pub tokens: Vec<Token>,
+    /// A keyed token is good for more than one flow, as long as its slot is accepted.
+    pub may_repeat: bool,
 }
 
 /// What happens to a SYN that is refused.
@@ -144,6 +146,7 @@ struct RuleFile {
     tags: OneOrMany<u16>,
     #[serde(default)]
     tokens: OneOrMany<Token>,
+    may_repeat: Option<bool>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -288,8 +291,8 @@ impl RuleFile {
         if keys.is_empty() && tokens.is_empty() {
             bail!("it accepts nothing; name key rings with 'keys', or static tokens with 'tokens'");
         }
-        if keys.is_empty() && (!tags.is_empty() || self.binds.is_some()) {
-            bail!("'tags' and 'binds' are of keyed tokens; name their key rings with 'keys'");
+        if keys.is_empty() && (!tags.is_empty() || self.binds.is_some() || self.may_repeat.is_some()) {
+            bail!("'tags', 'binds' and 'may_repeat' are of keyed tokens; name their key rings with 'keys'");
         }
         if tags.len() > TAGS_MAX || tokens.len() > STATICS_MAX {
             bail!("a rule has at most {TAGS_MAX} tags and {STATICS_MAX} static tokens");
@@ -298,7 +301,8 @@ impl RuleFile {
         if binds.is_empty() {
             bail!("'binds' names nothing; there are flow, server and isn");
         }
-        Ok(Rule { name: self.name, dst, ports, mode, keys, binds, tags, tokens })
+        let may_repeat = self.may_repeat.unwrap_or_default();
+        Ok(Rule { name: self.name, dst, ports, mode, keys, binds, tags, tokens, may_repeat })
     }
 }
 
@@ -462,6 +466,7 @@ impl Rule {
             mode: self.raw_mode().0 as u8,
             tags_count: self.tags.len() as u8,
             statics_count: self.tokens.len() as u8,
+            may_repeat: self.may_repeat.into(),
             accept: Accept {
                 rings: self.keys.iter().fold(0, |bits, ring| bits | 1 << ring_number(*ring)),
                 binds: self.binds.iter().fold(0, |bits, bind| bits | 1 << bind.number()),

@@ -9,6 +9,7 @@ mod oracle;
 #[path = "../packets/packet.rs"]
 #[allow(dead_code)]
 mod packet;
+mod replay;
 mod run;
 #[path = "../support/mod.rs"]
 mod support;
@@ -35,6 +36,8 @@ fn main() -> ExitCode {
             a_truncated_frame_to_a_protected_port_never_passes without_a_link_header_the_same_is_decided
             the_packet_stays_as_it_came marks_are_set_at_tc without_rules_everything_passes;
         forged: a_million_forged_syns_and_none_is_accepted;
+        replay: a_token_is_good_for_one_flow_and_its_retransmissions the_bind_mode_leaves_something_free
+            a_full_bucket_refuses_and_forgets_in_time;
         lists: exempt_and_blocked_sources_by_their_longest_prefix an_entry_that_has_expired_shows_what_is_around_it
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it;
     ])

@@ -112,7 +112,7 @@ impl Oracle {
             Some(_) => {}
         }
         let slots = Slots::new(SLOT_S, 1, 1).expect("slots");
-        let now = Duration::from_secs(u64::from(SLOT) * u64::from(SLOT_S) + 2);
+        let now = Duration::from_secs((2 * u64::from(SLOT) + 1) * u64::from(SLOT_S) / 2);
         match (Verifier { keys: &self.keys, slots, binds: &rule.binds }).check(token, &syn.flow, now) {
             Ok(_) => Verdict::GUARD_VALID,
             Err(Refusal::WrongTime) => match (u32::from(parts.slot_low) + 16 - SLOT % 16) % 16 {

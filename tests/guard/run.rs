@@ -61,10 +61,10 @@ fn flow(packet: &Packet) -> Result<Flow> {
     Flow::new((packet.src, packet.sport).into(), (packet.dst, packet.dport).into(), packet.isn)
 }
 
-/// Makes it two seconds into slot [`SLOT`].
-fn set_clock(maps: &GuardMaps) -> Result<()> {
-    let mut now = netoken::types::Clock { slot_ns: u64::from(SLOT_S) * 1_000_000_000, ..Default::default() };
-    let wanted = Duration::from_secs(u64::from(SLOT) * u64::from(SLOT_S) + 2);
+/// Makes it the middle of slot [`SLOT`], which is that long.
+pub fn set_clock(maps: &GuardMaps, slot_s: u32) -> Result<()> {
+    let mut now = netoken::types::Clock { slot_ns: u64::from(slot_s) * 1_000_000_000, ..Default::default() };
+    let wanted = Duration::from_millis((u64::from(SLOT) * 1000 + 500) * u64::from(slot_s));
     let offset = |source| {
         Ok::<_, anyhow::Error>(
             wanted.as_nanos() as i64 - clock::as_seen(&Default::default(), source)?.as_nanos() as i64,
@@ -80,7 +80,7 @@ impl Bench {
     pub fn new(kind: Kind, rules: &str) -> Result<Bench> {
         let program = GuardProgram::load(Settings { kind, ..Settings::default() }, None)?;
         program.maps.keys.load(&keys()?)?;
-        set_clock(&program.maps)?;
+        set_clock(&program.maps, SLOT_S)?;
         let before = GuardCounters::read(&program.maps)?;
         let bench = Bench { kind, program, before };
         if !rules.is_empty() {

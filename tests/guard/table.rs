@@ -51,6 +51,7 @@ pub const RULES: &str = r#"
     mode = "observe"
     keys = ["other"]
     binds = ["isn"]
+    may_repeat = true
 "#;
 
 /// The packet, and what it is called.
@@ -286,7 +287,8 @@ pub fn every_verdict_has_a_packet() -> Result<()> {
         }
     }
     println!("{seen:?}");
-    for (_, verdict) in VERDICTS {
+    // A token that was seen before is not to be told from a packet alone: see replay.rs.
+    for (_, verdict) in VERDICTS.iter().filter(|(_, name)| !["replayed", "seen_full"].contains(name)) {
         let passes = ["valid", "exempt", "unprotected"].contains(verdict);
         ensure!(seen.contains_key(&(*verdict, !passes)), "no packet was {verdict}");
     }

@@ -1,0 +1,128 @@
+//! A token that was accepted once, on another flow.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use netoken::guard::program::Kind;
+use netoken::token::keyed::Bind;
+
+use crate::packet::{LINUX, Packet, syn};
+use crate::run::{Bench, SLOT, keyed, name, set_clock};
+use crate::table::with;
+
+const RULE: &str = "[[rule]]\nname = 'a'\ndst = ['0.0.0.0/0', '::/0']\nmode = 'drop'\nkeys = 'edge'\nbinds = ['flow', \
+                    'server', 'isn']\n";
+
+fn expect(bench: &mut Bench, what: &str, packet: &Packet, verdict: &str) -> Result<()> {
+    let outcome = bench.run(&packet.build())?;
+    ensure!(
+        name(outcome.verdict) == verdict && outcome.dropped == (verdict != "valid"),
+        "{what}: {verdict} expected, got {} {} from {:?}",
+        name(outcome.verdict),
+        outcome.dropped,
+        bench.kind
+    );
+    Ok(())
+}
+
+pub fn a_token_is_good_for_one_flow_and_its_retransmissions() -> Result<()> {
+    for kind in [Kind::Tc, Kind::Xdp] {
+        for v6 in [false, true] {
+            let mut bench = Bench::new(kind, RULE)?;
+            let packet = syn().family(v6);
+            let first = with(&packet, LINUX, &[keyed(&packet, 1, 17, Bind::Server, SLOT)?.0]);
+            let mut other_port = first.clone();
+            other_port.sport += 1;
+            let mut other_source = first.clone();
+            other_source.src =
+                if v6 { "2001:db8:86dd::9".parse()? } else { "8.0.0.9".parse::<std::net::IpAddr>()? };
+            for round in 0..3 {
+                let what = |what: &str| format!("{what}, round {round}");
+                expect(&mut bench, &what("the first"), &first, "valid")?;
+                expect(&mut bench, &what("another port"), &other_port, "replayed")?;
+                expect(&mut bench, &what("another source"), &other_source, "replayed")?;
+            }
+            bench.set_rules(&format!("{RULE}may_repeat = true\n"))?;
+            expect(&mut bench, "where it may repeat", &other_port, "valid")?;
+        }
+    }
+    Ok(())
+}
+
+pub fn the_bind_mode_leaves_something_free() -> Result<()> {
+    for kind in [Kind::Tc, Kind::Xdp] {
+        let mut bench = Bench::new(kind, RULE)?;
+        let packet = syn();
+        let first = with(&packet, LINUX, &[keyed(&packet, 1, 17, Bind::Isn, SLOT)?.0]);
+        let mut elsewhere = first.clone();
+        elsewhere.dport += 1;
+        expect(&mut bench, "the first", &first, "valid")?;
+        expect(&mut bench, "another server", &elsewhere, "replayed")?;
+        // Bound to the flow it is no token of another one at all.
+        let bound = with(&packet, LINUX, &[keyed(&packet, 1, 18, Bind::Flow, SLOT)?.0]);
+        let mut moved = bound.clone();
+        moved.sport += 1;
+        expect(&mut bench, "the flow", &bound, "valid")?;
+        expect(&mut bench, "another flow", &moved, "bad_mac")?;
+        expect(&mut bench, "the flow again", &bound, "valid")?;
+    }
+    Ok(())
+}
+
+/// SYNs whose tokens fall into one bucket, which goes by the first two bytes of the MAC.
+fn in_one_bucket(count: usize) -> Result<Vec<Packet>> {
+    let mut found: Vec<Packet> = Vec::new();
+    let mut bucket = None;
+    for isn in 0..u32::MAX {
+        let mut packet = syn();
+        packet.isn = isn;
+        let token = keyed(&packet, 1, 17, Bind::Server, SLOT)?;
+        if *bucket.get_or_insert([token.0[3], token.0[4]]) == [token.0[3], token.0[4]] {
+            found.push(with(&packet, LINUX, &[token.0]));
+        }
+        if found.len() == count {
+            return Ok(found);
+        }
+    }
+    bail!("there are not so many")
+}
+
+pub fn a_full_bucket_refuses_and_forgets_in_time() -> Result<()> {
+    const WAYS: usize = 8;
+    let packets = in_one_bucket(WAYS + 1)?;
+    let (last, others) = packets.split_last().expect("nine");
+    for kind in [Kind::Tc, Kind::Xdp] {
+        let mut bench = Bench::new(kind, RULE)?;
+        // An hour is remembered, as long as slots last.
+        for packet in others {
+            expect(&mut bench, "one that has room", packet, "valid")?;
+        }
+        expect(&mut bench, "one that has none", last, "seen_full")?;
+        expect(&mut bench, "a retransmission", &others[0], "valid")?;
+
+        let mut bench = Bench::new(kind, RULE)?;
+        set_clock(&bench.program.maps, 1)?;
+        let began = Instant::now();
+        for packet in others {
+            expect(&mut bench, "one that has room", packet, "valid")?;
+        }
+        expect(&mut bench, "one that has none", last, "seen_full")?;
+        // The slot is held where it is, while the time in which they are remembered goes by.
+        let waited = loop {
+            set_clock(&bench.program.maps, 1)?;
+            let outcome = bench.run(&last.build())?;
+            match name(outcome.verdict) {
+                "valid" => break began.elapsed(),
+                "seen_full" => {}
+                other => bail!("{other} after {:?}", began.elapsed()),
+            }
+            ensure!(began.elapsed() < Duration::from_secs(20), "nothing is forgotten");
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        ensure!(
+            waited >= Duration::from_secs(3),
+            "forgotten after {waited:?}, while its slots were accepted"
+        );
+    }
+    Ok(())
+}
