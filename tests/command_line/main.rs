@@ -22,6 +22,7 @@ mod state;
 mod stream;
 #[path = "../support/mod.rs"]
 mod support;
+mod tokens;
 #[path = "../hooks/world.rs"]
 #[allow(dead_code)]
 mod world;
@@ -44,6 +45,8 @@ macro_rules! cases {
 
 fn main() -> ExitCode {
     let mut cases = everywhere();
+    cases.extend(with_python());
+    cases.extend(with_tcpdump());
     cases.extend(with_root());
     cases.extend(cases![&[Need::Root, Need::Tool("setpriv"), Need::BufferLimit];
         stream: a_stream_that_cannot_begin_leaves_nothing;
@@ -57,7 +60,23 @@ fn everywhere() -> Vec<Trial> {
             wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
         policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
         names: an_unknown_namespace_is_named;
+        tokens: the_vectors_are_made_and_found_valid a_token_that_is_not_valid_is_exit_code_1_and_says_why
+            a_capture_is_decoded what_is_wrong_with_a_capture_is_named;
         rights: without_rights_the_capabilities_and_the_remedy_are_named;
+    ]
+}
+
+fn with_python() -> Vec<Trial> {
+    cases![&[Need::Tool("python3")];
+        tokens: another_language_makes_the_same_tokens;
+    ]
+}
+
+fn with_tcpdump() -> Vec<Trial> {
+    let needs =
+        &[Need::Root, Need::Tool("ip"), Need::Tool("tc"), Need::Tool("ethtool"), Need::Tool("tcpdump")];
+    cases![needs;
+        tokens: what_tcpdump_sends_is_decoded_as_it_comes;
     ]
 }
 
