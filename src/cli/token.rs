@@ -358,7 +358,7 @@ fn run_check(args: &TokenArgs, wanted: &CheckArgs) -> Result<()> {
 
 /// A SYN of a capture, as `--json` prints it.
 #[derive(Serialize)]
-#[serde(tag = "type", rename = "syn")]
+#[serde(tag = "type", rename = "captured_syn")]
 struct SynRecord<'a> {
     /// RFC 3339 in UTC; null if the capture does not say.
     time: Option<String>,
