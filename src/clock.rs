@@ -3,8 +3,9 @@
 //!
 //! | kernel | clock | what makes it wrong while no process of ours runs |
 //! |---|---|---|
-//! | 6.1 and later | CLOCK_TAI | the time daemon tells the kernel of the TAI offset: 37 s, once after booting; then 1 s with each leap second |
-//! | before | CLOCK_BOOTTIME | a step of the wall clock, by as much as it is stepped; a leap second, by 1 s |
+//! | 6.1 and later | CLOCK_TAI | the time daemon tells the kernel of the TAI offset, once after booting: 37 s |
+//! | before | CLOCK_BOOTTIME | a step of the wall clock: as much as it is stepped |
+//! | all | | a leap second that is not smeared: 1 s |
 //!
 //! Nothing else does: when NTP slews the wall clock, it slews both of these with it, and both go on while the
 //! machine sleeps, which CLOCK_MONOTONIC does not. A step moves CLOCK_TAI with the wall clock; a program notices

@@ -4,8 +4,8 @@
 //! [`program`] put them into maps, [`hooks`] attach the program. Upwards: [`events`] reads what the
 //! program reports and shows it. [`state`] knows where things are kept between two commands.
 //!
-//! Beside that, [`token::keyed`] makes and checks keyed tokens without any kernel, and [`keys`] keeps what they are
-//! made with.
+//! Beside that, [`token::keyed`] makes and checks keyed tokens without any kernel, [`keys`] keeps what they are
+//! made with, and [`decode`] finds them in captures.
 
 #[macro_use]
 mod note;
@@ -13,6 +13,7 @@ mod note;
 pub mod cli;
 pub mod clock;
 pub mod counters;
+pub mod decode;
 pub mod events;
 pub mod hooks;
 pub mod kernel;

@@ -209,7 +209,7 @@ impl Scope {
     }
 }
 
-fn number(text: &str) -> Result<u32, String> {
+pub(super) fn number(text: &str) -> Result<u32, String> {
     let parsed = match text.strip_prefix("0x") {
         Some(hex) => u32::from_str_radix(hex, 16),
         None => text.parse(),
@@ -224,7 +224,7 @@ fn handle(text: &str) -> Result<u32, String> {
     }
 }
 
-fn exid(text: &str) -> Result<u16, String> {
+pub(super) fn exid(text: &str) -> Result<u16, String> {
     number(text)?.try_into().map_err(|_| "an experiment identifier has 16 bits".to_string())
 }
 

@@ -6,6 +6,7 @@ mod detach;
 mod key;
 mod query;
 mod table;
+mod token;
 
 use anyhow::Result;
 
@@ -19,6 +20,7 @@ use args::Mode;
 #[derive(Debug, clap::Subcommand)]
 enum Command {
     Key(key::KeyArgs),
+    Token(token::TokenArgs),
 }
 
 /// Runs what was asked for.
@@ -29,6 +31,7 @@ pub fn run(mut args: Args) -> Result<()> {
     clock::publish_to_all();
     match args.command.take() {
         Some(Command::Key(args)) => return key::run(args),
+        Some(Command::Token(args)) => return token::run(&args),
         None => {}
     }
     let (mode, scope) = args.check()?;

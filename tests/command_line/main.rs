@@ -22,6 +22,7 @@ mod state;
 mod stream;
 #[path = "../support/mod.rs"]
 mod support;
+mod tokens;
 #[path = "../hooks/world.rs"]
 #[allow(dead_code)]
 mod world;
@@ -44,6 +45,8 @@ macro_rules! cases {
 
 fn main() -> ExitCode {
     let mut cases = everywhere();
+    cases.extend(with_python());
+    cases.extend(with_tcpdump());
     cases.extend(with_root());
     cases.extend(cases![&[Need::Root, Need::Tool("setpriv"), Need::BufferLimit];
         stream: a_stream_that_cannot_begin_leaves_nothing;
@@ -57,7 +60,23 @@ fn everywhere() -> Vec<Trial> {
             wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
         policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
         names: an_unknown_namespace_is_named;
+        tokens: the_vectors_are_made_and_found_valid a_token_that_is_not_valid_is_exit_code_1_and_says_why
+            a_capture_is_decoded what_is_wrong_with_a_capture_is_named;
         rights: without_rights_the_capabilities_and_the_remedy_are_named;
+    ]
+}
+
+fn with_python() -> Vec<Trial> {
+    cases![&[Need::Tool("python3")];
+        tokens: another_language_makes_the_same_tokens;
+    ]
+}
+
+fn with_tcpdump() -> Vec<Trial> {
+    let needs =
+        &[Need::Root, Need::Tool("ip"), Need::Tool("tc"), Need::Tool("ethtool"), Need::Tool("tcpdump")];
+    cases![needs;
+        tokens: what_tcpdump_sends_is_decoded_as_it_comes;
     ]
 }
 
@@ -68,7 +87,7 @@ fn with_root() -> Vec<Trial> {
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
             a_query_where_nothing_is_attached;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
-        rights: each_missing_capability_is_named without_the_right_to_mount_the_error_says_so;
+        rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so;
         keys: a_rotation_in_three_steps a_file_that_others_can_read_is_refused
             a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
             the_files_decide_what_the_kernel_knows nobody_sees_a_secret

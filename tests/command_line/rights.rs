@@ -20,7 +20,8 @@ fn as_nobody(lab: &Lab, args: &str) -> Result<Said> {
     }
     let mut command = Command::new("sh");
     let script = "exec setpriv --reuid=65534 --clear-groups /proc/self/fd/3 \"$@\" 3<&0 </dev/null";
-    command.args(["-c", script, "sh"]).args(args.split_whitespace()).env("NETOKEN_RUN", &lab.run);
+    command.args(["-c", script, "sh"]).args(args.split_whitespace());
+    command.env("NETOKEN_RUN", &lab.run).env("NETOKEN_KEYS", lab.keys());
     command.stdin(Stdio::from(File::open(NETOKEN)?)).stdout(Stdio::piped()).stderr(Stdio::piped());
     let output = command.output()?;
     Said::from_output(output)
@@ -42,6 +43,18 @@ pub fn without_rights_the_capabilities_and_the_remedy_are_named() -> Result<()> 
             .context(mode)?;
     }
     expect_no_state(&lab)
+}
+
+pub fn keys_are_for_root_alone() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.ok("key new edge")?;
+    for args in ["key list", "key list --json", "key load", "key rotate edge", "key new other"] {
+        as_nobody(&lab, args)?.code(1)?.err(&["key", "Permission denied", "try sudo"]).context(args)?;
+    }
+    let file = lab.keys().join("default/edge-0.key").display().to_string();
+    let flow = "--tag 1 --src 192.0.2.1:1 --dst 192.0.2.2:2 --isn 3";
+    as_nobody(&lab, &format!("token make --key-file {file} {flow}"))?.code(1)?.err(&[&file, "try sudo"])?;
+    Ok(())
 }
 
 pub fn each_missing_capability_is_named() -> Result<()> {

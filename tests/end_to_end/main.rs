@@ -3,6 +3,7 @@
 mod connects;
 mod devices;
 mod fastopen;
+mod keyed;
 #[path = "../support/lab.rs"]
 mod lab;
 mod measures;
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
         fastopen::cases(),
         receivers::cases(),
         policies::cases(),
+        keyed::cases(),
         skbs::cases(),
         devices::cases(),
         streams::cases(),

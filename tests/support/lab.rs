@@ -162,6 +162,18 @@ impl Running {
         }
     }
 
+    /// A line that fits among those that are there by now.
+    #[allow(dead_code)]
+    pub fn wait_for_now(&mut self, fits: impl Fn(&str) -> bool) -> Option<String> {
+        while let Ok(line) = self.lines.try_recv() {
+            self.seen.push(line.clone());
+            if fits(&line) {
+                return Some(line);
+            }
+        }
+        None
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
         Ok(nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id().cast_signed()), signal)?)
