@@ -19,6 +19,8 @@ pub struct Kernel {
     pub release: String,
     /// `bpf_check_mtu()`, from 5.12; before it, a program is told the MTU when it is loaded.
     pub has_check_mtu: bool,
+    /// `bpf_skb_ancestor_cgroup_id()`: not without CONFIG_SOCK_CGROUP_DATA.
+    pub has_cgroup_id: bool,
     /// The lockdown mode in force, as /sys/kernel/security/lockdown shows it; none if it cannot be read.
     pub lockdown: Option<String>,
 }
@@ -31,15 +33,12 @@ impl Kernel {
             let (_, rest) = text.split_once('[')?;
             rest.split_once(']').map(|(mode, _)| mode.to_string())
         });
-        // SAFETY: no options are passed; libbpf documents a null pointer for that.
-        let has_check_mtu = unsafe {
-            libbpf_sys::libbpf_probe_bpf_helper(
-                libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
-                libbpf_sys::BPF_FUNC_check_mtu,
-                ptr::null(),
-            )
-        } == 1;
-        Kernel { release, has_check_mtu, lockdown }
+        Kernel {
+            release,
+            has_check_mtu: has_helper(libbpf_sys::BPF_FUNC_check_mtu),
+            has_cgroup_id: has_helper(libbpf_sys::BPF_FUNC_skb_ancestor_cgroup_id),
+            lockdown,
+        }
     }
 
     /// Major and minor version.
@@ -94,6 +93,15 @@ impl Kernel {
     }
 }
 
+/// Whether a classifier may call a helper.
+fn has_helper(helper: libbpf_sys::bpf_func_id) -> bool {
+    // SAFETY: no options are passed; libbpf documents a null pointer for that.
+    let answer = unsafe {
+        libbpf_sys::libbpf_probe_bpf_helper(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, helper, ptr::null())
+    };
+    answer == 1
+}
+
 /// Writes a verifier's log where only root reads it, because it holds addresses of the kernel.
 fn save_log(log: &str) -> Result<String, Errno> {
     use std::io::Write;
@@ -111,7 +119,12 @@ mod tests {
     use super::*;
 
     fn kernel(release: &str, lockdown: Option<&str>) -> Kernel {
-        Kernel { release: release.into(), has_check_mtu: true, lockdown: lockdown.map(Into::into) }
+        Kernel {
+            release: release.into(),
+            has_check_mtu: true,
+            has_cgroup_id: true,
+            lockdown: lockdown.map(Into::into),
+        }
     }
 
     fn denied() -> Error {

@@ -304,7 +304,7 @@ fn mount_error(path: &Path, errno: Errno) -> anyhow::Error {
 
 /// Runs `f` in the mount namespace of the first process of the system. `ip netns exec` runs its command in a new
 /// one, which ends with the command, and with it what was mounted there.
-fn in_first_mount_namespace<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub(crate) fn in_first_mount_namespace<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let Some(first) = first_mount_namespace() else { return f() };
     // A thread of its own: the namespace goes with the thread, and the process keeps its paths.
     thread::scope(|scope| {

@@ -35,15 +35,15 @@ __noinline int handle_syn(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	event = &scratch->syn.event;
 	describe_event(skb, &scratch->syn);
-	rule = lookup_rule(&event->flow);
+	rule = lookup_rule(skb, scratch);
 	if (!rule) {
 		verdict = VERDICT_NO_POLICY;
 	} else {
 		event->rule = rule->id;
-		__builtin_memcpy(event->token, rule->token, TOKEN_LEN);
+		__builtin_memcpy(event->token, rule->token.bytes, TOKEN_LEN);
 		switch (rule->action) {
 		case ACTION_STAMP:
-			verdict = stamp_syn(skb, scratch, rule->token, &drop);
+			verdict = stamp_syn(skb, scratch, rule->token.bytes, &drop);
 			if (rule->when_full == WHEN_FULL_DROP && verdict != VERDICT_STAMPED &&
 			    verdict != VERDICT_ALREADY_STAMPED)
 				drop = true;
@@ -74,6 +74,13 @@ SEC("tc")
 int netoken_egress(struct __sk_buff *skb)
 {
 	return is_surely_no_syn(skb) ? TC_ACT_UNSPEC : classify(skb);
+}
+
+/* Answers `netoken policy test`, with the function that decides over packets. */
+SEC("tc")
+int netoken_ask(struct __sk_buff *skb)
+{
+	return answer(skb);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
