@@ -3,6 +3,7 @@
 //! ```text
 //! /run/netoken/lock                     held by a command that changes something
 //! /run/netoken/bpf/<instance>/<map>     the pins of an instance
+//! /run/netoken/<instance>.policy/       what is remembered of its policy, see `policy::running`
 //! /run/netoken/<instance>.reader        held by the process that reads the events; says which it is
 //! ```
 //!
@@ -57,6 +58,8 @@ pub struct Instance {
     pub name: String,
     /// The directory of its pins, valid in this process.
     pub pins: PathBuf,
+    /// The directory of what is remembered of its policy, valid in this process.
+    pub policy_dir: PathBuf,
 }
 
 impl State {
@@ -174,7 +177,11 @@ impl State {
 
     /// The instance of that name, whether it exists or not.
     pub fn instance(&self, name: &str) -> Instance {
-        Instance { name: name.to_string(), pins: self.below("bpf").join(name) }
+        Instance {
+            name: name.to_string(),
+            pins: self.below("bpf").join(name),
+            policy_dir: self.below(&format!("{name}.policy")),
+        }
     }
 
     /// Every instance that has pins.
@@ -250,6 +257,10 @@ impl Instance {
             fs::remove_file(entry.path()).with_context(|| {
                 format!("removing the pin {:?} of instance '{}'", entry.file_name(), self.name)
             })?;
+        }
+        if self.policy_dir.exists() {
+            fs::remove_dir_all(&self.policy_dir)
+                .with_context(|| format!("removing the policy of instance '{}'", self.name))?;
         }
         fs::remove_dir(&self.pins)
             .with_context(|| format!("removing the directory of instance '{}'", self.name))

@@ -1,12 +1,15 @@
 //! `--attach`: puts the classifier on interfaces and streams what it does.
 
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
+use super::policy::{Progress, put as put_policy, read as read_with_progress};
+use super::reload::Reload;
 use crate::events::reader::Reader;
 use crate::events::show::{Names, Output, Record};
 use crate::events::stream::{self, End};
@@ -15,17 +18,18 @@ use crate::hooks::clsact::{Attachment, Hooks, remove_unused};
 use crate::hooks::link::link_header_len;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::netns::Netns;
-use crate::policy::Policy;
+use crate::policy::read::Checked;
+use crate::policy::{Policy, running};
 use crate::privileges;
 use crate::program::{Maps, Program, Settings};
 use crate::state::{Instance, Lock, ReaderLock, State};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
-    let policy = match &options.policy {
+    let given = match &options.policy {
         PolicySource::Keep => None,
-        PolicySource::Token(token) => Some(Policy::stamp_all(*token)),
-        PolicySource::File(path) => Some(Policy::from_file(path)?),
+        PolicySource::Token(token) => Some(Given::Token(Policy::stamp_all(*token))),
+        PolicySource::File(path) => Some(Given::File(path, read_policy(path, options.allow_missing)?)),
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
     let targets = targets(scope)?;
@@ -34,7 +38,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
     let mut job = Job { options, state: &state, instance: &instance, done: Vec::new() };
-    let (maps, reading, note) = match job.attach(&lock, &targets, policy.as_ref()) {
+    let (maps, reading, note) = match job.attach(&lock, &targets, given.as_ref()) {
         Ok(attached) => attached,
         Err(error) => {
             job.undo(&lock);
@@ -59,18 +63,69 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         return told;
     };
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
+    let signals = Signals::catch(given.as_ref())?;
+    let mut reload = match given {
+        Some(Given::File(path, checked)) => {
+            Some(Reload::new(path, options, &instance, &maps, checked.files, &signals.reload))
+        }
+        _ => None,
+    };
     let mut watch = Watch::start(&state, &instance.name, netns, links)?;
     // If the telling failed, so will the stream, at once and for the same reason.
-    let end = stream::run(&maps, &mut reader, &mut output, &mut watch, &stop);
+    let mut each_look = || reload.as_mut().map_or(Ok(()), Reload::look);
+    let end = stream::run(&maps, &mut reader, &mut output, &mut watch, &signals.stop, &mut each_look);
     let left: Vec<String> = watch.links().iter().map(|link| link.name.clone()).collect();
     drop((watch, reader, reading));
     leave(scope, options, &left)?;
     match end? {
         End::Asked => Ok(()),
         End::NothingLeft => bail!("streaming: no interface is left that netoken is attached to"),
+    }
+}
+
+/// A policy that the command line gives.
+enum Given<'a> {
+    Token(Policy),
+    File(&'a Path, Checked),
+}
+
+impl Given<'_> {
+    fn policy(&self) -> &Policy {
+        match self {
+            Given::Token(policy) => policy,
+            Given::File(_, checked) => &checked.policy,
+        }
+    }
+
+    fn put(&self, instance: &Instance, maps: &Maps) -> Result<()> {
+        match self {
+            Given::Token(policy) => running::load(instance, maps, policy, "the command line", None)?,
+            Given::File(path, checked) => put_policy(instance, maps, checked, path, &Progress::new())?,
+        };
+        Ok(())
+    }
+}
+
+fn read_policy(path: &Path, allow_missing: bool) -> Result<Checked> {
+    read_with_progress(path, allow_missing, &Progress::new())
+}
+
+/// What other processes tell this one.
+struct Signals {
+    stop: Arc<AtomicBool>,
+    reload: Arc<AtomicBool>,
+}
+
+impl Signals {
+    /// Without a file that could be loaded again, SIGHUP ends the stream: the terminal is gone.
+    fn catch(given: Option<&Given<'_>>) -> Result<Signals> {
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+        let signals = Signals { stop: Arc::default(), reload: Arc::default() };
+        let hangup = if let Some(Given::File(..)) = given { &signals.reload } else { &signals.stop };
+        for (signal, flag) in [(SIGINT, &signals.stop), (SIGTERM, &signals.stop), (SIGHUP, hangup)] {
+            signal_hook::flag::register(signal, Arc::clone(flag)).context("preparing for signals")?;
+        }
+        Ok(signals)
     }
 }
 
@@ -111,11 +166,11 @@ impl Job<'_> {
         &mut self,
         lock: &Lock,
         targets: &[Target],
-        policy: Option<&Policy>,
+        given: Option<&Given<'_>>,
     ) -> Result<(Maps, Option<ReaderLock>, String)> {
         let reading = if self.options.quiet { None } else { Some(self.state.lock_reader(self.instance)?) };
         self.instance.create()?;
-        let (maps, note) = self.attach_all(lock, targets, policy)?;
+        let (maps, note) = self.attach_all(lock, targets, given)?;
         Ok((maps, reading, note))
     }
 
@@ -124,9 +179,9 @@ impl Job<'_> {
         &mut self,
         lock: &Lock,
         targets: &[Target],
-        policy: Option<&Policy>,
+        given: Option<&Given<'_>>,
     ) -> Result<(Maps, String)> {
-        let mut ready: Option<(Maps, String)> = None;
+        let mut ready: Option<(Maps, String, bool)> = None;
         let mut hooks = Hooks::open(self.state)?;
         let netns_ino = Netns::current()?.inode();
         for target in targets {
@@ -144,27 +199,27 @@ impl Job<'_> {
             let running = program.maps.policy()?.is_some();
             // A policy that runs is replaced when all else has worked; one that does not must be there first.
             if first && !running {
-                let default = Policy::stamp_all(Token::DEFAULT);
-                program.maps.set_policy(policy.unwrap_or(&default))?;
+                let default = Given::Token(Policy::stamp_all(Token::DEFAULT));
+                given.unwrap_or(&default).put(self.instance, &program.maps)?;
             }
             let attachment =
                 hooks.attach(lock, &target.link, &self.instance.name, &program, self.options.place)?;
             self.done.push((target.link.clone(), attachment));
             if first {
-                let note = match (policy, running) {
-                    (Some(policy), _) => format!("policy: {}", policy.summary()),
+                let note = match (given, running) {
+                    (Some(given), _) => format!("policy: {}", given.policy().summary()),
                     (None, true) => format!("policy: as instance '{}' had it", self.instance.name),
                     (None, false) => format!(
                         "policy: stamp every SYN with the default token {} (--token or --policy changes it)",
                         Token::DEFAULT
                     ),
                 };
-                ready = Some((program.maps, note));
+                ready = Some((program.maps, note, running));
             }
         }
-        let (maps, note) = ready.context("there is no interface to attach to")?;
-        if let Some(policy) = policy {
-            maps.set_policy(policy)?;
+        let (maps, note, running) = ready.context("there is no interface to attach to")?;
+        if let Some(given) = given.filter(|_| running) {
+            given.put(self.instance, &maps)?;
         }
         Ok((maps, note))
     }

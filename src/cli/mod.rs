@@ -3,20 +3,27 @@
 pub mod args;
 mod attach;
 mod detach;
+mod policy;
 mod query;
+mod reload;
 
 use anyhow::Result;
 
 pub use args::Args;
 
 use crate::netns::Netns;
-use args::Mode;
+use args::{Command, Mode};
 
 /// Runs what was asked for.
 ///
 /// # Errors
 /// It failed; the message says what was being done to what, why it failed, and what to do now.
-pub fn run(args: Args) -> Result<()> {
+pub fn run(mut args: Args) -> Result<()> {
+    if let Some(command) = args.command.take() {
+        return match command {
+            Command::Policy(args) => policy::run(args),
+        };
+    }
     let (mode, scope) = args.check()?;
     // Everything that follows happens there. Paths are not affected: a network namespace has none.
     if let Some(netns) = &scope.netns {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
-use nix::net::if_::if_nametoindex;
+use nix::net::if_::{if_indextoname, if_nametoindex};
 use nix::unistd::User;
 
 use crate::netns::Netns;
@@ -26,6 +26,34 @@ pub struct Names {
 }
 
 impl Names {
+    /// Names whose meaning was found out before.
+    pub fn known(interfaces: &[(String, u32, u32)], cgroups: &[(String, u8, u64)]) -> Names {
+        let names = Names::default();
+        for (name, netns, index) in interfaces {
+            remember(&names.interfaces, name, || Ok((*netns, *index))).ok();
+        }
+        for (path, level, id) in cgroups {
+            remember(&names.cgroups, path, || Ok((*level, *id))).ok();
+        }
+        names
+    }
+
+    /// The index of an interface in a network namespace that is known by its number, 0 if there is no such interface;
+    /// nothing if the namespace cannot be found.
+    pub fn interface_in(&self, netns: u32, name: &str) -> Option<u32> {
+        self.within(netns, || if_nametoindex(name).unwrap_or(0))
+    }
+
+    /// Whether an interface that was known by its index is still there, under whatever name.
+    pub fn has_index(&self, netns: u32, index: u32) -> bool {
+        index != 0 && self.within(netns, || if_indextoname(index).is_ok()) == Some(true)
+    }
+
+    fn within<T>(&self, netns: u32, ask: impl FnOnce() -> T) -> Option<T> {
+        let netns = Netns::all().ok()?.into_iter().find(|one| one.inode() == netns)?;
+        netns.run(|| Ok(ask())).ok()
+    }
+
     /// The network namespace of an interface and its index there; 0 if there is no such interface.
     ///
     /// # Errors

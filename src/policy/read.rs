@@ -26,6 +26,8 @@ pub type Progress<'a> = &'a (dyn Fn(&str, usize, usize) + Sync);
 pub struct Options<'a> {
     /// A cgroup or interface that does not exist is a warning, as with `missing = "warn"` in the file.
     pub allow_missing: bool,
+    /// It was read and checked before: what was worth a look then is not looked for.
+    pub is_checked: bool,
     /// Who wants to know how far it is.
     pub progress: Option<Progress<'a>>,
 }
@@ -62,7 +64,7 @@ const FILE_MAX_BYTES: u64 = 1 << 32;
 /// # Errors
 /// It cannot be used; the report says everything that is wrong.
 pub fn read_file(path: &Path, options: &Options<'_>) -> Result<Checked, Box<Report>> {
-    let reader = Reader::new(options);
+    let reader = Reader::new(options, Names::default());
     let text = match read_text_file(path) {
         Ok(text) => text,
         Err(error) => {
@@ -81,7 +83,20 @@ pub fn read_file(path: &Path, options: &Options<'_>) -> Result<Checked, Box<Repo
 /// # Errors
 /// It cannot be used; the report says everything that is wrong.
 pub fn read_text(name: &str, text: &str, options: &Options<'_>) -> Result<Checked, Box<Report>> {
-    Reader::new(options).run(Path::new(name), text.into())
+    read_with(Path::new(name), text, options, Names::default())
+}
+
+/// The same, where it is known what some names mean.
+///
+/// # Errors
+/// It cannot be used; the report says everything that is wrong.
+pub fn read_with(
+    path: &Path,
+    text: &str,
+    options: &Options<'_>,
+    names: Names,
+) -> Result<Checked, Box<Report>> {
+    Reader::new(options, names).run(path, text.into())
 }
 
 fn read_text_file(path: &Path) -> Result<String, String> {
@@ -123,8 +138,8 @@ struct Known {
 }
 
 impl<'a> Reader<'a> {
-    fn new(options: &'a Options<'a>) -> Self {
-        Reader { options, names: Names::default(), shared: Mutex::default(), lists: Mutex::default() }
+    fn new(options: &'a Options<'a>, names: Names) -> Self {
+        Reader { options, names, shared: Mutex::default(), lists: Mutex::default() }
     }
 
     fn run(self, path: &Path, text: Arc<str>) -> Result<Checked, Box<Report>> {
@@ -134,7 +149,7 @@ impl<'a> Reader<'a> {
         let Shared { mut report, files } = self.shared.into_inner().unwrap_or_else(|e| e.into_inner());
         let policy = Policy { default, rules };
         check_names(&policy, &mut report);
-        if !report.has_errors() {
+        if !report.has_errors() && !self.options.is_checked {
             cover::warn(&policy, &mut report);
         }
         match report.has_errors() {

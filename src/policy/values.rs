@@ -44,6 +44,12 @@ impl Prefix {
         differs.checked_shr(128 - u32::from(bits)).unwrap_or(0) == 0
     }
 
+    /// True if the address is in it.
+    pub fn contains(self, addr: IpAddr) -> bool {
+        let bits = if addr.is_ipv4() { 32 } else { 128 };
+        self.covers(Prefix { addr, bits })
+    }
+
     /// The order in which what a prefix covers follows it.
     fn order(self) -> (bool, u128, u8) {
         (self.is_v6(), u128::from(self.mapped().0), self.bits)
