@@ -29,9 +29,8 @@ mod skel {
 pub mod types {
     pub use crate::skel::types::{
         netoken_action as Action, netoken_check as Check, netoken_check_kind as CheckKind,
-        netoken_config as Config, netoken_counter as Counter, netoken_entry as Entry,
-        netoken_entry_flag as EntryFlag, netoken_event as Event, netoken_facts as Facts,
-        netoken_fault as Fault, netoken_field as Field, netoken_flow as Flow,
+        netoken_config as Config, netoken_counter as Counter, netoken_entry as Entry, netoken_event as Event,
+        netoken_facts as Facts, netoken_fault as Fault, netoken_field as Field, netoken_flow as Flow,
         netoken_generation as Generation, netoken_hits as Hits, netoken_live as Live, netoken_need as Need,
         netoken_question as Question, netoken_record as Record, netoken_rule as Rule,
         netoken_set_key as SetKey, netoken_shape as Shape, netoken_size as Size,

@@ -22,7 +22,6 @@ const volatile struct {
 	enum netoken_token_form token_form;
 	enum netoken_check_kind check_kind;
 	enum netoken_field field;
-	enum netoken_entry_flag entry_flag;
 	enum netoken_need need;
 	struct netoken_facts facts;
 	struct netoken_entry entry;

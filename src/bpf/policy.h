@@ -134,7 +134,7 @@ static __always_inline bool is_in_set(struct search *search, const struct netoke
 	default:
 		return false;
 	}
-	return bpf_map_lookup_elem(sets, key) != NULL;
+	return sets && bpf_map_lookup_elem(sets, key) != NULL;
 }
 
 static __always_inline bool is_in_range(const struct netoken_facts *facts,
@@ -178,7 +178,7 @@ __noinline __u32 walk_records(__u32 slot, __u32 at, __u32 before)
 
 	records = bpf_map_lookup_elem(&policy_records, &key);
 	sets = bpf_map_lookup_elem(&policy_sets, &key);
-	if (!scratch || !records || !sets)
+	if (!scratch || !records)
 		return 0;
 	for (int i = 0; i < CHAIN_MAX; i++) {
 		const struct netoken_record *record;
@@ -213,9 +213,8 @@ __noinline int find_rule(struct __sk_buff *skb)
 {
 	const struct netoken_generation *gen = this_generation();
 	struct scratch *scratch = this_scratch();
-	const struct netoken_record *record;
-	__u32 best = NO_RULE, found = 0;
-	void *entries, *records;
+	__u32 best = NO_RULE;
+	void *entries;
 	struct search *search;
 	__u64 *have, *key;
 	__u32 slot;
@@ -241,7 +240,6 @@ __noinline int find_rule(struct __sk_buff *skb)
 		const struct netoken_shape *shape = &gen->shapes[i];
 		const __u64 *mask = (const __u64 *)&shape->mask;
 		const struct netoken_entry *entry;
-		__u32 at;
 
 		if (i >= gen->shape_count || shape->first_rule >= best)
 			break;
@@ -252,26 +250,17 @@ __noinline int find_rule(struct __sk_buff *skb)
 		search->key.shape = i;
 		search->shapes_looked_up++;
 		entry = bpf_map_lookup_elem(entries, &search->key);
-		if (!entry || entry->first_rule >= best)
+		if (!entry || entry->rule.id >= best)
 			continue;
-		at = entry->record;
-		if (at & ENTRY_HAS_CHECKS) {
-			__u32 rule = walk_records(slot, at & ~ENTRY_HAS_CHECKS, best);
+		if (entry->record) {
+			__u32 rule = walk_records(slot, entry->record, best);
 
-			if (!rule)
-				continue;
-			best = rule;
-			found = 0; /* it is in the scratch already */
+			if (rule)
+				best = rule;
 		} else {
-			best = entry->first_rule;
-			found = at;
+			search->found = entry->rule;
+			best = entry->rule.id;
 		}
-	}
-	if (found) {
-		records = bpf_map_lookup_elem(&policy_records, &slot);
-		record = records ? bpf_map_lookup_elem(records, &found) : NULL;
-		if (record)
-			search->found = record->rule;
 	}
 	return search->found.action;
 }

@@ -14,8 +14,8 @@ use rustc_hash::{FxBuildHasher, FxHashMap, FxHashSet};
 use super::values::{Cgroup, Interface, List, Mark, Prefix, Range};
 use super::{Decision, Policy, Rule, TokenSpec, Values, WhenFull};
 use crate::types::{
-    Action, Check, CheckKind, Entry, EntryFlag, Facts, Field, Generation, Need, RawTokenSpec, Record,
-    Rule as RawRule, SetKey, Shape, Size, TokenForm, WhenFull as RawWhenFull,
+    Action, Check, CheckKind, Entry, Facts, Field, Generation, Need, RawTokenSpec, Record, Rule as RawRule,
+    SetKey, Shape, Size, TokenForm, WhenFull as RawWhenFull,
 };
 
 // SAFETY: integers and arrays of them, without hidden padding, which types.h asserts.
@@ -602,7 +602,7 @@ impl<'a> Compiler<'a> {
         let mut compiled = Compiled {
             generation: Box::default(),
             entries: Vec::with_capacity(self.chains.len()),
-            records: Vec::with_capacity(self.variants.len() + 1),
+            records: Vec::new(),
             sets: Vec::new(),
             shapes: self.describe_shapes(),
             plan: self.plan,
@@ -630,26 +630,23 @@ impl<'a> Compiler<'a> {
                 links.push(variant);
                 at = next;
             }
-            let mut next = 0;
-            for variant in links.iter().rev() {
-                let known = if next == 0 { alone[*variant as usize] } else { 0 };
-                let known = match known {
-                    0 => chained.get(&(*variant, next)).copied().unwrap_or(0),
-                    known => known,
-                };
-                let record = match known {
-                    0 => self.add_records(&mut compiled.records, &rules, *variant, next),
-                    known => known,
-                };
-                match next {
-                    0 => alone[*variant as usize] = record,
-                    _ => drop(chained.insert((*variant, next), record)),
-                }
-                next = record;
-            }
             let first = &self.variants[links[0] as usize];
-            let flag = if first.checks.is_empty() { 0 } else { EntryFlag::ENTRY_HAS_CHECKS.0 };
-            compiled.entries.push((facts(key), Entry { first_rule: first.rule, record: next | flag }));
+            let mut entry = Entry { rule: rules[first.rule as usize - 1], ..Default::default() };
+            if !first.checks.is_empty() {
+                for variant in links.iter().rev() {
+                    let (rule, next) = (*variant, entry.record);
+                    let known = if next == 0 { alone[rule as usize] } else { 0 };
+                    let known = if known == 0 { chained.get(&(rule, next)).copied() } else { Some(known) };
+                    let record =
+                        known.unwrap_or_else(|| self.add_records(&mut compiled.records, &rules, rule, next));
+                    match next {
+                        0 => alone[rule as usize] = record,
+                        _ => drop(chained.insert((rule, next), record)),
+                    }
+                    entry.record = record;
+                }
+            }
+            compiled.entries.push((facts(key), entry));
         }
 
         let generation = &mut compiled.generation;

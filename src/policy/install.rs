@@ -63,6 +63,8 @@ impl Maps {
         next.number = before.as_ref().map_or(0, |before| before.number) + 1;
         next.slot = before.as_ref().map_or(0, |before| 1 - before.slot.min(1));
 
+        // A command that was killed may have left something there.
+        self.empty(next.slot)?;
         self.fill(&compiled.generation, compiled, next.slot, progress)?;
         let generation = create(MapType::Array, "policy", 4, size_of::<Generation>(), 1, 0)?;
         // SAFETY: plain data without hidden padding, which types.h asserts.
@@ -104,7 +106,9 @@ impl Maps {
         if generation.shape_count == 0 {
             return Ok(());
         }
-        let highest = compiled.records.iter().map(|record| record.rule.hits).max().unwrap_or(0);
+        let of_records = compiled.records.iter().map(|record| record.rule.hits);
+        let of_entries = compiled.entries.iter().map(|(_, entry)| entry.rule.hits);
+        let highest = of_records.chain(of_entries).max().unwrap_or(0);
         self.make_room_for_hits(highest)?;
         let [entries, records, sets] = self.parts();
 
@@ -113,25 +117,29 @@ impl Maps {
         update_all(&map, pairs, "loading entries", progress)?;
         put(entries.outer, slot, &map)?;
 
+        // Number 0 is none.
+        if compiled.records.len() == 1 {
+            return Ok(());
+        }
         let map = records.create(4, size_of::<Record>(), compiled.records.len())?;
         let numbers: Vec<u32> = (0..compiled.records.len() as u32).collect();
         update_all(&map, numbers.iter().zip(&compiled.records), "loading rules", progress)?;
         put(records.outer, slot, &map)?;
 
+        if compiled.sets.is_empty() {
+            return Ok(());
+        }
         let map = sets.create(size_of::<SetKey>(), 4, compiled.sets.len())?;
         let pairs = compiled.sets.iter().map(|key| (key, &1u32));
         update_all(&map, pairs, "loading sets", progress)?;
         put(sets.outer, slot, &map)
     }
 
+    /// Every change of an outer map waits for a grace period, so what is empty is left alone.
     fn empty(&self, slot: u32) -> Result<()> {
         for part in self.parts() {
-            // It is not there if that policy had no rules.
-            match part.outer.delete(&slot.to_ne_bytes()) {
-                Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
-                    return Err(error).with_context(|| format!("emptying {}", part.name));
-                }
-                _ => {}
+            if inner(part.outer, slot)?.is_some() {
+                part.outer.delete(&slot.to_ne_bytes()).with_context(|| format!("emptying {}", part.name))?;
             }
         }
         Ok(())
@@ -148,6 +156,30 @@ impl Maps {
         let mut generation = Box::<Generation>::default();
         generation.copy_from_bytes(&bytes).ok().context("the policy in use has a strange size")?;
         Ok(Some(generation))
+    }
+
+    /// Kernel memory of the policy in use and its hit counters, as the kernel counts it.
+    ///
+    /// # Errors
+    /// The kernel refused to tell.
+    pub fn policy_bytes(&self) -> Result<usize> {
+        let slot = self.generation()?.map_or(0, |generation| generation.slot);
+        let mut maps: Vec<MapHandle> = self.policy()?.into_iter().collect();
+        for part in self.parts() {
+            maps.extend(inner(part.outer, slot)?);
+        }
+        for chunk in 0..Size::HITS_CHUNKS_MAX.0 {
+            maps.extend(self.hits_chunk(chunk)?);
+        }
+        let mut bytes = 0;
+        for map in maps.iter().chain([&self.hits]) {
+            let path = format!("/proc/self/fdinfo/{}", map.as_fd().as_raw_fd());
+            let info = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+            let of_map = info.lines().find_map(|line| line.strip_prefix("memlock:"));
+            let of_map = of_map.and_then(|number| number.trim().parse::<usize>().ok());
+            bytes += of_map.with_context(|| format!("finding memlock in {path}"))?;
+        }
+        Ok(bytes)
     }
 
     /// The map of a chunk of hit counters, if there is one.

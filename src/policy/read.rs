@@ -152,6 +152,7 @@ impl<'a> Reader<'a> {
         if !report.has_errors() && !self.options.is_checked {
             cover::warn(&policy, &mut report);
         }
+        report.problems.sort_by_key(|problem| problem.place.map(|place| (place.file, place.start)));
         match report.has_errors() {
             true => Err(Box::new(report)),
             false => Ok(Checked { policy, report, files }),
@@ -423,20 +424,24 @@ impl FileReader<'_> {
             }
         };
         let mut conditions = Vec::new();
-        for key in CONDITIONS {
-            for (negated, key) in [(false, key.to_string()), (true, format!("not_{key}"))] {
-                let Some(value) = table.get(key.as_str()) else { continue };
-                match self.condition(key.strip_prefix("not_").unwrap_or(&key), value, known) {
-                    Some(values) => conditions.push(Condition { negated, values }),
-                    None => good = false,
-                }
+        for (key, value) in table {
+            let (negated, key) = match key.get_ref().strip_prefix("not_") {
+                Some(key) => (true, key),
+                None => (false, &**key.get_ref()),
+            };
+            let Some(rank) = CONDITIONS.iter().position(|known| *known == key) else { continue };
+            match self.condition(key, value, known) {
+                Some(values) => conditions.push((rank, Condition { negated, values })),
+                None => good = false,
             }
         }
+        conditions.sort_unstable_by_key(|(rank, condition)| (*rank, condition.negated));
+        let conditions = conditions.into_iter().map(|(_, condition)| condition).collect();
         let decision = self.decision(header, table);
         let (span, name) = name?;
         let place = self.place(span);
         good.then_some(())?;
-        Some(Rule { name, conditions: conditions.into(), decision: decision?, place })
+        Some(Rule { name, conditions, decision: decision?, place })
     }
 
     fn condition(&self, key: &str, value: &Spanned<DeValue<'_>>, known: &Known) -> Option<Values> {

@@ -17,7 +17,7 @@ pub fn structures_have_their_documented_sizes() -> Result<()> {
         ("flow", size_of::<Flow>(), 44),
         ("facts", size_of::<Facts>(), 64),
         ("shape", size_of::<Shape>(), 72),
-        ("entry", size_of::<Entry>(), 8),
+        ("entry", size_of::<Entry>(), 40),
         ("rule", size_of::<Rule>(), 32),
         ("check", size_of::<Check>(), 12),
         ("record", size_of::<Record>(), 80),
