@@ -3,6 +3,7 @@
 //! ```text
 //! /run/netoken/lock                     held by a command that changes something
 //! /run/netoken/bpf/<instance>/<map>     the pins of an instance
+//! /run/netoken/<instance>.policy/       what is remembered of its policy, see `policy::running`
 //! /run/netoken/<instance>.reader        held by the process that reads the events; says which it is
 //! ```
 //!
@@ -57,6 +58,8 @@ pub struct Instance {
     pub name: String,
     /// The directory of its pins, valid in this process.
     pub pins: PathBuf,
+    /// The directory of what is remembered of its policy, valid in this process.
+    pub policy_dir: PathBuf,
 }
 
 impl State {
@@ -174,7 +177,11 @@ impl State {
 
     /// The instance of that name, whether it exists or not.
     pub fn instance(&self, name: &str) -> Instance {
-        Instance { name: name.to_string(), pins: self.below("bpf").join(name) }
+        Instance {
+            name: name.to_string(),
+            pins: self.below("bpf").join(name),
+            policy_dir: self.below(&format!("{name}.policy")),
+        }
     }
 
     /// Every instance that has pins.
@@ -251,6 +258,10 @@ impl Instance {
                 format!("removing the pin {:?} of instance '{}'", entry.file_name(), self.name)
             })?;
         }
+        if self.policy_dir.exists() {
+            fs::remove_dir_all(&self.policy_dir)
+                .with_context(|| format!("removing the policy of instance '{}'", self.name))?;
+        }
         fs::remove_dir(&self.pins)
             .with_context(|| format!("removing the directory of instance '{}'", self.name))
     }
@@ -304,7 +315,7 @@ fn mount_error(path: &Path, errno: Errno) -> anyhow::Error {
 
 /// Runs `f` in the mount namespace of the first process of the system. `ip netns exec` runs its command in a new
 /// one, which ends with the command, and with it what was mounted there.
-fn in_first_mount_namespace<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub(crate) fn in_first_mount_namespace<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let Some(first) = first_mount_namespace() else { return f() };
     // A thread of its own: the namespace goes with the thread, and the process keeps its paths.
     thread::scope(|scope| {

@@ -4,9 +4,9 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use clap::{ArgGroup, Parser};
+use clap::{ArgGroup, Parser, Subcommand};
 
-use super::Command;
+use super::{key::KeyArgs, policy::PolicyArgs, token::TokenArgs};
 use crate::hooks::clsact::Place;
 use crate::hooks::link::find_link;
 use crate::hooks::netlink::Link;
@@ -19,7 +19,7 @@ Examples:
   netoken --iface eth0 --attach                  stamp every SYN with the default token, and watch
   netoken --iface eth0 --attach --quiet --token 00112233aabbccdd
                                                  stamp with a token of your own, and return
-  netoken --iface eth0 --attach --policy p.toml  stamp, skip or drop by destination
+  netoken --iface eth0 --attach --policy p.toml  stamp, skip or drop by rules; see: netoken policy --help
   netoken --query                                what is attached, on every interface
   netoken --iface eth0 --destroy                 remove it, and the clsact qdisc if nobody else uses it
   netoken key new edge                           make a key for keyed tokens
@@ -33,7 +33,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage.";
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(group = ArgGroup::new("mode").required(true).args(["attach", "query", "detach", "destroy"]))]
 #[command(group = ArgGroup::new("attaching").multiple(true).conflicts_with_all(["query", "detach", "destroy"]).args([
-    "token", "policy", "quiet", "sample", "detach_on_exit", "priority", "handle", "option_kind", "exid", "slot",
+    "token", "policy", "watch", "allow_missing", "quiet", "sample", "detach_on_exit", "priority", "handle", "option_kind",
+    "exid", "slot",
 ]))]
 pub struct Args {
     #[command(subcommand)]
@@ -64,9 +65,17 @@ pub struct Args {
     #[arg(long, value_name = "HEX", conflicts_with = "policy", help_heading = "With --attach")]
     token: Option<Token>,
 
-    /// Policy file: what to stamp, skip or drop, by destination prefix and port
+    /// Policy file: what to stamp, skip or drop; SIGHUP loads it again while streaming
     #[arg(long, value_name = "FILE", help_heading = "With --attach")]
     policy: Option<PathBuf>,
+
+    /// Load the policy file again whenever it, or a file that it names, changes
+    #[arg(long, requires = "policy", conflicts_with = "quiet", help_heading = "With --attach")]
+    watch: bool,
+
+    /// A cgroup or interface in the policy that does not exist is a warning
+    #[arg(long, requires = "policy", help_heading = "With --attach")]
+    allow_missing: bool,
 
     /// Attach and return at once
     #[arg(long, help_heading = "With --attach")]
@@ -117,6 +126,14 @@ pub struct Args {
     json: bool,
 }
 
+/// What is not about hooks.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    Policy(PolicyArgs),
+    Key(KeyArgs),
+    Token(TokenArgs),
+}
+
 /// What every command needs to know.
 #[derive(Debug)]
 pub(super) struct Scope {
@@ -139,6 +156,8 @@ pub(super) enum Mode {
 #[derive(Debug)]
 pub(super) struct AttachOptions {
     pub policy: PolicySource,
+    pub watch: bool,
+    pub allow_missing: bool,
     pub quiet: bool,
     pub detach_on_exit: bool,
     pub sample: u32,
@@ -175,6 +194,8 @@ impl Args {
                     (_, Some(path)) => PolicySource::File(path),
                     _ => PolicySource::Keep,
                 },
+                watch: self.watch,
+                allow_missing: self.allow_missing,
                 quiet: self.quiet,
                 detach_on_exit: self.detach_on_exit,
                 sample: self.sample,
@@ -266,6 +287,11 @@ mod tests {
             "netoken --iface eth0 --attach --option-kind 8",
             "netoken --iface eth0 --attach --instance a.b",
             "netoken --iface eth0 --attach --exid 0x10000",
+            "netoken --iface eth0 --attach --watch",
+            "netoken --iface eth0 policy show",
+            "netoken policy",
+            "netoken policy load",
+            "netoken policy test --dst 192.0.2.1",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }
@@ -279,6 +305,8 @@ mod tests {
             "netoken --interface eth0 --destroy",
             "netoken --query --json",
             "netoken --destroy",
+            "netoken policy check p.toml",
+            "netoken policy show --instance edge --json",
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }

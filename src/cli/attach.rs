@@ -1,5 +1,6 @@
 //! `--attach`: puts the classifier on interfaces and streams what it does.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,6 +8,8 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
+use super::policy::{Progress, put as put_policy, read as read_with_progress};
+use super::reload::Reload;
 use crate::clock;
 use crate::events::reader::Reader;
 use crate::events::show::{Names, Output, Record};
@@ -15,31 +18,34 @@ use crate::events::watch::Watch;
 use crate::hooks::clsact::{Attachment, Hooks, remove_unused};
 use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
-use crate::keys::file::KeyDir;
-use crate::keys::{self, Key};
+use crate::keys::Key;
+use crate::keys::file::keys_for;
 use crate::netns::Netns;
-use crate::policy::Policy;
+use crate::policy::read::Checked;
+use crate::policy::{Policy, running};
 use crate::privileges;
 use crate::program::{LinkHeader, Maps, Program, Settings};
 use crate::state::{Instance, Lock, ReaderLock, State};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
-    let policy = match &options.policy {
+    let given = match &options.policy {
         PolicySource::Keep => None,
-        PolicySource::Token(token) => Some(Policy::stamp_all(*token)),
-        PolicySource::File(path) => Some(Policy::from_file(path)?),
+        PolicySource::Token(token) => Some(Given::Token(Policy::stamp_all(*token))),
+        PolicySource::File(path) => Some(Given::File(path, read_policy(path, options.allow_missing)?)),
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
     let targets = targets(scope)?;
-    let keys = load_keys(scope, policy.as_ref())?;
+    let keys =
+        keys_for(&scope.instance, given.as_ref().map(|given| given.policy().rings()).unwrap_or_default())
+            .with_context(|| format!("attaching to {}", scope.ifaces.join(", ")))?;
 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
     let mut job =
         Job { options, state: &state, instance: &instance, is_new, keys: keys.as_deref(), done: Vec::new() };
-    let (maps, reading, note) = match job.attach(&lock, &targets, policy.as_ref()) {
+    let (maps, reading, note) = match job.attach(&lock, &targets, given.as_ref()) {
         Ok(attached) => attached,
         Err(error) => return Err(job.give_up(lock, error)),
     };
@@ -47,7 +53,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let stream = if options.quiet {
         Ok(None)
     } else {
-        Stream::prepare(&state, &instance, &maps, links.clone()).map(Some)
+        Stream::prepare(&state, &instance, &maps, links, given.as_ref()).map(Some)
     };
     let stream = match stream {
         Ok(stream) => stream,
@@ -69,8 +75,23 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let Some(mut stream) = stream else {
         return told;
     };
+    let mut reload = match &given {
+        Some(Given::File(path, checked)) => {
+            let files = checked.files.clone();
+            Some(Reload::new(path, options, &instance, &maps, files, &stream.signals.reload))
+        }
+        _ => None,
+    };
     // If the telling failed, so will the stream, at once and for the same reason.
-    let end = stream::run(&maps, &mut stream.reader, &mut output, &mut stream.watch, &stream.stop);
+    let mut each_look = || reload.as_mut().map_or(Ok(()), Reload::look);
+    let end = stream::run(
+        &maps,
+        &mut stream.reader,
+        &mut output,
+        &mut stream.watch,
+        &stream.signals.stop,
+        &mut each_look,
+    );
     let left: Vec<String> = stream.watch.links().iter().map(|link| link.name.clone()).collect();
     drop((stream, reading));
     leave(scope, options, &left)?;
@@ -85,7 +106,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
 struct Stream<'a> {
     reader: Reader<'a>,
     watch: Watch<'a>,
-    stop: Arc<AtomicBool>,
+    signals: Signals,
 }
 
 impl<'a> Stream<'a> {
@@ -94,31 +115,60 @@ impl<'a> Stream<'a> {
         instance: &Instance,
         maps: &'a Maps,
         links: Vec<Link>,
+        given: Option<&Given<'_>>,
     ) -> Result<Stream<'a>> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&stop);
-        ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
+        let signals = Signals::catch(given)?;
         let watch = Watch::start(state, &instance.name, Netns::current()?.inode(), links)?;
-        Ok(Stream { reader: Reader::open(maps)?, watch, stop })
+        Ok(Stream { reader: Reader::open(maps)?, watch, signals })
     }
 }
 
-/// The instance's keys, which must suffice for the policy; nothing if it has no key directory.
-fn load_keys(scope: &Scope, policy: Option<&Policy>) -> Result<Option<Vec<Key>>> {
-    keys::guard_process()?;
-    let dir = KeyDir::of_instance(&scope.instance);
-    let keys = dir.load()?;
-    for ring in policy.map(Policy::rings).unwrap_or_default() {
-        if keys::signer(&keys, ring).is_none() {
-            bail!(
-                "attaching to {}: the policy makes tokens with key ring '{ring}', of which no key in {} signs; make one \
-                 with: netoken key new {ring}",
-                scope.ifaces.join(", "),
-                dir.path().display()
-            );
+/// A policy that the command line gives.
+enum Given<'a> {
+    Token(Policy),
+    File(&'a Path, Checked),
+}
+
+impl Given<'_> {
+    fn policy(&self) -> &Policy {
+        match self {
+            Given::Token(policy) => policy,
+            Given::File(_, checked) => &checked.policy,
         }
     }
-    Ok(dir.exists().then_some(keys))
+
+    fn put(&self, instance: &Instance, maps: &Maps) -> Result<()> {
+        match self {
+            Given::Token(policy) => running::load(instance, maps, policy, "the command line", None)?,
+            Given::File(path, checked) => put_policy(instance, maps, checked, path, &Progress::new())?,
+        };
+        Ok(())
+    }
+}
+
+fn read_policy(path: &Path, allow_missing: bool) -> Result<Checked> {
+    read_with_progress(path, allow_missing, &Progress::new())
+}
+
+/// What other processes tell this one.
+struct Signals {
+    stop: Arc<AtomicBool>,
+    reload: Arc<AtomicBool>,
+}
+
+impl Signals {
+    /// Without a file that could be loaded again, SIGHUP ends the stream: the terminal is gone.
+    fn catch(given: Option<&Given<'_>>) -> Result<Signals> {
+        use signal_hook::consts::{SIGHUP, SIGTERM};
+        let signals = Signals { stop: Arc::default(), reload: Arc::default() };
+        let hangup = if let Some(Given::File(..)) = given { &signals.reload } else { &signals.stop };
+        for (signal, flag) in [(SIGTERM, &signals.stop), (SIGHUP, hangup)] {
+            signal_hook::flag::register(signal, Arc::clone(flag)).context("preparing for signals")?;
+        }
+        let stop = Arc::clone(&signals.stop);
+        ctrlc::set_handler(move || stop.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
+        Ok(signals)
+    }
 }
 
 /// Removes all of it, or says how to.
@@ -161,11 +211,11 @@ impl Job<'_> {
         &mut self,
         lock: &Lock,
         targets: &[Target],
-        policy: Option<&Policy>,
+        given: Option<&Given<'_>>,
     ) -> Result<(Maps, Option<ReaderLock>, String)> {
         let reading = if self.options.quiet { None } else { Some(self.state.lock_reader(self.instance)?) };
         self.instance.create()?;
-        let (maps, note) = self.attach_all(lock, targets, policy)?;
+        let (maps, note) = self.attach_all(lock, targets, given)?;
         Ok((maps, reading, note))
     }
 
@@ -174,9 +224,9 @@ impl Job<'_> {
         &mut self,
         lock: &Lock,
         targets: &[Target],
-        policy: Option<&Policy>,
+        given: Option<&Given<'_>>,
     ) -> Result<(Maps, String)> {
-        let mut ready: Option<(Maps, String)> = None;
+        let mut ready: Option<(Maps, String, bool)> = None;
         let mut hooks = Hooks::open(self.state)?;
         let netns_ino = Netns::current()?.inode();
         for target in targets {
@@ -198,27 +248,27 @@ impl Job<'_> {
             let running = program.maps.policy()?.is_some();
             // A policy that runs is replaced when all else has worked; one that does not must be there first.
             if first && !running {
-                let default = Policy::stamp_all(Token::DEFAULT);
-                program.maps.set_policy(policy.unwrap_or(&default))?;
+                let default = Given::Token(Policy::stamp_all(Token::DEFAULT));
+                given.unwrap_or(&default).put(self.instance, &program.maps)?;
             }
             let attachment =
                 hooks.attach(lock, &target.link, &self.instance.name, &program, self.options.place)?;
             self.done.push((target.link.clone(), attachment));
             if first {
-                let note = match (policy, running) {
-                    (Some(policy), _) => format!("policy: {}", policy.summary()),
+                let note = match (given, running) {
+                    (Some(given), _) => format!("policy: {}", given.policy().summary()),
                     (None, true) => format!("policy: as instance '{}' had it", self.instance.name),
                     (None, false) => format!(
                         "policy: stamp every SYN with the default token {} (--token or --policy changes it)",
                         Token::DEFAULT
                     ),
                 };
-                ready = Some((program.maps, note));
+                ready = Some((program.maps, note, running));
             }
         }
-        let (maps, note) = ready.context("there is no interface to attach to")?;
-        if let Some(policy) = policy {
-            maps.set_policy(policy)?;
+        let (maps, note, running) = ready.context("there is no interface to attach to")?;
+        if let Some(given) = given.filter(|_| running) {
+            given.put(self.instance, &maps)?;
         }
         Ok((maps, note))
     }

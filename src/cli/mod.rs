@@ -4,7 +4,9 @@ pub mod args;
 mod attach;
 mod detach;
 mod key;
+mod policy;
 mod query;
+mod reload;
 mod table;
 mod token;
 
@@ -14,14 +16,7 @@ pub use args::Args;
 
 use crate::clock;
 use crate::netns::Netns;
-use args::Mode;
-
-/// What is not done with an interface.
-#[derive(Debug, clap::Subcommand)]
-enum Command {
-    Key(key::KeyArgs),
-    Token(token::TokenArgs),
-}
+use args::{Command, Mode};
 
 /// Runs what was asked for.
 ///
@@ -29,10 +24,12 @@ enum Command {
 /// It failed; the message says what was being done to what, why it failed, and what to do now.
 pub fn run(mut args: Args) -> Result<()> {
     clock::publish_to_all();
-    match args.command.take() {
-        Some(Command::Key(args)) => return key::run(args),
-        Some(Command::Token(args)) => return token::run(&args),
-        None => {}
+    if let Some(command) = args.command.take() {
+        return match command {
+            Command::Policy(args) => policy::run(args),
+            Command::Key(args) => key::run(args),
+            Command::Token(args) => token::run(&args),
+        };
     }
     let (mode, scope) = args.check()?;
     // Everything that follows happens there. Paths are not affected: a network namespace has none.

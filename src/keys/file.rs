@@ -40,6 +40,26 @@ pub struct KeyDir {
 #[derive(Debug)]
 pub struct KeyLock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
 
+/// The keys of an instance, which must suffice to sign with these rings; nothing if it has no key directory.
+///
+/// # Errors
+/// They cannot be read, or a ring has no key that signs.
+pub fn keys_for(instance: &str, rings: impl IntoIterator<Item = RingName>) -> Result<Option<Vec<Key>>> {
+    super::guard_process()?;
+    let dir = KeyDir::of_instance(instance);
+    let keys = dir.load()?;
+    for ring in rings {
+        if super::signer(&keys, ring).is_none() {
+            bail!(
+                "the policy makes tokens with key ring '{ring}', of which no key in {} signs; make one with: netoken \
+                 key new {ring}",
+                dir.path().display()
+            );
+        }
+    }
+    Ok(dir.exists().then_some(keys))
+}
+
 impl KeyDir {
     /// Where the keys of an instance are, unless somebody says otherwise.
     pub fn of_instance(instance: &str) -> KeyDir {

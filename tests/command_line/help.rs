@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use crate::said::netoken;
 
 /// Every flag that the first users know.
-const FLAGS: [&str; 21] = [
+const FLAGS: [&str; 23] = [
     "--iface",
     "--interface",
     "--attach",
@@ -14,6 +14,8 @@ const FLAGS: [&str; 21] = [
     "--destroy",
     "--token",
     "--policy",
+    "--watch",
+    "--allow-missing",
     "--quiet",
     "--sample",
     "--detach-on-exit",

@@ -124,7 +124,7 @@ impl Shared {
     fn make(&self, spec: TokenSpec, flow: &Flow) -> Result<Option<Token>> {
         let number = spec.ring().map_or(Ok(0), |ring| self.keys.ring_number(ring))?;
         let mut order = [0; ORDER_LEN];
-        let spec = spec.to_raw(number);
+        let spec = spec.to_raw(0, "", |_| number)?;
         // SAFETY: plain data without padding.
         order[SPEC_AT..ACCEPT_AT].copy_from_slice(unsafe { plain::as_bytes(&spec) });
         put_flow(&mut order, flow);
