@@ -23,10 +23,10 @@ use std::sync::{PoisonError, RwLock};
 
 use anyhow::Result;
 use libtest_mimic::Trial;
-use support::{Need, sh};
+use support::Need;
 
 /// What every case here needs.
-const NET: &[Need] = &[Need::Root, Need::Tool("ip"), Need::Tool("ethtool"), Need::Tool("nstat")];
+const NET: &[Need] = &[Need::Root, Need::Tool("ip"), Need::Tool("ethtool")];
 
 /// The same, and another tool.
 fn with(tool: &'static str) -> Vec<Need> {

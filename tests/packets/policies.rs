@@ -260,7 +260,7 @@ pub fn a_narrow_port_rule_beats_a_wide_rule_for_any_port() -> Result<()> {
 pub fn random_policies_decide_as_the_file_reads() -> Result<()> {
     let mut random = crate::mutate::Random(crate::mutate::seed()?);
     let mut bench = Bench::load(Settings::default())?;
-    for _ in 0..300 {
+    for _ in 0..crate::support::share_of(300)? {
         let rules = random_rules(&mut random);
         let text: String = rules.iter().map(RandomRule::toml).collect();
         bench.set_policy(&text)?;
