@@ -57,6 +57,7 @@ impl Lab {
     }
 
     /// Joins two namespaces by a veth pair, up, with TX checksum offload on or off at both ends.
+    #[allow(dead_code)]
     pub fn veth(&self, one: (&str, &str), other: (&str, &str), tx_offload: bool) -> Result<()> {
         self.add_veth(one, other, tx_offload)?;
         [one, other].into_iter().try_for_each(|(ns, iface)| ip(ns, [format!("link set {iface} up")]))
