@@ -5,6 +5,8 @@ mod devices;
 mod fastopen;
 #[path = "../support/lab.rs"]
 mod lab;
+mod links;
+mod losses;
 mod measures;
 mod policies;
 mod receivers;
@@ -80,6 +82,8 @@ fn main() -> ExitCode {
         policies::cases(),
         skbs::cases(),
         devices::cases(),
+        links::cases(),
+        losses::cases(),
         streams::cases(),
         measures::cases(),
     ];

@@ -122,6 +122,12 @@ impl World {
         Ok((world, router))
     }
 
+    /// The same world, with netoken on another interface of the client.
+    pub fn hooked_at(mut self, interface: &'static str) -> World {
+        self.hook = (self.client.clone(), interface);
+        self
+    }
+
     pub fn client_addr(&self, family: Family) -> IpAddr {
         family.addr(CLIENT_NET, CLIENT_HOST)
     }

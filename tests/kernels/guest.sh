@@ -82,8 +82,8 @@ make_guest() {
 		mkdir -p "$guest/etc/nginx"
 		cp /etc/nginx/mime.types "$guest/etc/nginx/"
 	fi
-	printf 'root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\n' >"$guest/etc/passwd"
-	printf 'root:x:0:\nnogroup:x:65534:\nwww-data:x:33:\n' >"$guest/etc/group"
+	printf 'root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\ntcpdump:x:104:104::/:/bin/sh\n' >"$guest/etc/passwd"
+	printf 'root:x:0:\nnogroup:x:65534:\nwww-data:x:33:\ntcpdump:x:104:\n' >"$guest/etc/group"
 	echo guest >"$guest/etc/hostname"
 	printf '127.0.0.1 localhost guest\n::1 localhost\n' >"$guest/etc/hosts"
 	printf 'passwd: files\ngroup: files\nhosts: files\n' >"$guest/etc/nsswitch.conf"

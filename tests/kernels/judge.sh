@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Reads a guest's log: what was wrong, and how many tests passed. Sourced by scripts/kernels.
 
-# judge LOG STATUS: a line for each thing that is wrong. Those that begin with `test` the guest has counted already.
+# judge KERNEL LOG STATUS: a line for each thing that is wrong. Those that begin with `test` the guest has counted already.
 judge() {
-	local log="$1" status="$2"
+	local kernel="$1" log="$2" status="$3"
 	if ! grep -q '^@done ' "$log"; then
 		case "$status" in
 		124 | 137) echo "the guest was not done after $LEG_SECONDS s, in: $(sed -n 's/^@run //p' "$log" | tail -n 1)" ;;
@@ -13,6 +13,13 @@ judge() {
 		echo "no test program was run"
 	fi
 	sed -n 's/^@nomodule /module not loaded: /p' "$log"
+	awk -F ' *[|] *' -v kernel="$kernel" '
+		NR == FNR { if (!/^(#|$)/ && ($1 == "all" || index(" " $1 " ", " " kernel " "))) allowed[++rows] = $2; next }
+		/^SKIPPED / {
+			found = 0
+			for (i = 1; i <= rows; i++) if (index($0, allowed[i])) found = 1
+			if (!found) print substr($0, 1, 300) " (not in tests/kernels/skips)"
+		}' "$here/skips" "$log"
 	# Each failed test with the first line of what it said, which follows its name between dashes.
 	awk '/^@run / { program = $2 }
 		/^---- .* ----$/ { name = $0; gsub(/^---- | ----$/, "", name); next }

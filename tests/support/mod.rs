@@ -1,8 +1,10 @@
 //! What the test programs share: the list of cases, what a case needs, and saying aloud when it cannot run.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
+use std::sync::{Mutex, PoisonError};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -20,10 +22,8 @@ pub enum Need {
     BufferLimit,
     /// A machine on which time says something, which an emulated one is not.
     RealTime,
-    /// A kind of network interface that can be made here, as `ip link add` calls it.
-    Link(&'static str),
-    /// A queueing discipline that can be added here.
-    Qdisc(&'static str),
+    /// A shell command that succeeds in a network namespace of its own.
+    Works(&'static str),
 }
 
 impl Need {
@@ -42,8 +42,7 @@ impl Need {
                 .then(|| "kernel.perf_event_paranoid is -1, which lifts the limit on buffers".to_string()),
             Need::RealTime => std::env::var_os(EMULATED)
                 .map(|_| format!("it measures time, and {EMULATED} says that this machine is emulated")),
-            Need::Link(kind) => alone_says(&format!("ip link add t0 type {kind}")),
-            Need::Qdisc(kind) => alone_says(&format!("ip link set lo up && tc qdisc add dev lo root {kind}")),
+            Need::Works(command) => why_not(command),
             Need::Kernel(major, minor) => {
                 let kernel = netoken::kernel::Kernel::probe();
                 (kernel.version() < Some((major, minor)))
@@ -73,9 +72,21 @@ pub fn share_of(full: usize) -> anyhow::Result<usize> {
     Ok(share)
 }
 
-/// What a command that fails says, in a network namespace that is gone afterwards.
-fn alone_says(command: &str) -> Option<String> {
-    sh(&format!("unshare --net sh -c '{command}'")).err().map(|error| format!("{error:#}").replace('\n', " "))
+/// What a command says if it fails in a network namespace that is gone afterwards. Each is asked once.
+fn why_not(command: &'static str) -> Option<String> {
+    static ASKED: Mutex<BTreeMap<&str, Option<String>>> = Mutex::new(BTreeMap::new());
+    let ask = || {
+        let output = Command::new("unshare").args(["--net", "sh", "-c", command]).output();
+        match output {
+            Ok(output) if output.status.success() => None,
+            Ok(output) => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                Some(format!("`{command}` says {}", said.split_whitespace().collect::<Vec<_>>().join(" ")))
+            }
+            Err(error) => Some(format!("unshare: {error}")),
+        }
+    };
+    ASKED.lock().unwrap_or_else(PoisonError::into_inner).entry(command).or_insert_with(ask).clone()
 }
 
 /// One test: a promise for a name, and what it needs.
