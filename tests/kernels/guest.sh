@@ -132,8 +132,11 @@ make_modules() {
 	} | with_parents | (cd "$tree" && cpio -o -H newc -R 0:0 --quiet)
 	mkdir -p "$own/etc/kernels"
 	while read -r name threads seconds kernels; do
-		[ "$kernels" = all ] || [[ " $kernels " == *" $kernel "* ]] || continue
-		[ -z "$program" ] || [ "$program" = "$name" ] || continue
+		if [ -n "$program" ]; then
+			[ "$program" = "$name" ] || continue
+		else
+			[ "$kernels" = all ] || [[ " $kernels " == *" $kernel "* ]] || continue
+		fi
 		path="$(awk -v name="$name" '$1 == name { print $2 }' "$work/built")"
 		[ -n "$path" ] || fail "cargo built no test program $name, which is in tests/kernels/programs"
 		echo "$name $path $threads $seconds"

@@ -96,6 +96,18 @@ impl Lab {
         ip(ns, [add_addr(iface, addr)])
     }
 
+    /// Gives an interface another name. Before 6.2 it has to be down meanwhile.
+    #[allow(dead_code)]
+    pub fn rename(&self, ns: &str, from: &str, to: &str) -> Result<()> {
+        let commands = [
+            format!("link set {from} down"),
+            format!("link set {from} name {to}"),
+            format!("link set {to} up"),
+        ];
+        let live = netoken::kernel::Kernel::probe().version() >= Some((6, 2));
+        ip(ns, if live { commands[1..2].to_vec() } else { commands.to_vec() })
+    }
+
     /// The program under test with these arguments, not started yet. Its state is the laboratory's.
     pub fn netoken(&self, args: &str) -> Command {
         let mut command = Command::new(NETOKEN);

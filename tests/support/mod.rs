@@ -68,7 +68,7 @@ pub fn share_of(full: usize) -> anyhow::Result<usize> {
     let Ok(text) = std::env::var(PERCENT) else { return Ok(full) };
     let percent: usize = text.parse().map_err(|error| anyhow::anyhow!("{PERCENT}={text}: {error}"))?;
     let share = (full * percent / 100).max(1);
-    println!("{share} rounds of {full}, because of {PERCENT}={percent}");
+    eprintln!("{share} rounds of {full}, because of {PERCENT}={percent}");
     Ok(share)
 }
 
