@@ -50,6 +50,7 @@ fn has(feature: &str, symbols: &str) -> Result<bool> {
             // What the product has found out, and decides by.
             "netoken" => match name {
                 "check_mtu" => Kernel::probe().has_check_mtu.into(),
+                "tai" => Kernel::probe().has_tai.into(),
                 _ => bail!("the product probes no {name}"),
             },
             _ => bail!("there is no kind '{kind}'"),

@@ -19,17 +19,19 @@ artifacts() {
 		-e 's/.*"reason":"build-script-executed".*[#/]netoken[#@][^"]*".*"out_dir":"([^"]*)".*/out \1/p'
 }
 
-# keep_objects COMPILER ARTIFACTS VERSION: the BPF objects of one build.
+# keep_objects NAME CLANG ARTIFACTS: the BPF objects of the build by one compiler, and those of tests.
 keep_objects() {
 	local out
-	out="$(awk '$1 == "out" { print $2 }' "$2")"
+	out="$(awk '$1 == "out" { print $2 }' "$3")"
 	mkdir -p "$work/objects/$1"
 	cp "$out"/*.bpf.o "$work/objects/$1/"
-	echo "$1 $3" >>"$work/compilers"
+	(cd "$root" && CLANG="$2" NETOKEN_TEST_COMPILE_TO="$work/objects/$1" "$(built packets)")
+	echo "$1 $("$2" --version | sed -nE '1s/.*version ([0-9.]+).*/clang \1/p')" >>"$work/compilers"
 }
 
-clang_version() {
-	"$1" --version | sed -nE '1s/.*version ([0-9.]+).*/clang \1/p'
+# The path of a test program.
+built() {
+	awk -v name="$1" '$1 == "test" && $2 == name { print $3 }' "$work/artifacts"
 }
 
 build() {
@@ -40,12 +42,12 @@ build() {
 	done < <(programs)
 	(cd "$root" && cargo test --no-run --quiet --profile guest --target-dir "$target/kernels" "${tests[@]}" \
 		--message-format=json-render-diagnostics) | artifacts >"$work/artifacts"
-	keep_objects clang "$work/artifacts" "$(clang_version "${CLANG:-clang}")"
+	keep_objects clang "${CLANG:-clang}" "$work/artifacts"
 
 	newest="$(newest_clang)"
 	(cd "$root" && CLANG="$newest" cargo build --lib --quiet --target-dir "$target/newest-clang" \
 		--message-format=json-render-diagnostics) | artifacts >"$work/artifacts.newest"
-	keep_objects newest-clang "$work/artifacts.newest" "$(clang_version "$newest")"
+	keep_objects newest-clang "$newest" "$work/artifacts.newest"
 }
 
 # The rows of tests/kernels/programs.
@@ -65,7 +67,7 @@ pack() {
 
 # The part of the initramfs that all kernels share.
 make_guest() {
-	local tool path kind name folder
+	local tool path kind folder
 	guest="$work/guest"
 	mkdir -p "$guest"/usr/{bin,sbin,lib,lib64} "$guest"/{root,etc/kernels,var/log/nginx,var/lib/nginx,tmp}
 	for folder in bin sbin lib lib64; do
@@ -97,14 +99,11 @@ make_guest() {
 	echo "$root" >"$guest/etc/kernels/root"
 	printf '%s' "$filter" >"$guest/etc/kernels/filter"
 
-	while read -r kind name path; do
+	while read -r kind _ path; do
 		case "$kind" in
-		test) echo "$name $path" ;;
-		bin) ;;
-		*) continue ;;
+		test | bin) pack "$path" ;;
 		esac
-		pack "$path"
-	done <"$work/artifacts" >"$work/built"
+	done <"$work/artifacts"
 	pack_cpio "$guest" <<<. >"$work/guest.cpio"
 	say "the initramfs has $(($(stat -c %s "$work/guest.cpio") >> 20)) MiB"
 }
@@ -137,7 +136,7 @@ make_modules() {
 		else
 			[ "$kernels" = all ] || [[ " $kernels " == *" $kernel "* ]] || continue
 		fi
-		path="$(awk -v name="$name" '$1 == name { print $2 }' "$work/built")"
+		path="$(built "$name")"
 		[ -n "$path" ] || fail "cargo built no test program $name, which is in tests/kernels/programs"
 		echo "$name $path $threads $seconds"
 	done < <(programs) >"$own/etc/kernels/programs"
