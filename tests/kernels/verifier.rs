@@ -167,15 +167,16 @@ fn processed(log: &str) -> Result<Vec<(String, usize)>> {
     Ok(found)
 }
 
-/// What the verifier said last before its statistics, or else libbpf.
-fn reason(log: &str) -> &str {
+/// The last instruction's complaint, which stands in front of the statistics; or else what libbpf said.
+fn reason(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     let begin = lines.iter().rposition(|line| line.contains("BEGIN PROG LOAD LOG"));
-    let end = lines.iter().rposition(|line| line.contains("END PROG LOAD LOG"));
-    let of_verifier = match (begin, end) {
-        (Some(begin), Some(end)) if begin < end => &lines[begin + 1..end],
-        _ => &lines[..],
+    let of_verifier = &lines[begin.map_or(0, |begin| begin + 1)..];
+    let ends = |line: &&str| {
+        ["verification time", "stack depth", "processed ", "-- END PROG"]
+            .iter()
+            .any(|with| line.starts_with(with))
     };
-    let telling = |line: &&&str| !line.starts_with("processed ") && !line.trim().is_empty();
-    of_verifier.iter().rev().find(telling).copied().unwrap_or("it does not say why")
+    let complaint: Vec<&str> = of_verifier.iter().copied().take_while(|line| !ends(line)).collect();
+    complaint[complaint.len().saturating_sub(3)..].join("; ")
 }
