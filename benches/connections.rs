@@ -20,7 +20,6 @@ use anyhow::{Context, Result, ensure};
 use lab::Lab;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
-use support::sh;
 
 const ROUNDS: usize = 15;
 /// Samples of one round, and the connections of one of them: a few milliseconds, so that among many some are not

@@ -30,7 +30,7 @@ mod world;
 use std::process::ExitCode;
 
 use libtest_mimic::Trial;
-use support::{Need, sh};
+use support::Need;
 
 /// Each case under the name of its function.
 macro_rules! cases {

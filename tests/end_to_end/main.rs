@@ -6,6 +6,8 @@ mod fastopen;
 mod keyed;
 #[path = "../support/lab.rs"]
 mod lab;
+mod links;
+mod losses;
 mod measures;
 mod policies;
 mod receivers;
@@ -24,10 +26,10 @@ use std::sync::{PoisonError, RwLock};
 
 use anyhow::Result;
 use libtest_mimic::Trial;
-use support::{Need, sh};
+use support::Need;
 
 /// What every case here needs.
-const NET: &[Need] = &[Need::Root, Need::Tool("ip"), Need::Tool("ethtool"), Need::Tool("nstat")];
+const NET: &[Need] = &[Need::Root, Need::Tool("ip"), Need::Tool("ethtool")];
 
 /// The same, and another tool.
 fn with(tool: &'static str) -> Vec<Need> {
@@ -82,6 +84,8 @@ fn main() -> ExitCode {
         keyed::cases(),
         skbs::cases(),
         devices::cases(),
+        links::cases(),
+        losses::cases(),
         streams::cases(),
         measures::cases(),
     ];

@@ -11,15 +11,16 @@ use nix::sys::signal::Signal;
 
 use crate::lab::{PATIENCE, Running, kernel_counter};
 use crate::sockets::{Listener, connect};
-use crate::support::ensure_eq;
+use crate::support::{Need, ensure_eq};
 use crate::world::{Family, World};
 use crate::{NET, alone, streams};
 
 pub fn cases() -> Vec<Trial> {
+    let timed = [NET, &[Need::RealTime]].concat();
     vec![
-        alone("a bulk transfer is as fast with the stamp as without", NET, bulk),
+        alone("a bulk transfer is as fast with the stamp as without", &timed, bulk),
         alone("a thousand connections leave the streaming process below 12 MiB", NET, memory),
-        alone("the first SYN is stamped soon after the command", NET, first_stamp),
+        alone("the first SYN is stamped soon after the command", &timed, first_stamp),
     ]
 }
 

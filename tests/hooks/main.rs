@@ -24,7 +24,7 @@ mod world;
 
 use std::process::ExitCode;
 
-use support::{Need, sh};
+use support::Need;
 
 /// Each case under the name of its function.
 macro_rules! cases {
