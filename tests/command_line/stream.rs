@@ -2,6 +2,8 @@
 
 use std::net::TcpStream;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -85,6 +87,19 @@ pub fn every_syn_is_shown_once() -> Result<()> {
     let totals = lines.iter().rfind(|line| line.starts_with("-- ")).context("no totals")?;
     ensure!(totals.contains("200 SYNs, 200 stamped"), "{totals}");
     Ok(())
+}
+
+pub fn what_is_counted_is_shown_before_the_count() -> Result<()> {
+    let world = World::new()?;
+    let mut stream = stream(&world, "")?;
+    // Both are due when it goes on: events that nobody has taken out of the buffer, and totals.
+    stream.signal(Signal::SIGSTOP)?;
+    world.syns(200)?;
+    thread::sleep(Duration::from_millis(1100));
+    stream.signal(Signal::SIGCONT)?;
+    stream.wait_for("the totals", |line| line.starts_with("-- 200 SYNs, 200 stamped"))?;
+    ensure_eq!(shown(&stream.seen), 200, "SYNs shown before the totals");
+    end(stream, Signal::SIGINT).map(drop)
 }
 
 pub fn a_sample_counts_all_and_shows_some() -> Result<()> {
