@@ -137,7 +137,7 @@ impl fmt::Display for Decision {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PolicyFile {
-    default: Option<DecisionFile>,
+    default: Option<toml::Spanned<DecisionFile>>,
     #[serde(default, rename = "rule")]
     rules: Vec<toml::Spanned<RuleFile>>,
 }
@@ -156,7 +156,7 @@ struct RuleFile {
     name: String,
     dst: PrefixFile,
     #[serde(default)]
-    port: u16,
+    port: PortFile,
     action: ActionFile,
     token: Option<TokenSpec>,
     when_full: Option<WhenFull>,
@@ -170,6 +170,20 @@ enum ActionFile {
     Drop,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(try_from = "i64")]
+struct PortFile(u16);
+
+impl TryFrom<i64> for PortFile {
+    type Error = anyhow::Error;
+
+    fn try_from(number: i64) -> Result<Self> {
+        let port = number.try_into();
+        port.map(PortFile)
+            .map_err(|_| anyhow!("a port is a number from 1 to 65535, or 0 for any; not {number}"))
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
 struct PrefixFile(Prefix);
@@ -179,6 +193,35 @@ impl TryFrom<String> for PrefixFile {
 
     fn try_from(text: String) -> Result<Self> {
         text.parse().map(PrefixFile)
+    }
+}
+
+/// Where a byte of the file is, as the parser says it too.
+fn place(text: &str, at: usize) -> String {
+    let before = &text[..at];
+    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    let (line, column) = (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1);
+    format!("line {line}, column {column}")
+}
+
+/// The places of the rules so far, by what may be there only once.
+#[derive(Default)]
+struct Seen {
+    names: HashMap<String, String>,
+    matches: HashMap<(Prefix, u16), String>,
+}
+
+impl Seen {
+    fn add(&mut self, rule: &Rule, place: String) -> Result<()> {
+        if let Some(other) = self.matches.insert((rule.dst, rule.port), format!("'{}' ({place})", rule.name))
+        {
+            let port = if rule.port == 0 { "any port".to_string() } else { format!("port {}", rule.port) };
+            bail!("it matches {}, {port}, exactly as rule {other} does; only one can decide", rule.dst);
+        }
+        if let Some(other) = self.names.insert(rule.name.clone(), place) {
+            bail!("the rule at {other} is called the same; names have to differ");
+        }
+        Ok(())
     }
 }
 
@@ -219,39 +262,27 @@ impl Policy {
     /// The text is not a policy; the message shows the line.
     pub fn from_toml(text: &str) -> Result<Policy> {
         let file: PolicyFile = toml::from_str(text)?;
-        let default =
-            file.default.map(|d| decide(d.action, d.token, d.when_full)).transpose().context("[default]")?;
+        let default = match file.default {
+            None => None,
+            Some(spanned) => {
+                let place = place(text, spanned.span().start);
+                let DecisionFile { action, token, when_full } = spanned.into_inner();
+                Some(decide(action, token, when_full).with_context(|| format!("{place}: default"))?)
+            }
+        };
 
         let mut rules: Vec<Rule> = Vec::with_capacity(file.rules.len());
+        let mut seen = Seen::default();
         for spanned in file.rules {
-            let line = text[..spanned.span().start].lines().count() + 1;
+            let place = place(text, spanned.span().start);
             let rule = spanned.into_inner();
-            let place = || format!("line {line}: rule '{}'", rule.name);
-            let decision = decide(rule.action, rule.token, rule.when_full).with_context(place)?;
-            rules.push(Rule { name: rule.name.clone(), dst: rule.dst.0, port: rule.port, decision });
+            let here = format!("{place}: rule '{}'", rule.name);
+            let decision = decide(rule.action, rule.token, rule.when_full).with_context(|| here.clone())?;
+            let rule = Rule { name: rule.name, dst: rule.dst.0, port: rule.port.0, decision };
+            seen.add(&rule, place).context(here)?;
+            rules.push(rule);
         }
-        let policy = Policy { default, rules };
-        policy.check_unique()?;
-        Ok(policy)
-    }
-
-    fn check_unique(&self) -> Result<()> {
-        let mut names: HashMap<&str, usize> = HashMap::new();
-        let mut matches = HashMap::new();
-        for (at, rule) in self.rules.iter().enumerate() {
-            if let Some(other) = names.insert(&rule.name, at) {
-                bail!("rules {} and {} are both called '{}'", other + 1, at + 1, rule.name);
-            }
-            if let Some(other) = matches.insert((rule.dst, rule.port), &rule.name) {
-                bail!(
-                    "rules '{other}' and '{}' both match exactly {} port {}; only one can decide",
-                    rule.name,
-                    rule.dst,
-                    if rule.port == 0 { "any".to_string() } else { rule.port.to_string() }
-                );
-            }
-        }
-        Ok(())
+        Ok(Policy { default, rules })
     }
 
     /// The key rings that its tokens need.
@@ -284,6 +315,7 @@ impl Policy {
     pub fn summary(&self) -> String {
         let default = self.default.map_or("no default".to_string(), |d| format!("default: {d}"));
         match self.rules.len() {
+            0 if self.default.is_none() => "no rule and no default: nothing is stamped".to_string(),
             0 => default,
             1 => format!("1 rule, {default}"),
             n => format!("{n} rules, {default}"),
@@ -366,17 +398,31 @@ mod tests {
     fn a_bad_file_is_refused_and_the_message_says_where_and_why() {
         let rule = "name = 'a'\ndst = '10.0.0.0/8'\naction = 'skip'\n";
         for (text, expect) in [
-            ("default = { action = 'stamp' }", "needs a token"),
+            ("default = { action = 'stamp' }", "line 1, column 11: default: action 'stamp' needs a token"),
             ("default = { action = 'skip', token = '0000000000000001' }", "belong to action 'stamp'"),
+            (
+                "\n  [[rule]]\nname='a'\ndst='::/0'\naction='stamp'",
+                "line 2, column 3: rule 'a': action 'stamp' needs",
+            ),
             ("nonsense = 1", "unknown field `nonsense`"),
             ("[[rule]]\nname = 'a'\ndst = '10.0.0.1/8'\naction = 'skip'", "did you mean 10.0.0.0/8"),
             ("[[rule]]\nname = 'a'\ndst = '10.0.0.0/33'\naction = 'skip'", "0 to 32"),
             ("[[rule]]\nname = 'a'\ndst = 'ten/8'\naction = 'skip'", "neither an IPv4 nor an IPv6"),
             ("[[rule]]\nname = 'a'\ndst = '::ffff:1.2.3.4'\naction = 'skip'", "IPv4-mapped"),
-            ("[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\nport = 65536\naction = 'skip'", "65536"),
+            (
+                "[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\nport = 65536\naction = 'skip'",
+                "number from 1 to 65535, or 0 for any; not 65536",
+            ),
             ("[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\naction = 'stmp'", "stmp"),
-            (&format!("[[rule]]\n{rule}[[rule]]\n{rule}"), "both called 'a'"),
-            (&format!("[[rule]]\n{rule}[[rule]]\n{}", rule.replace("'a'", "'b'")), "both match exactly"),
+            (&format!("[[rule]]\n{rule}[[rule]]\n{rule}"), "line 5, column 1: rule 'a': it matches"),
+            (
+                &format!("[[rule]]\n{rule}[[rule]]\n{}", rule.replace("10.0", "11.0")),
+                "line 5, column 1: rule 'a': the rule at line 1, column 1 is called the same",
+            ),
+            (
+                &format!("[[rule]]\n{rule}[[rule]]\n{}", rule.replace("'a'", "'b'")),
+                "line 5, column 1: rule 'b': it matches 10.0.0.0/8, any port, exactly as rule 'a' (line 1, column 1)",
+            ),
         ] {
             let error = format!("{:#}", Policy::from_toml(text).unwrap_err());
             assert!(error.contains(expect), "{text}\ngave {error}");
@@ -390,6 +436,11 @@ mod tests {
         let readme = include_str!("../README.md");
         let shown = readme.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         assert_eq!(Policy::from_toml(shown).unwrap().rules, example.rules[..1]);
+    }
+
+    #[test]
+    fn a_policy_that_does_nothing_says_so() {
+        assert_eq!(Policy::from_toml("").unwrap().summary(), "no rule and no default: nothing is stamped");
     }
 
     #[test]

@@ -59,6 +59,9 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
     state.remove_if_empty(lock)?;
 
     tell(scope, &done).context("writing to standard output")?;
+    if done.is_empty() && only_news && !scope.json {
+        note!("instance '{}' is not attached to any interface here", scope.instance);
+    }
     if in_use {
         note!(
             "instance '{}' is still used on another interface or in another network namespace: its policy and \

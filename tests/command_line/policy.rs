@@ -28,7 +28,7 @@ const BAD: [(&str, &str, &str); 7] = [
     ("default = { action = \"stmp\" }\n", "line 1", "stmp"),
     ("[[rule]]\nname = 'a'\ndst = '10.0.0.1/8'\naction = 'skip'\n", "line 3", "did you mean 10.0.0.0/8"),
     ("[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\nport = 65536\naction = 'skip'\n", "line 4", "65536"),
-    ("\n[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\naction = 'stamp'\n", "line 2", "needs a token"),
+    ("\n[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\naction = 'stamp'\n", "line 2, column 1", "needs a token"),
     ("default = { action = \"stamp\", token = \"00\" }\n", "line 1", "16 hexadecimal digits"),
 ];
 
