@@ -82,7 +82,7 @@ fn with_root() -> Vec<Trial> {
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything
             detach_on_exit_leaves_what_others_use a_sample_counts_all_and_shows_some
-            every_syn_is_shown_once what_is_counted_is_shown_before_the_count;
+            every_syn_is_shown_once the_columns_stand_under_their_heads what_is_counted_is_shown_before_the_count;
         output: an_early_reader_ends_the_stream_in_peace a_closed_pipe_is_no_error_anywhere
             a_closed_output_is_no_panic an_output_that_is_full_is_an_error
             an_error_of_the_output_says_what_it_is_about a_stream_that_fails_says_what_stays

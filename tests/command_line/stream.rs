@@ -102,6 +102,41 @@ pub fn what_is_counted_is_shown_before_the_count() -> Result<()> {
     end(stream, Signal::SIGINT).map(drop)
 }
 
+pub fn the_columns_stand_under_their_heads() -> Result<()> {
+    let world = World::new()?;
+    let long = "a23456789012345";
+    sh(&format!(
+        "ip -n {} link set c0 down; ip -n {0} link set c0 name {long}; ip -n {0} link set {long} up",
+        world.ns
+    ))?;
+    let args = world.args(&format!("-i lo -i {long} --attach"));
+    let mut stream = Running::start(&mut world.lab.netoken(&args))?;
+    stream.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
+    world.syns_to("127.0.0.1:9", 1)?;
+    stream.wait_for("a SYN on lo", |line| line.contains("127.0.0.1:9"))?;
+    world.syns(1)?;
+    stream.wait_for("a SYN on the other", |line| line.contains("10.77.0.2:9"))?;
+    let lines: Vec<&String> =
+        stream.seen.iter().filter(|line| line.contains(':') || line.contains("VERDICT")).collect();
+    let mut heads = None;
+    let mut looked_at = 0;
+    for line in lines {
+        if line.starts_with("TIME") {
+            heads = Some(line);
+        } else if line.contains(":9 ") {
+            // Names and addresses of common length fit a terminal of common width.
+            ensure!(!line.contains("  lo ") || line.len() < 120, "{} columns: {line}", line.len());
+            let heads = heads.context("no heads")?;
+            for (head, cell) in [("VERDICT", "stamped"), ("RULE", "default"), ("TOKEN", "4e45544f4b454e31")] {
+                ensure_eq!(line.find(cell), heads.find(head), "the column of {head}:\n{heads}\n{line}");
+            }
+            looked_at += 1;
+        }
+    }
+    ensure_eq!(looked_at, 2, "SYNs in {:#?}", stream.seen);
+    end(stream, Signal::SIGINT).map(drop)
+}
+
 pub fn a_sample_counts_all_and_shows_some() -> Result<()> {
     let world = World::new()?;
     let stream = stream(&world, "--sample 10")?;
