@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 
 /// Where `ip netns add` keeps its namespaces.
@@ -81,8 +82,13 @@ impl Netns {
     /// # Errors
     /// The file is not a network namespace, or CAP_SYS_ADMIN is missing.
     pub fn enter(&self) -> Result<()> {
-        setns(&self.file, CloneFlags::CLONE_NEWNET).with_context(|| {
-            format!("entering the network namespace '{}'; it needs CAP_SYS_ADMIN (try sudo)", self.name)
+        setns(&self.file, CloneFlags::CLONE_NEWNET).map_err(|errno| {
+            let remedy = match errno {
+                // What setns() says of a file that is no namespace.
+                Errno::EINVAL => "it is not a network namespace; `ip netns` lists those with a name",
+                _ => "it needs CAP_SYS_ADMIN (try sudo)",
+            };
+            anyhow!("entering the network namespace '{}': {errno}; {remedy}", self.name)
         })
     }
 

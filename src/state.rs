@@ -10,6 +10,7 @@
 //! Not /sys/fs/bpf, because `ip netns exec` mounts a new /sys. For the same reason the file system is mounted
 //! where the first process sees it, and reached through a descriptor that works in every mount namespace.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -128,7 +129,7 @@ impl State {
     /// Waits until no other command changes anything. Nothing if the directory was removed meanwhile.
     fn lock(&self) -> Result<Option<Lock>> {
         let path = self.below("lock");
-        let file = match lock_file(&path) {
+        let file = match lock_file(&path, &self.path.join("lock")) {
             Err(_) if !path.parent().is_some_and(|dir| fs::metadata(dir).is_ok_and(|m| m.nlink() > 0)) => {
                 return Ok(None);
             }
@@ -150,9 +151,10 @@ impl State {
     /// # Errors
     /// Another process reads them; the message names it.
     pub fn lock_reader(&self, instance: &Instance) -> Result<ReaderLock> {
-        let path = self.below(&format!("{}.reader", instance.name));
+        let name = format!("{}.reader", instance.name);
+        let path = self.below(&name);
         loop {
-            let file = lock_file(&path)?;
+            let file = lock_file(&path, &self.path.join(&name))?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(mut held) if same_file(&held, &path) => {
                     let command = std::env::args().collect::<Vec<_>>().join(" ");
@@ -268,7 +270,12 @@ impl Instance {
 }
 
 fn dir_path() -> PathBuf {
-    std::env::var_os(DIR_VARIABLE).map_or(PathBuf::from(DEFAULT_DIR), PathBuf::from)
+    dir_named(std::env::var_os(DIR_VARIABLE))
+}
+
+/// An empty name is none, as with other variables of this kind.
+fn dir_named(name: Option<OsString>) -> PathBuf {
+    name.filter(|name| !name.is_empty()).map_or(PathBuf::from(DEFAULT_DIR), PathBuf::from)
 }
 
 fn make_dir(path: &Path) -> Result<()> {
@@ -282,7 +289,8 @@ fn open_dir(path: &Path) -> Result<OwnedFd> {
         .with_context(|| format!("opening {}", path.display()))
 }
 
-fn lock_file(path: &Path) -> Result<File> {
+/// `shown` is the same path as a person knows it.
+fn lock_file(path: &Path, shown: &Path) -> Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)
@@ -290,7 +298,9 @@ fn lock_file(path: &Path) -> Result<File> {
         .truncate(false)
         .mode(0o600)
         .open(path)
-        .with_context(|| format!("opening the lock {}", path.display()))
+        .with_context(|| {
+            format!("opening the lock {}; {DIR_VARIABLE} can name another place", shown.display())
+        })
 }
 
 fn same_file(held: &File, path: &Path) -> bool {
@@ -348,4 +358,16 @@ fn first_mount_namespace() -> Option<File> {
 fn parent(pid: &str) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix("PPid:")).and_then(|id| id.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_directory_can_be_named() {
+        assert_eq!(dir_named(None), Path::new("/run/netoken"));
+        assert_eq!(dir_named(Some("".into())), Path::new("/run/netoken"));
+        assert_eq!(dir_named(Some("/run/other".into())), Path::new("/run/other"));
+    }
 }

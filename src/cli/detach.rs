@@ -47,6 +47,7 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
     let (state, lock) = State::create()?;
     let mut hooks = Hooks::open(&state)?;
     let mut done = Vec::new();
+    let had_state = state.instance(&scope.instance).exists();
     for link in links {
         let filters = hooks.detach(&lock, link, &scope.instance)?;
         let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
@@ -59,6 +60,10 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
     state.remove_if_empty(lock)?;
 
     tell(scope, &done).context("writing to standard output")?;
+    if done.is_empty() && only_news && !scope.json {
+        let also = if had_state && !in_use { "; its policy and counters are removed" } else { "" };
+        note!("instance '{}' is not attached to any interface here{also}", scope.instance);
+    }
     if in_use {
         note!(
             "instance '{}' is still used on another interface or in another network namespace: its policy and \

@@ -149,6 +149,8 @@ fn print(scope: &Scope, state: &State, hooks: &[Hook]) -> Result<()> {
         }
     } else {
         table(&mut out, hooks)?;
+    }
+    if !scope.json && !instances.is_empty() {
         writeln!(out)?;
     }
     for instance in instances {
@@ -205,11 +207,15 @@ fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
         .collect();
     super::table::table(out, heads, &rows)?;
     for hook in hooks.iter().filter(|hook| hook.filters_before > 0) {
-        writeln!(
-            out,
-            "{}: {} other filters run before ours and may end a packet's way there",
-            hook.interface, hook.filters_before
-        )?;
+        let place = match hook.netns.is_empty() {
+            true => hook.interface.clone(),
+            false => format!("{} in {}", hook.interface, hook.netns),
+        };
+        let others = match hook.filters_before {
+            1 => "another filter runs".to_string(),
+            n => format!("{n} other filters run"),
+        };
+        writeln!(out, "{place}: {others} before ours and may end a packet's way there")?;
     }
     Ok(())
 }

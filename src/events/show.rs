@@ -59,12 +59,13 @@ pub struct Output {
     out: BufWriter<Stdout>,
     json: bool,
     names: Names,
-    /// Widths of the columns, which only grow: a long address moves what follows it once.
+    /// Widths of the columns, which only grow; the heads are printed again when one has.
     widths: [usize; 5],
 }
 
 const HEADS: [&str; 5] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN"];
-const WIDTHS: [usize; 5] = [9, 15, 21, 21, 10];
+/// What most IPv4 lines need, so that they fit into 120 columns.
+const WIDTHS: [usize; 5] = [9, 7, 19, 18, 8];
 
 impl Output {
     /// Prints to standard output.
@@ -112,7 +113,7 @@ impl Output {
         if self.json {
             return self.record(&Record::Syn { interface: &name, syn });
         }
-        let time = humantime::format_rfc3339_micros(syn.time).to_string();
+        let time = humantime::format_rfc3339_millis(syn.time).to_string();
         let verdict = match (syn.verdict, syn.dropped) {
             ("dropped", _) | (_, false) => syn.verdict.to_string(),
             (reason, true) => format!("{reason}!"),
@@ -134,14 +135,25 @@ impl Output {
             (number, _) => number.to_string(),
         };
         let token = syn.token.map_or("-".to_string(), |token| token.to_string());
-        // 2026-11-21T07:36:54.123456Z: a person who watches knows the day.
-        self.columns(&time[11..26], cells, &format!("{options:<7}  {rule:<7}  {token}"))
+        if self.grow(&cells) {
+            self.heads()?;
+        }
+        // 2026-11-21T07:36:54.123Z: a person who watches knows the day, and what needs more reads JSON.
+        self.columns(&time[11..23], cells, &format!("{options:<7}  {rule:<7}  {token}"))
+    }
+
+    /// Makes room for the cells. True if there was too little.
+    fn grow(&mut self, cells: &[String; 5]) -> bool {
+        let before = self.widths;
+        for (cell, width) in cells.iter().zip(&mut self.widths) {
+            *width = (*width).max(cell.len());
+        }
+        self.widths != before
     }
 
     fn columns(&mut self, first: &str, cells: [String; 5], rest: &str) -> io::Result<()> {
-        write!(self.out, "{first:<15}")?;
-        for (cell, width) in cells.iter().zip(&mut self.widths) {
-            *width = (*width).max(cell.len());
+        write!(self.out, "{first:<12}")?;
+        for (cell, width) in cells.iter().zip(self.widths) {
             write!(self.out, "  {cell:<width$}")?;
         }
         writeln!(self.out, "  {rest}")

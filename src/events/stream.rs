@@ -88,7 +88,6 @@ impl Stream<'_> {
         // What happened until now is part of the story.
         self.events(reader, output, Duration::ZERO)?;
         self.totals(reader, output)?;
-        self.events(reader, output, Duration::ZERO)?;
         output.flush()?;
         Ok(end)
     }
@@ -101,6 +100,8 @@ impl Stream<'_> {
     fn totals(&mut self, reader: &mut Reader<'_>, output: &mut Output) -> Result<()> {
         let counters = Counters::read(self.maps)?;
         let lost = reader.lost(&counters)?;
+        // Looking for losses has emptied the buffer; what is counted is shown before the count.
+        self.events(reader, output, Duration::ZERO)?;
         let now = (counters, lost);
         if self.shown.as_ref() != Some(&now) {
             output.totals(&now.0, now.1).context("printing the totals")?;

@@ -7,8 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions};
+use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions, ProgramInfo};
 use libbpf_rs::{MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcHook};
+use nix::errno::Errno;
 
 use super::netlink::{Filter, Link, Netlink, Side};
 use crate::netns::Netns;
@@ -75,8 +76,8 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
             owners.insert(counters.info().context("asking for a map's id")?.info.id, instance.name);
         }
     }
-    let programs = ProgInfoIter::with_query_opts(ProgInfoQueryOptions::default().include_map_ids(true));
-    Ok(programs
+    Ok(every_program()?
+        .into_iter()
         .filter(|program| program.name == PROGRAM_NAME || program.name == PROGRAM_NAME_L3)
         .filter_map(|program| {
             let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
@@ -85,6 +86,49 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
             ours.then_some((program.id, Loaded { loaded_at: program.load_time, instance }))
         })
         .collect())
+}
+
+/// How often to begin again if programs are loaded while they are listed.
+const TRIES: usize = 20;
+
+/// Every program that is loaded. The iterator ends without a word where the kernel refuses, and a list that is
+/// too short would make our own filters look like somebody else's; so its end is held against the kernel's.
+fn every_program() -> Result<Vec<ProgramInfo>> {
+    let doing = "listing the loaded BPF programs";
+    for _ in 0..TRIES {
+        let options = ProgInfoQueryOptions::default().include_map_ids(true);
+        let programs: Vec<ProgramInfo> = ProgInfoIter::with_query_opts(options).collect();
+        match program_after(programs.last().map_or(0, |program| program.id)) {
+            Ok(None) => return Ok(programs),
+            // It has come meanwhile, or it is the one at which the list broke off.
+            Ok(Some(id)) => match libbpf_rs::Program::fd_from_id(id) {
+                Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("{doing}: looking at program {id}"));
+                }
+                _ => {}
+            },
+            Err(Errno::EPERM) => {
+                bail!(
+                    "{doing}: permission denied; it needs CAP_SYS_ADMIN outside of any user namespace (try sudo)"
+                )
+            }
+            Err(errno) => return Err(errno).context(doing),
+        }
+    }
+    bail!("{doing}: others are loaded faster than they can be listed; try again")
+}
+
+/// The id of the next program after that one; nothing if it is the last.
+fn program_after(id: u32) -> Result<Option<u32>, Errno> {
+    let mut next = 0;
+    // SAFETY: the pointer is valid for the call, which writes one u32 to it.
+    let result = unsafe { libbpf_sys::bpf_prog_get_next_id(id, &mut next) };
+    // libbpf returns the error itself, negative.
+    match Errno::from_raw(-result) {
+        _ if result == 0 => Ok(Some(next)),
+        Errno::ENOENT => Ok(None),
+        errno => Err(errno),
+    }
 }
 
 fn has_our_maps(ids: &[u32]) -> bool {

@@ -203,6 +203,7 @@ impl Policy {
     pub fn summary(&self) -> String {
         let default = self.default.as_ref().map_or("no default".to_string(), |d| format!("default: {d}"));
         match self.rules.len() {
+            0 if self.default.is_none() => "no rule and no default: nothing is stamped".to_string(),
             0 => default,
             1 => format!("1 rule, {default}"),
             n => format!("{n} rules, {default}"),
@@ -219,5 +220,10 @@ mod tests {
         let readme = include_str!("../../README.md");
         let shown = readme.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         assert_eq!(Policy::from_toml(shown).unwrap().rules.len(), 1);
+    }
+
+    #[test]
+    fn a_policy_that_does_nothing_says_so() {
+        assert_eq!(Policy::from_toml("").unwrap().summary(), "no rule and no default: nothing is stamped");
     }
 }

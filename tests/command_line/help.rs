@@ -68,6 +68,22 @@ pub fn an_example_is_shown() -> Result<()> {
     Ok(())
 }
 
+pub fn the_examples_fit_a_narrow_terminal() -> Result<()> {
+    let help = netoken(&["--help"])?.code(0)?;
+    let (_, examples) = help.out.split_once("Examples:").context("no examples")?;
+    let widest = examples.lines().max_by_key(|line| line.len()).unwrap_or_default();
+    ensure!(widest.len() < 80, "{} columns: {widest}", widest.len());
+    Ok(())
+}
+
+pub fn a_flag_in_the_wrong_place_is_named_alone() -> Result<()> {
+    for mode in ["--query", "--detach", "--destroy"] {
+        let said = netoken(&["-i", "eth0", mode, "--sample", "5"])?.code(2)?.err(&[mode, "--sample"])?;
+        ensure!(!said.err.contains("--exid"), "flags that nobody typed: {said:#?}");
+    }
+    Ok(())
+}
+
 pub fn help_and_version_are_no_errors() -> Result<()> {
     for flag in ["--help", "-h", "--version", "-V"] {
         let said = netoken(&[flag])?.code(0)?;

@@ -56,7 +56,7 @@ fn main() -> ExitCode {
 
 fn everywhere() -> Vec<Trial> {
     cases![&[];
-        help: every_flag_is_described an_example_is_shown help_and_version_are_no_errors
+        help: every_flag_is_described an_example_is_shown the_examples_fit_a_narrow_terminal a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
             wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
         policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
         names: an_unknown_namespace_is_named;
@@ -87,7 +87,8 @@ fn with_root() -> Vec<Trial> {
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
             a_query_where_nothing_is_attached;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
-        rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so;
+        rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
+            without_the_right_to_look_nothing_is_said_or_changed;
         keys: a_rotation_in_three_steps a_file_that_others_can_read_is_refused
             a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
             the_files_decide_what_the_kernel_knows nobody_sees_a_secret
@@ -100,7 +101,7 @@ fn with_root() -> Vec<Trial> {
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything
             detach_on_exit_leaves_what_others_use a_sample_counts_all_and_shows_some
-            every_syn_is_shown_once;
+            every_syn_is_shown_once the_columns_stand_under_their_heads what_is_counted_is_shown_before_the_count;
         output: an_early_reader_ends_the_stream_in_peace a_closed_pipe_is_no_error_anywhere
             a_closed_output_is_no_panic an_output_that_is_full_is_an_error
             an_error_of_the_output_says_what_it_is_about a_stream_that_fails_says_what_stays

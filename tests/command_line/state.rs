@@ -12,7 +12,7 @@ use crate::world::World;
 
 pub fn a_directory_that_cannot_be_made_is_an_error_with_a_remedy() -> Result<()> {
     let world = World::new()?;
-    for dir in ["/proc/xyz", "/etc/hostname/below", "/sys/xyz"] {
+    for dir in ["/proc/xyz", "/etc/hostname/below", "/sys/xyz", "/sys"] {
         let mut command = world.lab.netoken(&world.args("-i c0 --attach --quiet"));
         said(command.env("NETOKEN_RUN", dir))?.code(1)?.err(&[dir, "NETOKEN_RUN"]).context(dir)?;
         expect_bare(&world.ns, "c0")?;

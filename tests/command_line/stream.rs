@@ -2,6 +2,8 @@
 
 use std::net::TcpStream;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -85,6 +87,54 @@ pub fn every_syn_is_shown_once() -> Result<()> {
     let totals = lines.iter().rfind(|line| line.starts_with("-- ")).context("no totals")?;
     ensure!(totals.contains("200 SYNs, 200 stamped"), "{totals}");
     Ok(())
+}
+
+pub fn what_is_counted_is_shown_before_the_count() -> Result<()> {
+    let world = World::new()?;
+    let mut stream = stream(&world, "")?;
+    // Both are due when it goes on: events that nobody has taken out of the buffer, and totals.
+    stream.signal(Signal::SIGSTOP)?;
+    world.syns(200)?;
+    thread::sleep(Duration::from_millis(1100));
+    stream.signal(Signal::SIGCONT)?;
+    stream.wait_for("the totals", |line| line.starts_with("-- 200 SYNs, 200 stamped"))?;
+    ensure_eq!(shown(&stream.seen), 200, "SYNs shown before the totals");
+    end(stream, Signal::SIGINT).map(drop)
+}
+
+pub fn the_columns_stand_under_their_heads() -> Result<()> {
+    let world = World::new()?;
+    let long = "a23456789012345";
+    sh(&format!(
+        "ip -n {} link set c0 down; ip -n {0} link set c0 name {long}; ip -n {0} link set {long} up",
+        world.ns
+    ))?;
+    let args = world.args(&format!("-i lo -i {long} --attach"));
+    let mut stream = Running::start(&mut world.lab.netoken(&args))?;
+    stream.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
+    world.syns_to("127.0.0.1:9", 1)?;
+    stream.wait_for("a SYN on lo", |line| line.contains("127.0.0.1:9"))?;
+    world.syns(1)?;
+    stream.wait_for("a SYN on the other", |line| line.contains("10.77.0.2:9"))?;
+    let lines: Vec<&String> =
+        stream.seen.iter().filter(|line| line.contains(':') || line.contains("VERDICT")).collect();
+    let mut heads = None;
+    let mut looked_at = 0;
+    for line in lines {
+        if line.starts_with("TIME") {
+            heads = Some(line);
+        } else if line.contains(":9 ") {
+            // Names and addresses of common length fit a terminal of common width.
+            ensure!(!line.contains("  lo ") || line.len() < 120, "{} columns: {line}", line.len());
+            let heads = heads.context("no heads")?;
+            for (head, cell) in [("VERDICT", "stamped"), ("RULE", "default"), ("TOKEN", "4e45544f4b454e31")] {
+                ensure_eq!(line.find(cell), heads.find(head), "the column of {head}:\n{heads}\n{line}");
+            }
+            looked_at += 1;
+        }
+    }
+    ensure_eq!(looked_at, 2, "SYNs in {:#?}", stream.seen);
+    end(stream, Signal::SIGINT).map(drop)
 }
 
 pub fn a_sample_counts_all_and_shows_some() -> Result<()> {

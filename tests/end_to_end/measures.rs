@@ -18,9 +18,17 @@ use crate::{NET, alone, streams};
 pub fn cases() -> Vec<Trial> {
     let timed = [NET, &[Need::RealTime]].concat();
     vec![
-        alone("a bulk transfer is as fast with the stamp as without", &timed, bulk),
+        alone(
+            "a bulk transfer keeps four fifths of its speed with the stamp, and has no retransmits from it",
+            &timed,
+            bulk,
+        ),
         alone("a thousand connections leave the streaming process below 12 MiB", NET, memory),
-        alone("the first SYN is stamped soon after the command", &timed, first_stamp),
+        alone(
+            "the first SYN is stamped within 150 ms of the command, or 1 s if it is not optimised",
+            &timed,
+            first_stamp,
+        ),
     ]
 }
 
@@ -137,7 +145,8 @@ fn memory() -> Result<()> {
 }
 
 fn first_stamp() -> Result<()> {
-    const LIMIT: Duration = Duration::from_millis(150);
+    // Without optimisation the program itself is slow, and nobody runs it so.
+    const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 1000 } else { 150 });
     const TRIES: usize = 3;
     let mut best = Duration::MAX;
     for _ in 0..TRIES {
@@ -161,7 +170,6 @@ fn first_stamp() -> Result<()> {
         }
     }
     println!("from the command to the first stamped SYN: {best:?}");
-    // Without optimisation the program itself is slow, and nobody runs it so.
-    ensure!(cfg!(debug_assertions) || best < LIMIT, "it took {best:?}, more than {LIMIT:?}");
+    ensure!(best < LIMIT, "it took {best:?}, more than {LIMIT:?}");
     Ok(())
 }

@@ -134,9 +134,14 @@ pub fn query_counts_the_filters_that_run_before() -> Result<()> {
     world.ok("-i c0 --attach --quiet --priority 100")?;
     let out = world.ok("-i c0 --query --json")?;
     ensure_eq!(records(&out, "hook")?[0]["filters_before"], 3, "one u32 and two bpf filters run before");
+    let said = format!("c0 in {}: 3 other filters run before ours", world.ns);
+    let out = world.ok("-i c0 --query")?;
+    ensure!(out.contains(&said), "'{said}' expected in {out}");
     world.ok("-i c0 --attach --quiet --priority 1")?;
     let out = world.ok("-i c0 --query --json")?;
     ensure_eq!(records(&out, "hook")?[0]["filters_before"], 0, "none runs before");
+    let out = world.ok("-i c0 --query")?;
+    ensure!(!out.contains("before ours"), "{out}");
     Ok(())
 }
 
