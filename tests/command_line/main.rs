@@ -93,7 +93,8 @@ fn with_root() -> Vec<Trial> {
             a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
             the_files_decide_what_the_kernel_knows nobody_sees_a_secret
             slots_have_the_length_that_was_asked_for
-            a_stream_follows_a_step_of_the_clock_within_two_seconds;
+            a_stream_follows_a_step_of_the_clock_within_two_seconds
+            a_time_namespace_does_not_shift_the_clock;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
             a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
             a_query_names_a_broken_instance;
