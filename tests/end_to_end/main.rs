@@ -8,7 +8,9 @@ mod lab;
 mod measures;
 mod policies;
 mod receivers;
+mod reloads;
 mod segment;
+mod senders;
 mod skbs;
 mod sockets;
 mod streams;
@@ -78,6 +80,8 @@ fn main() -> ExitCode {
         fastopen::cases(),
         receivers::cases(),
         policies::cases(),
+        reloads::cases(),
+        senders::cases(),
         skbs::cases(),
         devices::cases(),
         streams::cases(),
