@@ -18,7 +18,7 @@ Examples:
   netoken --iface eth0 --attach                  stamp every SYN with the default token, and watch
   netoken --iface eth0 --attach --quiet --token 00112233aabbccdd
                                                  stamp with a token of your own, and return
-  netoken --iface eth0 --attach --policy p.toml  stamp, skip or drop by rules; see: netoken policy --help
+  netoken --iface eth0 --attach --policy p.toml  stamp, skip or drop by rules
   netoken --query                                what is attached, on every interface
   netoken --iface eth0 --destroy                 remove it, and the clsact qdisc if nobody else uses it
   tc filter show dev eth0 egress                 see it with the tool that you know

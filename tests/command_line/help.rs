@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use crate::said::netoken;
 
 /// Every flag that the first users know.
-const FLAGS: [&str; 20] = [
+const FLAGS: [&str; 22] = [
     "--iface",
     "--interface",
     "--attach",
@@ -14,6 +14,8 @@ const FLAGS: [&str; 20] = [
     "--destroy",
     "--token",
     "--policy",
+    "--watch",
+    "--allow-missing",
     "--quiet",
     "--sample",
     "--detach-on-exit",
