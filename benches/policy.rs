@@ -117,7 +117,7 @@ fn text(rules: usize, shapes: usize) -> String {
 fn target(number: usize, shape: usize, shapes: usize) -> (String, Option<u16>) {
     let n = number / shapes;
     let port = (shape % 4 >= 2).then_some(443 + shape as u16);
-    let dst = if shape % 2 == 0 {
+    let dst = if shape.is_multiple_of(2) {
         let bits = 32 - shape / 4;
         let addr = ((shape as u32 / 2 + 1) << 27) | (n as u32) << (32 - bits);
         format!("{}/{bits}", std::net::Ipv4Addr::from(addr))

@@ -181,6 +181,9 @@ struct Chain {
 
 const NONE: u32 = u32::MAX;
 
+/// Takes mask, level and key of one combination of a rule's values.
+type Each<'a, 'e> = dyn FnMut(&mut Compiler<'a>, &Facts, u8, &Facts) -> Result<(), Refused> + 'e;
+
 struct Compiler<'a> {
     plan: Plan,
     instance: &'a str,
@@ -401,7 +404,7 @@ impl<'a> Compiler<'a> {
         &mut self,
         index: usize,
         choices: &[Choice<'_>],
-        each: &mut dyn FnMut(&mut Self, &Facts, u8, &Facts) -> Result<(), Refused>,
+        each: &mut Each<'a, '_>,
     ) -> Result<(), Refused> {
         self.narrow(index, choices, &Facts::default(), 0, &Facts::default(), each)
     }
@@ -413,7 +416,7 @@ impl<'a> Compiler<'a> {
         mask: &Facts,
         level: u8,
         key: &Facts,
-        each: &mut dyn FnMut(&mut Self, &Facts, u8, &Facts) -> Result<(), Refused>,
+        each: &mut Each<'a, '_>,
     ) -> Result<(), Refused> {
         let Some((choice, rest)) = choices.split_first() else {
             self.entries += 1;

@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -101,6 +102,10 @@ pub fn read_with(
 
 fn read_text_file(path: &Path) -> Result<String, String> {
     let metadata = fs::metadata(path).map_err(|error| error.to_string())?;
+    let kind = metadata.file_type();
+    if kind.is_char_device() || kind.is_block_device() {
+        return Err("it is a device".to_string());
+    }
     if metadata.len() >= FILE_MAX_BYTES {
         return Err("it is larger than 4 GiB".to_string());
     }
@@ -773,12 +778,15 @@ fn article(word: &str) -> &'static str {
     if word.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" }
 }
 
+/// Reads the values of a set, which may name others.
+type ReadSet<'a, T> = fn(&FileReader<'a>, &Spanned<DeValue<'_>>, SetOf<'_, T>) -> Option<Vec<T>>;
+
 /// The named sets of one file, each read when it is first asked for, because they may name each other in any order.
 struct SetReader<'a, T> {
     file: &'a FileReader<'a>,
     raw: &'a DeTable<'a>,
     key: &'static str,
-    read: fn(&FileReader<'a>, &Spanned<DeValue<'_>>, SetOf<'_, T>) -> Option<Vec<T>>,
+    read: ReadSet<'a, T>,
     /// Those that are being read, to notice a circle.
     busy: Vec<String>,
 }

@@ -52,7 +52,7 @@ enum PolicyCommand {
     Show(show::ShowArgs),
     Diff(diff::DiffArgs),
     Test(ask::TestArgs),
-    Add(edit::AddArgs),
+    Add(Box<edit::AddArgs>),
     Del(edit::DelArgs),
 }
 
