@@ -59,8 +59,8 @@ fn main() -> Result<()> {
     }
 
     println!(
-        "\n{:>9} {:>7} {:>9} {:>9} {:>9} {:>9} {:>13}",
-        "rules", "shapes", "read", "compile", "load", "all", "bytes a rule"
+        "\n{:>9} {:>7} {:>9} {:>9} {:>9} {:>9} {:>9} {:>13}",
+        "rules", "shapes", "read", "compile", "load", "all", "CPU time", "bytes a rule"
     );
     for (rules, shapes, load) in loads.iter().filter(|(rules, ..)| *rules >= 1_000) {
         row(*rules, &format!("{shapes}"), load);
@@ -74,10 +74,11 @@ fn main() -> Result<()> {
 fn row(rules: usize, shapes: &str, load: &Load) {
     let all = load.read + load.compile + load.install;
     println!(
-        "{rules:>9} {shapes:>7} {:>7.2} s {:>7.2} s {:>7.2} s {all:>7.2} s {:>13}",
+        "{rules:>9} {shapes:>7} {:>7.2} s {:>7.2} s {:>7.2} s {all:>7.2} s {:>7.2} s {:>13}",
         load.read,
         load.compile,
         load.install,
+        load.cpu,
         load.bytes / rules
     );
 }
@@ -86,11 +87,14 @@ struct Load {
     read: f64,
     compile: f64,
     install: f64,
+    /// Of all threads, user and system: what the rest would be on a machine with nothing else to do.
+    cpu: f64,
     /// Of kernel memory, as the kernel counts it for each map.
     bytes: usize,
 }
 
 fn load(program: &Program, text: &str) -> Result<Load> {
+    let cpu_before = cpu()?;
     let start = Instant::now();
     let policy = read_text("bench", text, &Options::default())?.policy;
     let read = start.elapsed().as_secs_f64();
@@ -101,7 +105,13 @@ fn load(program: &Program, text: &str) -> Result<Load> {
     let start = Instant::now();
     program.maps.install(&compiled, None)?;
     let install = start.elapsed().as_secs_f64();
-    Ok(Load { read, compile: compiled_in, install, bytes: program.maps.policy_bytes()? })
+    let cpu = cpu()? - cpu_before;
+    Ok(Load { read, compile: compiled_in, install, cpu, bytes: program.maps.policy_bytes()? })
+}
+
+fn cpu() -> Result<f64> {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID)?;
+    Ok(std::time::Duration::from(time).as_secs_f64())
 }
 
 /// Rules that take turns in their shapes: prefix lengths of IPv4 and IPv6, with and without a port.

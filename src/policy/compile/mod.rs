@@ -96,15 +96,46 @@ const PLANS: [Plan; 5] = [
 pub fn compile(policy: &Policy, instance: &str, hits: &[u32]) -> Result<Compiled, Refused> {
     let mut refused = None;
     for plan in PLANS {
-        let mut shapes = Compiler::new(plan, instance);
-        let compiled =
-            shapes.count_shapes(policy).and_then(|()| Compiler::new(plan, instance).run(policy, hits));
-        match compiled {
+        match Compiler::new(plan, instance).run(policy, hits) {
             Ok(compiled) => return Ok(compiled),
-            Err(error) => refused = refused.or(Some(error)),
+            // Too many shapes is the reason only if no plan had another.
+            Err(Stop::Refused(error)) => refused = Some(error),
+            Err(Stop::Shapes) => {}
         }
     }
-    Err(refused.unwrap_or_else(|| Refused { rule: None, what: "no plan fits".into(), help: String::new() }))
+    Err(refused.unwrap_or_else(|| too_many_shapes(policy, instance)))
+}
+
+/// Why a plan is given up.
+enum Stop {
+    /// It has more shapes than it may have.
+    Shapes,
+    Refused(Refused),
+}
+
+impl From<Refused> for Stop {
+    fn from(refused: Refused) -> Self {
+        Stop::Refused(refused)
+    }
+}
+
+/// Names the shapes that are left where most lists are sets.
+fn too_many_shapes(policy: &Policy, instance: &str) -> Refused {
+    let plan = PLANS.into_iter().min_by_key(|plan| plan.lengths_max).unwrap_or(PLANS[0]);
+    let mut compiler = Compiler::new(plan, instance);
+    if let Err(Stop::Refused(refused)) = compiler.count_shapes(policy) {
+        return refused;
+    }
+    let shapes = compiler.describe_shapes();
+    Refused {
+        rule: None,
+        what: format!(
+            "the rules have {} shapes, more than {SHAPES_MAX}: a packet is looked up once for each. They are:\n  {}",
+            shapes.len(),
+            shapes[..shapes.len().min(SHOWN_MAX)].join("\n  ")
+        ),
+        help: "use fewer different combinations of fields and prefix lengths".to_string(),
+    }
 }
 
 /// The values of a field that become entries.
@@ -150,7 +181,7 @@ struct Chain {
 const NONE: u32 = u32::MAX;
 
 /// Takes mask, level and key of one combination of a rule's values.
-type Each<'a, 'e> = dyn FnMut(&mut Compiler<'a>, &Facts, u8, &Facts) -> Result<(), Refused> + 'e;
+type Each<'a, 'e> = dyn FnMut(&mut Compiler<'a>, &Facts, u8, &Facts) -> Result<(), Stop> + 'e;
 
 struct Compiler<'a> {
     plan: Plan,
@@ -191,17 +222,17 @@ impl<'a> Compiler<'a> {
         }
     }
 
-    fn run(mut self, policy: &Policy, hits: &[u32]) -> Result<Compiled, Refused> {
+    fn run(mut self, policy: &Policy, hits: &[u32]) -> Result<Compiled, Stop> {
         self.chains.reserve(policy.rules.len());
         self.links.reserve(policy.rules.len());
         for (index, rule) in policy.rules.iter().enumerate() {
             self.rule(index, rule)?;
         }
-        self.finish(policy, hits)
+        Ok(self.finish(policy, hits)?)
     }
 
     /// Only that: one value stands for all of the same length.
-    fn count_shapes(&mut self, policy: &Policy) -> Result<(), Refused> {
+    fn count_shapes(&mut self, policy: &Policy) -> Result<(), Stop> {
         for (index, rule) in policy.rules.iter().enumerate() {
             let (choices, _) = self.choose(index, rule)?;
             let mut thinned = Vec::new();
@@ -227,18 +258,7 @@ impl<'a> Compiler<'a> {
                 Ok(())
             })?;
         }
-        match self.shapes.len() <= self.plan.shapes_max {
-            true => Ok(()),
-            false => Err(Refused {
-                rule: None,
-                what: format!(
-                    "the rules have {} shapes, more than {SHAPES_MAX}: a packet is looked up once for each. They are:\n  {}",
-                    self.shapes.len(),
-                    self.describe_shapes()[..self.shapes.len().min(SHOWN_MAX)].join("\n  ")
-                ),
-                help: "use fewer different combinations of fields and prefix lengths".to_string(),
-            }),
-        }
+        Ok(())
     }
 
     /// Splits the conditions of a rule into those that become entries and those that become checks.
@@ -305,7 +325,7 @@ impl<'a> Compiler<'a> {
         (1..=64).contains(&count).then_some(Choice::Numbers(field, list))
     }
 
-    fn rule(&mut self, index: usize, rule: &Rule) -> Result<(), Refused> {
+    fn rule(&mut self, index: usize, rule: &Rule) -> Result<(), Stop> {
         let (choices, left) = self.choose(index, rule)?;
         if rule.conditions.iter().any(|condition| !condition.negated && condition.values.count() == 0) {
             return Ok(()); // a set that is empty
@@ -325,9 +345,12 @@ impl<'a> Compiler<'a> {
 
         self.combine(index, &choices, &mut |compiler, mask, level, key| {
             let shape = compiler.shape(mask, level, index);
+            if shape >= compiler.plan.shapes_max {
+                return Err(Stop::Shapes);
+            }
             let mut key = *key;
             key.shape = shape as u8;
-            compiler.append(&words(&key), variant, records, is_closed).map_err(|()| Refused {
+            let refused = |()| Refused {
                 rule: Some(index),
                 what: format!(
                     "rule '{}' is the last of too many rules that differ only in ranges, negations or big lists: \
@@ -335,7 +358,8 @@ impl<'a> Compiler<'a> {
                     rule.name
                 ),
                 help: "give them something else to tell them apart, such as a prefix or single ports".to_string(),
-            })
+            };
+            Ok(compiler.append(&words(&key), variant, records, is_closed).map_err(refused)?)
         })
     }
 
@@ -368,12 +392,7 @@ impl<'a> Compiler<'a> {
     }
 
     /// Calls `each` with mask, level and key of every combination.
-    fn combine(
-        &mut self,
-        index: usize,
-        choices: &[Choice<'_>],
-        each: &mut Each<'a, '_>,
-    ) -> Result<(), Refused> {
+    fn combine(&mut self, index: usize, choices: &[Choice<'_>], each: &mut Each<'a, '_>) -> Result<(), Stop> {
         self.narrow(index, choices, &Facts::default(), 0, &Facts::default(), each)
     }
 
@@ -385,7 +404,7 @@ impl<'a> Compiler<'a> {
         level: u8,
         key: &Facts,
         each: &mut Each<'a, '_>,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), Stop> {
         let Some((choice, rest)) = choices.split_first() else {
             self.entries += 1;
             return each(self, mask, level, key);
