@@ -746,6 +746,41 @@ mod tests {
     }
 
     #[test]
+    fn lists_become_sets_where_shapes_run_out() {
+        // Every length of IPv6, in one list, and beside it rules of other shapes.
+        let list: Vec<String> = (1..=128).map(|bits| format!("'8000::/{bits}'")).collect();
+        let list = format!(
+            "[[rule]]\nname = 'l'\nnot_dst = 'fe80::/10'\nsrc = [{}]\naction = 'skip'\n",
+            list.join(", ")
+        );
+        // One covers all of them, so they are made apart.
+        let apart: Vec<String> = (1..=128u32)
+            .map(|bits| {
+                let addr = std::net::Ipv6Addr::from(1u128 << (128 - bits));
+                format!("'{addr}/{bits}'")
+            })
+            .filter(|prefix| !prefix.starts_with("'::ffff:"))
+            .collect();
+        let list = list + &format!("[[rule]]\nname = 'm'\ndst = [{}]\naction = 'drop'\n", apart.join(", "));
+        let compiled = compile(&Policy::from_toml(&list).unwrap(), "", &[]).ok().unwrap();
+        assert!(compiled.shapes.len() <= 2 && compiled.sets.len() > 100, "{:?}", compiled.shapes);
+        assert_eq!(compiled.plan, PLANS[1]);
+    }
+
+    #[test]
+    fn the_reason_of_a_refusal_is_the_one_that_no_plan_avoids() {
+        // More than 24 shapes and fewer than 64, and more ranges than a packet may try.
+        let mut text: String = (1..=30)
+            .map(|bits| format!("[[rule]]\nname = 's{bits}'\ndst = '0.0.0.0/{bits}'\naction = 'skip'\n"))
+            .collect();
+        text.extend((0..=CHAIN_MAX).map(|n| {
+            format!("[[rule]]\nname = 'r{n}'\nport = '{}-{}'\naction = 'skip'\n", n * 100, n * 100 + 99)
+        }));
+        let refused = compile(&Policy::from_toml(&text).unwrap(), "", &[]).err().unwrap();
+        assert!(refused.what.contains("one after the other"), "{refused}");
+    }
+
+    #[test]
     fn too_many_rules_that_differ_only_in_ranges_are_refused() {
         let rule = |n: usize| {
             format!("[[rule]]\nname = '{n}'\nport = '{}-{}'\naction = 'skip'\n", n * 100, n * 100 + 99)
