@@ -129,7 +129,7 @@ struct netoken_event {
 	__u32 netns_ino;
 	__u32 ifindex;
 	struct netoken_flow flow;
-	__u32 rule; /* 0 is the default, otherwise the rule's place in its file, from 1 */
+	__u32 rule; /* 0 is the default, otherwise the rule's place in the policy, from 1 */
 	__u8 token[TOKEN_LEN]; /* the one for this SYN; zero when there is none */
 	__u8 verdict;	       /* enum netoken_verdict */
 	__u8 dropped;	       /* 1 if the packet was dropped, whatever the verdict */

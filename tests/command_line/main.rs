@@ -17,6 +17,7 @@ mod names;
 mod output;
 mod policy;
 mod rights;
+mod rules;
 mod said;
 mod state;
 mod stream;
@@ -59,6 +60,8 @@ fn everywhere() -> Vec<Trial> {
         help: every_flag_is_described an_example_is_shown the_examples_fit_a_narrow_terminal a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
             wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
         policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
+        rules: all_errors_are_shown_in_one_run_with_their_lines
+            a_good_file_is_checked_without_rights_and_warnings_are_told;
         names: an_unknown_namespace_is_named;
         tokens: the_vectors_are_made_and_found_valid a_token_that_is_not_valid_is_exit_code_1_and_says_why
             a_capture_is_decoded what_is_wrong_with_a_capture_is_named;
@@ -86,6 +89,9 @@ fn with_root() -> Vec<Trial> {
     cases![needs;
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
             a_query_where_nothing_is_attached;
+        rules: counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
+            the_kernel_says_which_rule_decides_and_why sighup_loads_the_file_again
+            watch_notices_every_way_of_changing_a_file;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
             without_the_right_to_look_nothing_is_said_or_changed;

@@ -11,7 +11,9 @@ mod losses;
 mod measures;
 mod policies;
 mod receivers;
+mod reloads;
 mod segment;
+mod senders;
 mod skbs;
 mod sockets;
 mod streams;
@@ -82,6 +84,8 @@ fn main() -> ExitCode {
         receivers::cases(),
         policies::cases(),
         keyed::cases(),
+        reloads::cases(),
+        senders::cases(),
         skbs::cases(),
         devices::cases(),
         links::cases(),

@@ -13,17 +13,20 @@ use plain::Plain;
 use rustc_hash::{FxBuildHasher, FxHashMap, FxHashSet};
 
 use super::values::{Cgroup, Interface, List, Mark, Prefix, Range};
-use super::{Decision, Policy, Rule, Values, WhenFull};
+use super::{Policy, Rule, Values};
 use crate::keys::RingName;
 use crate::types::{
-    Action, ConditionKind, Entry, Facts, Field, Generation, Need, RawCondition, Record, Rule as RawRule,
-    SetKey, Shape, Size, WhenFull as RawWhenFull,
+    ConditionKind, Entry, Facts, Field, Generation, Need, RawCondition, Record, Rule as RawRule, SetKey,
+    Shape, Size,
 };
+use encode::{Atom, Words, blocks, describe_mask, facts, narrow, raw_rule, words};
 
 // SAFETY: integers and arrays of them, without hidden padding, which types.h asserts.
 unsafe impl Plain for Facts {}
 // SAFETY: the same.
 unsafe impl Plain for Generation {}
+
+mod encode;
 
 const SHAPES_MAX: usize = Size::SHAPES_MAX.0 as usize;
 const CHAIN_MAX: usize = Size::CHAIN_MAX.0 as usize;
@@ -113,25 +116,46 @@ impl Naming<'static> {
 pub fn compile(policy: &Policy, names: Naming<'_>, hits: &[u32]) -> Result<Compiled, Refused> {
     let mut refused = None;
     for plan in PLANS {
-        let mut shapes = Compiler::new(plan, names);
-        let compiled =
-            shapes.count_shapes(policy).and_then(|()| Compiler::new(plan, names).run(policy, hits));
-        match compiled {
+        match Compiler::new(plan, names).run(policy, hits) {
             Ok(compiled) => return Ok(compiled),
-            Err(error) => refused = refused.or(Some(error)),
+            // Too many shapes is the reason only if no plan had another.
+            Err(Stop::Refused(error)) => refused = Some(error),
+            Err(Stop::Shapes) => {}
         }
     }
-    Err(refused.unwrap_or_else(|| Refused { rule: None, what: "no plan fits".into(), help: String::new() }))
+    Err(refused.unwrap_or_else(|| too_many_shapes(policy, names)))
 }
 
-/// A value of one field, as it narrows a shape.
-#[derive(Clone, Copy)]
-enum Atom<'a> {
-    Prefix(Field, Prefix),
-    Number(Field, u32),
-    Mark(Mark),
-    Interface(&'a Interface),
-    Cgroup(&'a Cgroup, u8),
+/// Why a plan is given up.
+enum Stop {
+    /// It has more shapes than it may have.
+    Shapes,
+    Refused(Refused),
+}
+
+impl From<Refused> for Stop {
+    fn from(refused: Refused) -> Self {
+        Stop::Refused(refused)
+    }
+}
+
+/// Names the shapes that are left where most lists are sets.
+fn too_many_shapes(policy: &Policy, names: Naming<'_>) -> Refused {
+    let plan = PLANS.into_iter().min_by_key(|plan| plan.lengths_max).unwrap_or(PLANS[0]);
+    let mut compiler = Compiler::new(plan, names);
+    if let Err(Stop::Refused(refused)) = compiler.count_shapes(policy) {
+        return refused;
+    }
+    let shapes = compiler.describe_shapes();
+    Refused {
+        rule: None,
+        what: format!(
+            "the rules have {} shapes, more than {SHAPES_MAX}: a packet is looked up once for each. They are:\n  {}",
+            shapes.len(),
+            shapes[..shapes.len().min(SHOWN_MAX)].join("\n  ")
+        ),
+        help: "use fewer different combinations of fields and prefix lengths".to_string(),
+    }
 }
 
 /// The values of a field that become entries.
@@ -158,30 +182,6 @@ impl<'a> Choice<'a> {
 
 /// A shape: what is compared, and at which of the generation's levels the cgroup is.
 type ShapeKey = (Words, u8);
-/// [`Facts`] as the kernel compares them.
-type Words = [u64; size_of::<Facts>() / 8];
-
-fn words(facts: &Facts) -> Words {
-    // SAFETY: Facts is plain data of exactly this size; the bytes are copied.
-    let bytes = unsafe { plain::as_bytes(facts) };
-    let mut words = Words::default();
-    for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
-        *word = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
-    }
-    words
-}
-
-fn facts(words: &Words) -> Facts {
-    let mut bytes = [0; size_of::<Facts>()];
-    for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
-        bytes.copy_from_slice(&word.to_ne_bytes());
-    }
-    let mut facts = Facts::default();
-    // The buffer has exactly the size.
-    facts.copy_from_bytes(&bytes).ok();
-    facts
-}
-
 /// A rule with the checks of one of its ways to match.
 struct Variant {
     rule: u32,
@@ -199,6 +199,9 @@ struct Chain {
 }
 
 const NONE: u32 = u32::MAX;
+
+/// Takes mask, level and key of one combination of a rule's values.
+type Each<'a, 'e> = dyn FnMut(&mut Compiler<'a>, &Facts, u8, &Facts) -> Result<(), Stop> + 'e;
 
 struct Compiler<'a> {
     plan: Plan,
@@ -239,17 +242,17 @@ impl<'a> Compiler<'a> {
         }
     }
 
-    fn run(mut self, policy: &Policy, hits: &[u32]) -> Result<Compiled, Refused> {
+    fn run(mut self, policy: &Policy, hits: &[u32]) -> Result<Compiled, Stop> {
         self.chains.reserve(policy.rules.len());
         self.links.reserve(policy.rules.len());
         for (index, rule) in policy.rules.iter().enumerate() {
             self.rule(index, rule)?;
         }
-        self.finish(policy, hits)
+        Ok(self.finish(policy, hits)?)
     }
 
     /// Only that: one value stands for all of the same length.
-    fn count_shapes(&mut self, policy: &Policy) -> Result<(), Refused> {
+    fn count_shapes(&mut self, policy: &Policy) -> Result<(), Stop> {
         for (index, rule) in policy.rules.iter().enumerate() {
             let (choices, _) = self.choose(index, rule)?;
             let mut thinned = Vec::new();
@@ -275,18 +278,7 @@ impl<'a> Compiler<'a> {
                 Ok(())
             })?;
         }
-        match self.shapes.len() <= self.plan.shapes_max {
-            true => Ok(()),
-            false => Err(Refused {
-                rule: None,
-                what: format!(
-                    "the rules have {} shapes, more than {SHAPES_MAX}: a packet is looked up once for each. They are:\n  {}",
-                    self.shapes.len(),
-                    self.describe_shapes()[..self.shapes.len().min(SHOWN_MAX)].join("\n  ")
-                ),
-                help: "use fewer different combinations of fields and prefix lengths".to_string(),
-            }),
-        }
+        Ok(())
     }
 
     /// Splits the conditions of a rule into those that become entries and those that become checks.
@@ -353,7 +345,7 @@ impl<'a> Compiler<'a> {
         (1..=64).contains(&count).then_some(Choice::Numbers(field, list))
     }
 
-    fn rule(&mut self, index: usize, rule: &Rule) -> Result<(), Refused> {
+    fn rule(&mut self, index: usize, rule: &Rule) -> Result<(), Stop> {
         let (choices, left) = self.choose(index, rule)?;
         if rule.conditions.iter().any(|condition| !condition.negated && condition.values.count() == 0) {
             return Ok(()); // a set that is empty
@@ -373,9 +365,12 @@ impl<'a> Compiler<'a> {
 
         self.combine(index, &choices, &mut |compiler, mask, level, key| {
             let shape = compiler.shape(mask, level, index);
+            if shape >= compiler.plan.shapes_max {
+                return Err(Stop::Shapes);
+            }
             let mut key = *key;
             key.shape = shape as u8;
-            compiler.append(&words(&key), variant, records, is_closed).map_err(|()| Refused {
+            let refused = |()| Refused {
                 rule: Some(index),
                 what: format!(
                     "rule '{}' is the last of too many rules that differ only in ranges, negations or big lists: \
@@ -383,7 +378,8 @@ impl<'a> Compiler<'a> {
                     rule.name
                 ),
                 help: "give them something else to tell them apart, such as a prefix or single ports".to_string(),
-            })
+            };
+            Ok(compiler.append(&words(&key), variant, records, is_closed).map_err(refused)?)
         })
     }
 
@@ -416,12 +412,7 @@ impl<'a> Compiler<'a> {
     }
 
     /// Calls `each` with mask, level and key of every combination.
-    fn combine(
-        &mut self,
-        index: usize,
-        choices: &[Choice<'_>],
-        each: &mut dyn FnMut(&mut Self, &Facts, u8, &Facts) -> Result<(), Refused>,
-    ) -> Result<(), Refused> {
+    fn combine(&mut self, index: usize, choices: &[Choice<'_>], each: &mut Each<'a, '_>) -> Result<(), Stop> {
         self.narrow(index, choices, &Facts::default(), 0, &Facts::default(), each)
     }
 
@@ -432,8 +423,8 @@ impl<'a> Compiler<'a> {
         mask: &Facts,
         level: u8,
         key: &Facts,
-        each: &mut dyn FnMut(&mut Self, &Facts, u8, &Facts) -> Result<(), Refused>,
-    ) -> Result<(), Refused> {
+        each: &mut Each<'a, '_>,
+    ) -> Result<(), Stop> {
         let Some((choice, rest)) = choices.split_first() else {
             self.entries += 1;
             return each(self, mask, level, key);
@@ -756,127 +747,9 @@ fn first_of_each_length(list: &[Prefix]) -> Vec<Prefix> {
     list.iter().copied().filter(|prefix| seen.insert((prefix.is_v6(), prefix.bits()))).collect()
 }
 
-/// Narrows mask and key by a value; false if nothing can match both.
-fn narrow(atom: Atom<'_>, mask: &mut Facts, key: &mut Facts) -> bool {
-    match atom {
-        Atom::Prefix(field, prefix) => {
-            let family = if prefix.is_v6() { 6 } else { 4 };
-            if mask.family != 0 && key.family != family {
-                return false;
-            }
-            (mask.family, key.family) = (0xff, family);
-            let (addr, bits) = prefix.mapped();
-            let bits = u128::MAX.checked_shl(128 - u32::from(bits)).unwrap_or(0).to_be_bytes();
-            match field {
-                Field::FIELD_SRC => (mask.saddr, key.saddr) = (bits, addr.octets()),
-                _ => (mask.daddr, key.daddr) = (bits, addr.octets()),
-            }
-        }
-        Atom::Number(Field::FIELD_DPORT, port) => {
-            (mask.dport_be, key.dport_be) = (0xffff, (port as u16).to_be())
-        }
-        Atom::Number(Field::FIELD_SPORT, port) => {
-            (mask.sport_be, key.sport_be) = (0xffff, (port as u16).to_be())
-        }
-        Atom::Number(_, uid) => {
-            (mask.uid, key.uid) = (u32::MAX, uid);
-            (mask.has_sender, key.has_sender) = (0xff, 1);
-        }
-        Atom::Mark(mark) => (mask.mark, key.mark) = (mark.mask, mark.value),
-        Atom::Interface(interface) => {
-            (mask.ifindex, key.ifindex) = (u32::MAX, interface.index);
-            (mask.netns_ino, key.netns_ino) = (u32::MAX, interface.netns);
-        }
-        Atom::Cgroup(cgroup, _) => {
-            (mask.cgroup_id, key.cgroup_id) = (u64::MAX, cgroup.id);
-            (mask.has_sender, key.has_sender) = (0xff, 1);
-        }
-    }
-    true
-}
-
-fn describe_mask(mask: &Facts, level: Option<u8>) -> String {
-    let mut parts = Vec::new();
-    let is_v4 = |bits: u32| bits >= 96;
-    for (name, bytes) in [("src", mask.saddr), ("dst", mask.daddr)] {
-        let bits = u128::from_be_bytes(bytes).count_ones();
-        match bits {
-            0 => {}
-            // The family is compared as well, so an IPv6 prefix this long is told apart, but not by its mask.
-            bits if is_v4(bits) => parts.push(format!("{name}/{} (or IPv6 /{bits})", bits - 96)),
-            bits => parts.push(format!("{name}/{bits}")),
-        }
-    }
-    if mask.family != 0 && parts.is_empty() {
-        parts.push("family".to_string());
-    }
-    for (name, is_used) in [
-        ("port", mask.dport_be != 0),
-        ("src_port", mask.sport_be != 0),
-        ("interface", mask.ifindex != 0),
-        ("uid", mask.uid != 0),
-    ] {
-        if is_used {
-            parts.push(name.to_string());
-        }
-    }
-    if mask.mark != 0 {
-        parts.push(format!("mark/{:#x}", mask.mark));
-    }
-    if mask.cgroup_id != 0 {
-        parts.push(format!("cgroup at depth {}", level.unwrap_or(0)));
-    }
-    if parts.is_empty() { "any".to_string() } else { parts.join(" + ") }
-}
-
-/// Cuts a range of `width`-bit numbers into blocks that a prefix describes: first number and bits that count.
-fn blocks(range: Range, width: u32) -> Vec<(u32, u32)> {
-    let mut blocks = Vec::new();
-    let (mut at, end) = (u64::from(range.first), u64::from(range.last) + 1);
-    while at < end {
-        let aligned = if at == 0 { 32 } else { at.trailing_zeros() };
-        let fits = (end - at).ilog2();
-        let size = aligned.min(fits).min(width);
-        blocks.push((at as u32, width - size));
-        at += 1 << size;
-    }
-    blocks
-}
-
-fn raw_rule(number: u32, hits: u32, decision: &Decision, names: Naming<'_>) -> anyhow::Result<RawRule> {
-    let mut rule = RawRule { id: number, hits, ..Default::default() };
-    let action = match decision {
-        Decision::Stamp { token, when_full } => {
-            rule.token =
-                token.to_raw(number, names.instance, |ring| names.rings.get(&ring).copied().unwrap_or(0))?;
-            let when_full = match when_full {
-                WhenFull::Pass => RawWhenFull::WHEN_FULL_PASS,
-                WhenFull::Drop => RawWhenFull::WHEN_FULL_DROP,
-            };
-            rule.when_full = when_full.0 as u8;
-            Action::ACTION_STAMP
-        }
-        Decision::Skip => Action::ACTION_SKIP,
-        Decision::Drop => Action::ACTION_DROP,
-    };
-    rule.action = action.0 as u8;
-    Ok(rule)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ranges_are_cut_into_blocks_that_cover_just_them() {
-        for (first, last) in [(0, 0), (0, 65535), (65535, 65535), (1, 65534), (80, 443), (8000, 8999)] {
-            let blocks = blocks(Range { first, last }, 16);
-            let covered: Vec<u32> =
-                blocks.iter().flat_map(|(first, bits)| *first..*first + (1 << (16 - bits))).collect();
-            assert_eq!(covered, (first..=last).collect::<Vec<_>>());
-        }
-        assert_eq!(blocks(Range { first: 0, last: u32::MAX }, 32), [(0, 0)]);
-    }
 
     #[test]
     fn too_many_shapes_are_refused_and_listed() {
@@ -892,6 +765,41 @@ mod tests {
         let text: String = (0..65).map(rule).collect();
         let refused = compile(&Policy::from_toml(&text).unwrap(), Naming::none(), &[]).err().unwrap();
         assert!(refused.what.contains("65 shapes") && refused.what.contains("src/10"), "{refused}");
+    }
+
+    #[test]
+    fn lists_become_sets_where_shapes_run_out() {
+        // Every length of IPv6, in one list, and beside it rules of other shapes.
+        let list: Vec<String> = (1..=128).map(|bits| format!("'8000::/{bits}'")).collect();
+        let list = format!(
+            "[[rule]]\nname = 'l'\nnot_dst = 'fe80::/10'\nsrc = [{}]\naction = 'skip'\n",
+            list.join(", ")
+        );
+        // One covers all of them, so they are made apart.
+        let apart: Vec<String> = (1..=128u32)
+            .map(|bits| {
+                let addr = std::net::Ipv6Addr::from(1u128 << (128 - bits));
+                format!("'{addr}/{bits}'")
+            })
+            .filter(|prefix| !prefix.starts_with("'::ffff:"))
+            .collect();
+        let list = list + &format!("[[rule]]\nname = 'm'\ndst = [{}]\naction = 'drop'\n", apart.join(", "));
+        let compiled = compile(&Policy::from_toml(&list).unwrap(), Naming::none(), &[]).ok().unwrap();
+        assert!(compiled.shapes.len() <= 2 && compiled.sets.len() > 100, "{:?}", compiled.shapes);
+        assert_eq!(compiled.plan, PLANS[1]);
+    }
+
+    #[test]
+    fn the_reason_of_a_refusal_is_the_one_that_no_plan_avoids() {
+        // More than 24 shapes and fewer than 64, and more ranges than a packet may try.
+        let mut text: String = (1..=30)
+            .map(|bits| format!("[[rule]]\nname = 's{bits}'\ndst = '0.0.0.0/{bits}'\naction = 'skip'\n"))
+            .collect();
+        text.extend((0..=CHAIN_MAX).map(|n| {
+            format!("[[rule]]\nname = 'r{n}'\nport = '{}-{}'\naction = 'skip'\n", n * 100, n * 100 + 99)
+        }));
+        let refused = compile(&Policy::from_toml(&text).unwrap(), Naming::none(), &[]).err().unwrap();
+        assert!(refused.what.contains("one after the other"), "{refused}");
     }
 
     #[test]
