@@ -77,7 +77,7 @@ impl Kernel {
              `ulimit -l unlimited`, or run as root with CAP_BPF and CAP_NET_ADMIN"
                 .to_string()
         } else if denied {
-            "it needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN (try sudo)".to_string()
+            "it needs CAP_SYS_ADMIN and CAP_NET_ADMIN in the first user namespace (try sudo)".to_string()
         } else {
             "see what libbpf said".to_string()
         };

@@ -29,6 +29,8 @@ use crate::program::Maps;
 /// Names another directory than /run/netoken.
 pub const DIR_VARIABLE: &str = "NETOKEN_RUN";
 const DEFAULT_DIR: &str = "/run/netoken";
+/// What the name of a reader's file ends in.
+const READER: &str = "reader";
 /// `BPF_FS_MAGIC` of include/uapi/linux/magic.h.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
@@ -147,7 +149,7 @@ impl State {
     /// # Errors
     /// Another process reads them; the message names it.
     pub fn lock_reader(&self, instance: &Instance) -> Result<ReaderLock> {
-        let path = self.below(&format!("{}.reader", instance.name));
+        let path = self.below(&format!("{}.{READER}", instance.name));
         loop {
             let file = lock_file(&path)?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -200,6 +202,7 @@ impl State {
         if !self.instances().is_empty() {
             return Ok(());
         }
+        self.remove_dead_readers();
         let path = self.path.clone();
         in_first_mount_namespace(move || {
             umount2(&path.join("bpf"), MntFlags::UMOUNT_NOFOLLOW)
@@ -210,6 +213,23 @@ impl State {
             fs::remove_dir(&path).ok();
             Ok(())
         })
+    }
+}
+
+impl State {
+    /// A reader that was killed leaves its file, which would keep the directory.
+    fn remove_dead_readers(&self) {
+        for entry in fs::read_dir(self.below("")).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_none_or(|extension| extension != READER) {
+                continue;
+            }
+            let Ok(file) = File::open(&path) else { continue };
+            // Removed while it is held: one who waits for it sees that it is not the one with that name any more.
+            if let Ok(_held) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                fs::remove_file(&path).ok();
+            }
+        }
     }
 }
 

@@ -2,13 +2,14 @@
 //! maps of the instance in question; everything else on the qdisc is somebody else's and stays as it is.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions};
-use libbpf_rs::{MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcHook};
+use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions, ProgramInfo};
+use libbpf_rs::{ErrorKind, MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcHook};
 
 use super::netlink::{Filter, Link, Netlink, Side};
 use crate::netns::Netns;
@@ -61,12 +62,14 @@ pub enum Qdisc {
     Foreign,
     /// It was ours, but there are other filters on it: kept. How many.
     InUse(usize),
+    /// It was ours, but somebody made a chain on it: kept.
+    HasChains,
 }
 
 /// Every classifier of ours that is loaded, in whatever network namespace, by program id.
 ///
 /// # Errors
-/// An instance's pins cannot be read.
+/// An instance's pins cannot be read, or the kernel refused to list its programs.
 pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
     let mut owners = HashMap::new();
     for instance in state.instances() {
@@ -75,8 +78,8 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
             owners.insert(counters.info().context("asking for a map's id")?.info.id, instance.name);
         }
     }
-    let programs = ProgInfoIter::with_query_opts(ProgInfoQueryOptions::default().include_map_ids(true));
-    Ok(programs
+    Ok(all_programs()?
+        .into_iter()
         .filter(|program| program.name == PROGRAM_NAME || program.name == PROGRAM_NAME_L3)
         .filter_map(|program| {
             let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
@@ -85,6 +88,32 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
             ours.then_some((program.id, Loaded { loaded_at: program.load_time, instance }))
         })
         .collect())
+}
+
+/// How often the list is asked for while programs come and go.
+const LISTINGS: usize = 8;
+
+/// The iterator ends at an error as it does at the end of the list; were that taken for the end, our own filters
+/// would be strangers to us.
+fn all_programs() -> Result<Vec<ProgramInfo>> {
+    let doing = "listing the BPF programs that are loaded; it needs CAP_SYS_ADMIN in the first user namespace (try sudo)";
+    for _ in 0..LISTINGS {
+        let options = ProgInfoQueryOptions::default().include_map_ids(true);
+        let found: Vec<ProgramInfo> = ProgInfoIter::with_query_opts(options).collect();
+        let (last, mut next) = (found.last().map_or(0, |program| program.id), 0);
+        // SAFETY: the pointer is to a number that outlives the call.
+        match unsafe { libbpf_sys::bpf_prog_get_next_id(last, &raw mut next) } {
+            0 => {}
+            error if error == -libc::ENOENT => return Ok(found),
+            error => return Err(io::Error::from_raw_os_error(-error)).context(doing),
+        }
+        match libbpf_rs::Program::fd_from_id(next) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error).context(doing),
+            // Loaded, or freed, while we looked.
+            _ => {}
+        }
+    }
+    bail!("{doing}: the list could not be read to its end in {LISTINGS} attempts; try again")
 }
 
 fn has_our_maps(ids: &[u32]) -> bool {
@@ -172,13 +201,30 @@ impl<'a> Hooks<'a> {
     /// The kernel refused; then everything is as it was.
     pub fn attach(
         &mut self,
-        _lock: &Lock,
+        lock: &Lock,
         link: &Link,
         instance: &str,
         program: &Program,
         place: Place,
     ) -> Result<Attachment> {
         let made_qdisc = self.make_clsact(link)?;
+        let attached = self.attach_filter(link, instance, program, place);
+        if attached.is_err() && made_qdisc {
+            // Unless somebody uses it already.
+            self.destroy_clsact(lock, link).ok();
+        }
+        let (filter, previous) = attached?;
+        Ok(Attachment { filter, previous, made_qdisc })
+    }
+
+    /// Returns where the filter stands, and what of ours was there before.
+    fn attach_filter(
+        &mut self,
+        link: &Link,
+        instance: &str,
+        program: &Program,
+        place: Place,
+    ) -> Result<(Filter, Vec<(Filter, OwnedFd)>)> {
         let ours = self.attached(link, instance)?;
         let previous = hold_programs(&ours)?;
         let in_place = ours.iter().find(|ours| {
@@ -199,16 +245,7 @@ impl<'a> Hooks<'a> {
             }
         }
         let (attached, said) = messages(|| hook.attach());
-        let hook = match attached {
-            Ok(hook) => hook,
-            Err(error) => {
-                let explained = self.explain_attach(link, place, error.into(), &said);
-                if made_qdisc {
-                    self.remove_clsact(link).ok();
-                }
-                return Err(explained);
-            }
-        };
+        let hook = attached.map_err(|error| self.explain_attach(link, place, error.into(), &said))?;
 
         let filter = Filter {
             priority: hook.get_priority() as u16,
@@ -221,7 +258,7 @@ impl<'a> Hooks<'a> {
         for old in ours.iter().filter(|old| !same(&old.filter)) {
             self.remove_filter(link, &old.filter)?;
         }
-        Ok(Attachment { filter, previous, made_qdisc })
+        Ok((filter, previous))
     }
 
     /// Puts back what was there before an attach: filters of ours in their places, or none, and no qdisc of ours.
@@ -270,13 +307,19 @@ impl<'a> Hooks<'a> {
         if !self.netlink.clsacts()?.contains(&link.index) {
             return Ok(Qdisc::Absent);
         }
-        if !self.netlink.has_chain(link.index, OUR_CHAIN)? {
+        let mut chains = self.netlink.chains(link.index, Side::Egress)?;
+        if !chains.contains(&OUR_CHAIN) {
             return Ok(Qdisc::Foreign);
         }
         let used = self.netlink.filters(link.index, Side::Ingress)?.len()
             + self.netlink.filters(link.index, Side::Egress)?.len();
         if used > 0 {
             return Ok(Qdisc::InUse(used));
+        }
+        chains.extend(self.netlink.chains(link.index, Side::Ingress)?);
+        // Chain 0 comes with the first filter; any other somebody made, to fill it.
+        if chains.iter().any(|chain| ![0, OUR_CHAIN].contains(chain)) {
+            return Ok(Qdisc::HasChains);
         }
         self.remove_clsact(link)?;
         Ok(Qdisc::Removed)

@@ -68,7 +68,8 @@ fn with_root() -> Vec<Trial> {
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
             a_query_where_nothing_is_attached;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
-        rights: each_missing_capability_is_named without_the_right_to_mount_the_error_says_so;
+        rights: each_missing_capability_is_named without_the_right_to_mount_the_error_says_so
+            without_the_right_to_list_programs_nothing_is_said_or_done;
         keys: a_rotation_in_three_steps a_file_that_others_can_read_is_refused
             a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
             the_files_decide_what_the_kernel_knows nobody_sees_a_secret

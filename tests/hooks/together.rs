@@ -105,6 +105,16 @@ pub fn a_killed_reader_does_not_block_the_next() -> Result<()> {
     expect_no_state(&world.lab)
 }
 
+pub fn a_killed_reader_leaves_nothing_behind_a_destroy() -> Result<()> {
+    let world = World::new()?;
+    let mut reader = stream(&world, "")?;
+    reader.child.kill()?;
+    reader.child.wait()?;
+    world.ok("-i c0 --destroy")?;
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
 pub fn two_instances_have_two_readers() -> Result<()> {
     let world = World::new()?;
     let first = stream(&world, "")?;
