@@ -219,7 +219,15 @@ impl Maps {
             let (key, rule) = unsafe { (plain::as_bytes(key), plain::as_bytes(rule)) };
             next.update(key, rule, MapFlags::ANY).context("filling the map of the policy")?;
         }
-        let fd = next.as_fd().as_raw_fd();
+        self.put_policy(&next)
+    }
+
+    /// Puts a policy into use that is in a map already.
+    ///
+    /// # Errors
+    /// The kernel refused; the running policy is then unchanged.
+    pub fn put_policy(&self, policy: &MapHandle) -> Result<()> {
+        let fd = policy.as_fd().as_raw_fd();
         self.policies
             .update(&0u32.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)
             .context("putting the policy into use")

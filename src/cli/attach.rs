@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
+use libbpf_rs::MapHandle;
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
@@ -35,33 +36,44 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let keys = load_keys(scope, policy.as_ref())?;
 
     let (state, lock) = State::create()?;
+    let stop = Arc::new(AtomicBool::new(false));
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job =
-        Job { options, state: &state, instance: &instance, is_new, keys: keys.as_deref(), done: Vec::new() };
-    let (maps, reading, note) = match job.attach(&lock, &targets, policy.as_ref()) {
+    let mut job = Job {
+        options,
+        state: &state,
+        instance: &instance,
+        is_new,
+        keys: keys.as_deref(),
+        done: Vec::new(),
+        replaced: None,
+    };
+    // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
+    let ready = if options.quiet { Ok(()) } else { stop_on_signal(&stop) };
+    let attached = ready.and_then(|()| job.attach(&lock, &targets, policy.as_ref()));
+    let (maps, reading, note) = match attached {
         Ok(attached) => attached,
         Err(error) => return Err(job.give_up(lock, error)),
     };
     let links: Vec<Link> = targets.into_iter().map(|target| target.link).collect();
-    let stream = if options.quiet {
-        Ok(None)
-    } else {
-        Stream::prepare(&state, &instance, &maps, links.clone()).map(Some)
+    let prepared = match options.quiet {
+        true => Ok(None),
+        false => Stream::prepare(&state, &instance, &maps, links).map(Some),
     };
-    let stream = match stream {
-        Ok(stream) => stream,
+    let prepared = prepared.and_then(|stream| {
+        let names = stream.as_ref().map_or(Names::new(), |stream| stream.watch.names());
+        let output =
+            Output::new(scope.json, names, Arc::clone(&stop)).context("preparing standard output")?;
+        Ok((stream, output))
+    });
+    let (stream, mut output) = match prepared {
+        Ok(prepared) => prepared,
         Err(error) => {
             drop(reading);
             return Err(job.give_up(lock, error));
         }
     };
 
-    let names = match &stream {
-        Some(stream) => stream.watch.names(),
-        None => Names::new(),
-    };
-    let mut output = Output::new(scope.json, names);
     let told = job.tell(&mut output, &note).context("writing to standard output");
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
@@ -70,7 +82,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         return told;
     };
     // If the telling failed, so will the stream, at once and for the same reason.
-    let end = stream::run(&maps, &mut stream.reader, &mut output, &mut stream.watch, &stream.stop);
+    let end = stream::run(&maps, &mut stream.reader, &mut output, &mut stream.watch, &stop);
     let left: Vec<String> = stream.watch.links().iter().map(|link| link.name.clone()).collect();
     drop((stream, reading));
     leave(scope, options, &left)?;
@@ -85,7 +97,6 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
 struct Stream<'a> {
     reader: Reader<'a>,
     watch: Watch<'a>,
-    stop: Arc<AtomicBool>,
 }
 
 impl<'a> Stream<'a> {
@@ -95,11 +106,8 @@ impl<'a> Stream<'a> {
         maps: &'a Maps,
         links: Vec<Link>,
     ) -> Result<Stream<'a>> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&stop);
-        ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
         let watch = Watch::start(state, &instance.name, Netns::current()?.inode(), links)?;
-        Ok(Stream { reader: Reader::open(maps)?, watch, stop })
+        Ok(Stream { reader: Reader::open(maps)?, watch })
     }
 }
 
@@ -119,6 +127,11 @@ fn load_keys(scope: &Scope, policy: Option<&Policy>) -> Result<Option<Vec<Key>>>
         }
     }
     Ok(dir.exists().then_some(keys))
+}
+
+fn stop_on_signal(stop: &Arc<AtomicBool>) -> Result<()> {
+    let flag = Arc::clone(stop);
+    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")
 }
 
 /// Removes all of it, or says how to.
@@ -146,6 +159,8 @@ struct Job<'a> {
     is_new: bool,
     keys: Option<&'a [Key]>,
     done: Vec<(Link, Attachment)>,
+    /// The policy that ran before ours took its place, and the maps in which it did.
+    replaced: Option<(Maps, MapHandle)>,
 }
 
 /// All of them, before anything is changed.
@@ -218,6 +233,9 @@ impl Job<'_> {
         }
         let (maps, note) = ready.context("there is no interface to attach to")?;
         if let Some(policy) = policy {
+            if let Some(running) = maps.policy()? {
+                self.replaced = Some((Maps::open(&self.instance.pins)?, running));
+            }
             maps.set_policy(policy)?;
         }
         Ok((maps, note))
@@ -226,6 +244,11 @@ impl Job<'_> {
     /// Takes back what was done; returns the reason. Nothing half done stays behind, and what was there before
     /// is kept.
     fn give_up(mut self, lock: Lock, reason: anyhow::Error) -> anyhow::Error {
+        if let Some((maps, policy)) = self.replaced.take()
+            && let Err(error) = maps.put_policy(&policy)
+        {
+            note!("netoken: {error:#}");
+        }
         self.undo(&lock);
         if self.is_new {
             remove_unused(self.state, &lock, &self.instance.name).ok();

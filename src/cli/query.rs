@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::args::Scope;
 use crate::clock::{self, Source};
 use crate::counters::Counters;
+use crate::events::model::since_epoch;
 use crate::events::show::totals_line;
 use crate::hooks::clsact::{Attached, attached, loaded_programs};
 use crate::hooks::netlink::Netlink;
@@ -132,7 +133,7 @@ fn hook(netns: &str, interface: &str, ours: Attached, boot: SystemTime) -> Hook 
         handle: ours.filter.handle,
         priority: ours.filter.priority,
         instance: ours.loaded.instance,
-        since: humantime::format_rfc3339_seconds(boot + ours.loaded.loaded_at).to_string(),
+        since: humantime::format_rfc3339_seconds(since_epoch(boot + ours.loaded.loaded_at)).to_string(),
         filters_before: ours.before,
     }
 }

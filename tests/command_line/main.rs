@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     let mut cases = everywhere();
     cases.extend(with_root());
     cases.extend(cases![&[Need::Root, Need::Tool("setpriv"), Need::BufferLimit];
-        stream: a_stream_that_cannot_begin_leaves_nothing;
+        stream: a_stream_that_cannot_begin_leaves_all_as_it_was;
     ]);
     support::run(cases)
 }
@@ -81,6 +81,7 @@ fn with_root() -> Vec<Trial> {
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything
+            a_signal_during_the_attach_detaches_on_exit an_output_that_nobody_reads_does_not_keep_it_alive
             detach_on_exit_leaves_what_others_use a_sample_counts_all_and_shows_some
             every_syn_is_shown_once;
         output: an_early_reader_ends_the_stream_in_peace a_closed_pipe_is_no_error_anywhere
