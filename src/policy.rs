@@ -268,15 +268,20 @@ impl Policy {
     /// The policy as the kernel stores it: keys and values of one generation of the map `policies`.
     /// `ring_number` says what number the instance has given to each of [`Policy::rings`].
     pub fn entries(&self, ring_number: impl Fn(RingName) -> u8) -> Vec<(PolicyKey, RawRule)> {
-        let entry = |addr, bits, port, id, decision| entry(addr, bits, port, id, decision, &ring_number);
-        let default = self.default.map(|decision| entry(Ipv6Addr::UNSPECIFIED, 0, 0, 0, decision));
+        let entry = |family, addr, bits, port, id, decision| {
+            entry(family, addr, bits, port, id, decision, &ring_number)
+        };
+        let everything =
+            |decision| [4, 6].map(|family| entry(family, Ipv6Addr::UNSPECIFIED, 0, 0, 0, decision));
+        let default = self.default.map(everything);
         let rules = (1..).zip(&self.rules).map(|(id, rule)| {
             let (addr, bits) = rule.dst.mapped();
-            entry(addr, bits, rule.port, id, rule.decision)
+            let family = if rule.dst.addr.is_ipv4() { 4 } else { 6 };
+            entry(family, addr, bits, rule.port, id, rule.decision)
         });
         let has_ports = self.rules.iter().any(|rule| rule.port != 0).into();
-        // The default comes first, so that a rule for ::/0 takes its place.
-        let entries = default.into_iter().chain(rules);
+        // The default comes first, so that a rule for ::/0 takes its place in IPv6.
+        let entries = default.into_iter().flatten().chain(rules);
         entries.map(|(key, rule)| (key, RawRule { has_ports, ..rule })).collect()
     }
 
@@ -292,6 +297,7 @@ impl Policy {
 }
 
 fn entry(
+    family: u8,
     addr: Ipv6Addr,
     bits: u8,
     port: u16,
@@ -300,10 +306,11 @@ fn entry(
     ring_number: impl Fn(RingName) -> u8,
 ) -> (PolicyKey, RawRule) {
     let key = PolicyKey {
-        prefixlen: Size::POLICY_PORT_BITS.0 + u32::from(bits),
+        prefixlen: Size::POLICY_FRONT_BITS.0 + u32::from(bits),
         port_be: port.to_be(),
+        pad: 0,
+        family,
         addr: addr.octets(),
-        pad: [0; 2],
     };
     let (action, spec, when_full) = match decision {
         Decision::Stamp { token, when_full } => {
@@ -356,10 +363,10 @@ mod tests {
         assert_eq!(policy.rules[0].port, 5432);
         assert_eq!(policy.rules[1].decision, Decision::Skip);
         let entries = policy.entries(|_| 0);
-        assert_eq!(entries.len(), 3);
-        assert_eq!(entries[1].0.prefixlen, 16 + 96 + 16);
-        assert_eq!(entries[1].0.port_be, 5432u16.to_be());
-        assert_eq!(entries[2].1.addr_bits, 32);
+        assert_eq!(entries.len(), 4);
+        assert_eq!(entries[2].0.prefixlen, 16 + 8 + 8 + 96 + 16);
+        assert_eq!(entries[2].0.port_be, 5432u16.to_be());
+        assert_eq!(entries[3].1.addr_bits, 32);
     }
 
     #[test]

@@ -9,7 +9,10 @@
 /* The longest prefix decides; of two rules for the same prefix the one that names the port. */
 static __always_inline const struct netoken_rule *lookup_rule(const struct netoken_flow *flow)
 {
-	struct netoken_policy_key key = { .prefixlen = POLICY_PORT_BITS + ADDR_LEN * 8 };
+	struct netoken_policy_key key = {
+		.prefixlen = POLICY_FRONT_BITS + ADDR_LEN * 8,
+		.family = flow->family,
+	};
 	const struct netoken_rule *of_any, *of_port;
 	__u32 zero = 0;
 	void *policy;

@@ -18,8 +18,8 @@ enum netoken_size {
 	/* kind, length, ExID (RFC 6994 section 3) and the token */
 	OPTION_LEN = 4 + TOKEN_LEN,
 	ADDR_LEN = 16,
-	/* Bits of netoken_policy_key in front of the address. */
-	POLICY_PORT_BITS = 16,
+	/* Bits of netoken_policy_key in front of the address: port, padding and family. */
+	POLICY_FRONT_BITS = 32,
 };
 
 /*
@@ -135,12 +135,16 @@ struct netoken_counter {
 	__u64 events; /* handed to the buffer, which may have been full */
 };
 
-/* Longest prefix match: the port exactly (0 is any), then the destination's leading bits. */
+/*
+ * Longest prefix match: the port (0 is any) and the family exactly, then the destination's leading
+ * bits. Without the family, ::/0 would hold all of IPv4, which is mapped into it.
+ */
 struct netoken_policy_key {
-	__u32 prefixlen; /* POLICY_PORT_BITS plus the bits of the address that count */
+	__u32 prefixlen; /* POLICY_FRONT_BITS plus the bits of the address that count */
 	__be16 port_be;
+	__u8 pad;
+	__u8 family; /* 4 or 6 */
 	__u8 addr[ADDR_LEN];
-	__u8 pad[2];
 };
 
 /* How a rule's token is made. */
