@@ -15,6 +15,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
@@ -29,6 +30,8 @@ use crate::program::Maps;
 /// Names another directory than /run/netoken.
 pub const DIR_VARIABLE: &str = "NETOKEN_RUN";
 const DEFAULT_DIR: &str = "/run/netoken";
+/// How long others may take to close what they have open in the BPF file system.
+const BUSY: Duration = Duration::from_secs(3);
 /// What the name of a reader's file ends in.
 const READER: &str = "reader";
 /// `BPF_FS_MAGIC` of include/uapi/linux/magic.h.
@@ -205,8 +208,7 @@ impl State {
         self.remove_dead_readers();
         let path = self.path.clone();
         in_first_mount_namespace(move || {
-            umount2(&path.join("bpf"), MntFlags::UMOUNT_NOFOLLOW)
-                .with_context(|| format!("unmounting {}/bpf", path.display()))?;
+            unmount(&path.join("bpf"))?;
             fs::remove_dir(path.join("bpf")).ok();
             fs::remove_file(path.join("lock")).ok();
             // Not empty while a reader still runs: then it stays.
@@ -311,6 +313,24 @@ fn same_file(held: &File, path: &Path) -> bool {
 
 fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|fs| fs.filesystem_type().0 == BPF_FS_MAGIC)
+}
+
+/// A query that reads a pin right now keeps the file system busy, for a moment.
+fn unmount(path: &Path) -> Result<()> {
+    let deadline = Instant::now() + BUSY;
+    loop {
+        match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EBUSY) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
+            Err(errno) => {
+                let remedy = match errno {
+                    Errno::EBUSY => "a process has something open in it, which fuser -vm shows",
+                    _ => "it needs CAP_SYS_ADMIN (try sudo)",
+                };
+                bail!("unmounting {}: {errno}; {remedy}; all else is done", path.display());
+            }
+        }
+    }
 }
 
 fn mount_error(path: &Path, errno: Errno) -> anyhow::Error {

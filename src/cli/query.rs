@@ -1,5 +1,6 @@
 //! `--query`: what is attached where, since when, and what it has done.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::time::{Duration, SystemTime};
 
@@ -70,7 +71,19 @@ pub(super) fn run(scope: &Scope) -> Result<()> {
     if hooks.is_empty() {
         return nothing(scope);
     }
-    print(scope, &state, &hooks).context("writing to standard output")
+    let instances = instances(&state, &hooks)?;
+    print(scope, &hooks, instances).context("writing to standard output")
+}
+
+/// The maps and counters of every instance that has a hook, by its name.
+fn instances<'a>(state: &State, hooks: &'a [Hook]) -> Result<BTreeMap<&'a str, (Maps, Counters)>> {
+    let names: BTreeSet<&str> = hooks.iter().filter_map(|hook| hook.instance.as_deref()).collect();
+    let open = |name| {
+        let maps = state.instance(name).maps()?;
+        let counters = Counters::read(&maps)?;
+        Ok((name, (maps, counters)))
+    };
+    names.into_iter().map(open).collect()
 }
 
 /// A wrong name is an error also where nothing can be attached.
@@ -138,12 +151,8 @@ fn hook(netns: &str, interface: &str, ours: Attached, boot: SystemTime) -> Hook 
     }
 }
 
-fn print(scope: &Scope, state: &State, hooks: &[Hook]) -> Result<()> {
+fn print(scope: &Scope, hooks: &[Hook], instances: BTreeMap<&str, (Maps, Counters)>) -> Result<()> {
     let mut out = io::stdout().lock();
-    let mut instances: Vec<&str> = hooks.iter().filter_map(|hook| hook.instance.as_deref()).collect();
-    instances.sort_unstable();
-    instances.dedup();
-
     if scope.json {
         for hook in hooks {
             writeln!(out, "{}", serde_json::to_string(hook)?)?;
@@ -152,9 +161,7 @@ fn print(scope: &Scope, state: &State, hooks: &[Hook]) -> Result<()> {
         table(&mut out, hooks)?;
         writeln!(out)?;
     }
-    for instance in instances {
-        let maps = state.instance(instance).maps()?;
-        let counters = Counters::read(&maps)?;
+    for (instance, (maps, counters)) in instances {
         if scope.json {
             writeln!(out, "{}", serde_json::to_string(&InstanceCounters { instance, counters })?)?;
         } else {
