@@ -279,7 +279,10 @@ impl Instance {
 }
 
 fn dir_path() -> PathBuf {
-    std::env::var_os(DIR_VARIABLE).map_or(PathBuf::from(DEFAULT_DIR), PathBuf::from)
+    let named = std::env::var_os(DIR_VARIABLE).filter(|name| !name.is_empty());
+    let path = named.map_or(PathBuf::from(DEFAULT_DIR), PathBuf::from);
+    // In another mount namespace the current directory is another one.
+    std::path::absolute(&path).unwrap_or(path)
 }
 
 fn make_dir(path: &Path) -> Result<()> {

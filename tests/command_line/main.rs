@@ -76,6 +76,7 @@ fn with_root() -> Vec<Trial> {
             slots_have_the_length_that_was_asked_for
             a_stream_follows_a_step_of_the_clock_within_two_seconds;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
+            a_relative_directory_is_below_the_current_one
             a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
             a_query_names_a_broken_instance;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
