@@ -80,10 +80,10 @@ impl Kernel {
             )
         } else if denied && self.version().is_some_and(|version| version < (5, 11)) {
             "the limit on locked memory may be too low for kernels before 5.11; raise it with \
-             `ulimit -l unlimited`"
+             `ulimit -l unlimited`, or run as root with CAP_SYS_RESOURCE, with which it is raised for you"
                 .to_string()
         } else if denied {
-            "it needs CAP_SYS_ADMIN and CAP_NET_ADMIN outside of any user namespace (try sudo)".to_string()
+            "it needs CAP_SYS_ADMIN and CAP_NET_ADMIN in the first user namespace (try sudo)".to_string()
         } else {
             "see what libbpf said".to_string()
         };

@@ -17,6 +17,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
@@ -31,6 +32,10 @@ use crate::program::Maps;
 /// Names another directory than /run/netoken.
 pub const DIR_VARIABLE: &str = "NETOKEN_RUN";
 const DEFAULT_DIR: &str = "/run/netoken";
+/// How long others may take to close what they have open in the BPF file system.
+const BUSY: Duration = Duration::from_secs(3);
+/// What the name of a reader's file ends in.
+const READER: &str = "reader";
 /// `BPF_FS_MAGIC` of include/uapi/linux/magic.h.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
@@ -151,7 +156,7 @@ impl State {
     /// # Errors
     /// Another process reads them; the message names it.
     pub fn lock_reader(&self, instance: &Instance) -> Result<ReaderLock> {
-        let name = format!("{}.reader", instance.name);
+        let name = format!("{}.{READER}", instance.name);
         let path = self.below(&name);
         loop {
             let file = lock_file(&path, &self.path.join(&name))?;
@@ -209,16 +214,33 @@ impl State {
         if !self.instances().is_empty() {
             return Ok(());
         }
+        self.remove_dead_readers();
         let path = self.path.clone();
         in_first_mount_namespace(move || {
-            umount2(&path.join("bpf"), MntFlags::UMOUNT_NOFOLLOW)
-                .with_context(|| format!("unmounting {}/bpf", path.display()))?;
+            unmount(&path.join("bpf"))?;
             fs::remove_dir(path.join("bpf")).ok();
             fs::remove_file(path.join("lock")).ok();
             // Not empty while a reader still runs: then it stays.
             fs::remove_dir(&path).ok();
             Ok(())
         })
+    }
+}
+
+impl State {
+    /// A reader that was killed leaves its file, which would keep the directory.
+    fn remove_dead_readers(&self) {
+        for entry in fs::read_dir(self.below("")).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_none_or(|extension| extension != READER) {
+                continue;
+            }
+            let Ok(file) = File::open(&path) else { continue };
+            // Removed while it is held: one who waits for it sees that it is not the one with that name any more.
+            if let Ok(_held) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                fs::remove_file(&path).ok();
+            }
+        }
     }
 }
 
@@ -270,7 +292,9 @@ impl Instance {
 }
 
 fn dir_path() -> PathBuf {
-    dir_named(std::env::var_os(DIR_VARIABLE))
+    let path = dir_named(std::env::var_os(DIR_VARIABLE));
+    // In another mount namespace the current directory is another one.
+    std::path::absolute(&path).unwrap_or(path)
 }
 
 /// An empty name is none, as with other variables of this kind.
@@ -312,6 +336,24 @@ fn same_file(held: &File, path: &Path) -> bool {
 
 fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|fs| fs.filesystem_type().0 == BPF_FS_MAGIC)
+}
+
+/// A query that reads a pin right now keeps the file system busy, for a moment.
+fn unmount(path: &Path) -> Result<()> {
+    let deadline = Instant::now() + BUSY;
+    loop {
+        match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EBUSY) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
+            Err(errno) => {
+                let remedy = match errno {
+                    Errno::EBUSY => "a process has something open in it, which fuser -vm shows",
+                    _ => "it needs CAP_SYS_ADMIN (try sudo)",
+                };
+                bail!("unmounting {}: {errno}; {remedy}; all else is done", path.display());
+            }
+        }
+    }
 }
 
 fn mount_error(path: &Path, errno: Errno) -> anyhow::Error {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
  * The egress classifier: finds a SYN, asks the policy, stamps it, counts it.
- * Built for every kernel from 5.10 on; see DESIGN in the README for what it promises.
+ * Built for every kernel from 5.10 on; the README says what it promises.
  */
 /* Nothing here reads a structure of the kernel's own, so no kernel BTF is needed to load it. */
 #define BPF_NO_PRESERVE_ACCESS_INDEX

@@ -45,29 +45,36 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let is_new = !instance.pins.exists();
     let mut job =
         Job { options, state: &state, instance: &instance, is_new, keys: keys.as_deref(), done: Vec::new() };
-    let (maps, reading, note) = match job.attach(&lock, &targets, given.as_ref()) {
+    // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
+    let signals = if options.quiet { Ok(Signals::default()) } else { Signals::catch(given.as_ref()) };
+    let attached = signals.and_then(|signals| Ok((job.attach(&lock, &targets, given.as_ref())?, signals)));
+    let (Attached { maps, reading, note, had_policy }, signals) = match attached {
         Ok(attached) => attached,
         Err(error) => return Err(job.give_up(lock, error)),
     };
     let links: Vec<Link> = targets.into_iter().map(|target| target.link).collect();
-    let stream = if options.quiet {
-        Ok(None)
-    } else {
-        Stream::prepare(&state, &instance, &maps, links, given.as_ref()).map(Some)
+    let prepared = match options.quiet {
+        true => Ok(None),
+        false => Stream::prepare(&state, &instance, &maps, links).map(Some),
     };
-    let stream = match stream {
-        Ok(stream) => stream,
+    let prepared = prepared.and_then(|stream| {
+        let names = stream.as_ref().map_or(Names::new(), |stream| stream.watch.names());
+        let output =
+            Output::new(scope.json, names, Arc::clone(&signals.stop)).context("preparing standard output")?;
+        // Last of all, so that no failure leaves another policy than there was.
+        if had_policy {
+            given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps))?;
+        }
+        Ok((stream, output))
+    });
+    let (stream, mut output) = match prepared {
+        Ok(prepared) => prepared,
         Err(error) => {
             drop(reading);
             return Err(job.give_up(lock, error));
         }
     };
 
-    let names = match &stream {
-        Some(stream) => stream.watch.names(),
-        None => Names::new(),
-    };
-    let mut output = Output::new(scope.json, names);
     let told = job.tell(&mut output, &note).context("writing to standard output");
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
@@ -78,20 +85,14 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let mut reload = match &given {
         Some(Given::File(path, checked)) => {
             let files = checked.files.clone();
-            Some(Reload::new(path, options, &instance, &maps, files, &stream.signals.reload))
+            Some(Reload::new(path, options, &instance, &maps, files, &signals.reload))
         }
         _ => None,
     };
     // If the telling failed, so will the stream, at once and for the same reason.
     let mut each_look = || reload.as_mut().map_or(Ok(()), Reload::look);
-    let end = stream::run(
-        &maps,
-        &mut stream.reader,
-        &mut output,
-        &mut stream.watch,
-        &stream.signals.stop,
-        &mut each_look,
-    );
+    let end =
+        stream::run(&maps, &mut stream.reader, &mut output, &mut stream.watch, &signals.stop, &mut each_look);
     let left: Vec<String> = stream.watch.links().iter().map(|link| link.name.clone()).collect();
     drop((stream, reading));
     leave(scope, options, &left)?;
@@ -106,7 +107,6 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
 struct Stream<'a> {
     reader: Reader<'a>,
     watch: Watch<'a>,
-    signals: Signals,
 }
 
 impl<'a> Stream<'a> {
@@ -115,11 +115,9 @@ impl<'a> Stream<'a> {
         instance: &Instance,
         maps: &'a Maps,
         links: Vec<Link>,
-        given: Option<&Given<'_>>,
     ) -> Result<Stream<'a>> {
-        let signals = Signals::catch(given)?;
         let watch = Watch::start(state, &instance.name, Netns::current()?.inode(), links)?;
-        Ok(Stream { reader: Reader::open(maps)?, watch, signals })
+        Ok(Stream { reader: Reader::open(maps)?, watch })
     }
 }
 
@@ -151,6 +149,7 @@ fn read_policy(path: &Path, allow_missing: bool) -> Result<Checked> {
 }
 
 /// What other processes tell this one.
+#[derive(Default)]
 struct Signals {
     stop: Arc<AtomicBool>,
     reload: Arc<AtomicBool>,
@@ -160,7 +159,7 @@ impl Signals {
     /// Without a file that could be loaded again, SIGHUP ends the stream: the terminal is gone.
     fn catch(given: Option<&Given<'_>>) -> Result<Signals> {
         use signal_hook::consts::{SIGHUP, SIGTERM};
-        let signals = Signals { stop: Arc::default(), reload: Arc::default() };
+        let signals = Signals::default();
         let hangup = if let Some(Given::File(..)) = given { &signals.reload } else { &signals.stop };
         for (signal, flag) in [(SIGTERM, &signals.stop), (SIGHUP, hangup)] {
             signal_hook::flag::register(signal, Arc::clone(flag)).context("preparing for signals")?;
@@ -188,6 +187,17 @@ struct Target {
     link_header: LinkHeader,
 }
 
+/// What an attach leads to.
+struct Attached {
+    maps: Maps,
+    /// The right to read their events.
+    reading: Option<ReaderLock>,
+    /// What to say of the policy.
+    note: String,
+    /// The instance had a policy before.
+    had_policy: bool,
+}
+
 struct Job<'a> {
     options: &'a AttachOptions,
     state: &'a State,
@@ -206,27 +216,12 @@ fn targets(scope: &Scope) -> Result<Vec<Target>> {
 }
 
 impl Job<'_> {
-    /// Returns the maps, the right to read their events, and what to say of the policy.
-    fn attach(
-        &mut self,
-        lock: &Lock,
-        targets: &[Target],
-        given: Option<&Given<'_>>,
-    ) -> Result<(Maps, Option<ReaderLock>, String)> {
+    /// Attaches to all of them. A policy that runs is left to be replaced when all else has worked; one that does
+    /// not must be there first.
+    fn attach(&mut self, lock: &Lock, targets: &[Target], given: Option<&Given<'_>>) -> Result<Attached> {
         let reading = if self.options.quiet { None } else { Some(self.state.lock_reader(self.instance)?) };
         self.instance.create()?;
-        let (maps, note) = self.attach_all(lock, targets, given)?;
-        Ok((maps, reading, note))
-    }
-
-    /// Returns the maps, and what to say of the policy.
-    fn attach_all(
-        &mut self,
-        lock: &Lock,
-        targets: &[Target],
-        given: Option<&Given<'_>>,
-    ) -> Result<(Maps, String)> {
-        let mut ready: Option<(Maps, String, bool)> = None;
+        let mut attached: Option<Attached> = None;
         let mut hooks = Hooks::open(self.state)?;
         let netns_ino = Netns::current()?.inode();
         for target in targets {
@@ -240,13 +235,12 @@ impl Job<'_> {
                 faults: 0,
             };
             let program = Program::load(settings, Some(&self.instance.pins))?;
-            let first = ready.is_none();
+            let first = attached.is_none();
             if first {
                 clock::publish(&program.maps.clock, self.options.slots)?;
                 self.keys.map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
             }
             let running = program.maps.policy()?.is_some();
-            // A policy that runs is replaced when all else has worked; one that does not must be there first.
             if first && !running {
                 let default = Given::Token(Policy::stamp_all(Token::DEFAULT));
                 given.unwrap_or(&default).put(self.instance, &program.maps)?;
@@ -263,14 +257,11 @@ impl Job<'_> {
                         Token::DEFAULT
                     ),
                 };
-                ready = Some((program.maps, note, running));
+                attached = Some(Attached { maps: program.maps, reading: None, note, had_policy: running });
             }
         }
-        let (maps, note, running) = ready.context("there is no interface to attach to")?;
-        if let Some(given) = given.filter(|_| running) {
-            given.put(self.instance, &maps)?;
-        }
-        Ok((maps, note))
+        let attached = attached.context("there is no interface to attach to")?;
+        Ok(Attached { reading, ..attached })
     }
 
     /// Takes back what was done; returns the reason. Nothing half done stays behind, and what was there before

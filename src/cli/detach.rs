@@ -81,6 +81,7 @@ fn describe(link: &Link, filters: usize, qdisc: Option<Qdisc>) -> Removed {
         Some(Qdisc::Removed) => (Some("removed"), 0),
         Some(Qdisc::Foreign) => (Some("kept: made by somebody else"), 0),
         Some(Qdisc::InUse(others)) => (Some("kept: in use"), others),
+        Some(Qdisc::HasChains) => (Some("kept: somebody else's chain"), 0),
     };
     Removed { interface: link.name.clone(), filters, qdisc, others }
 }
@@ -103,6 +104,9 @@ fn tell(scope: &Scope, done: &[Removed]) -> Result<()> {
             Some("kept: in use") => {
                 let (n, s) = (removed.others, if removed.others == 1 { "" } else { "s" });
                 format!(", clsact qdisc kept: {n} other filter{s} on it")
+            }
+            Some("kept: somebody else's chain") => {
+                ", clsact qdisc kept: somebody made a chain on it".to_string()
             }
             Some(_) => ", clsact qdisc kept: somebody else made it".to_string(),
         };

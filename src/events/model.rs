@@ -68,8 +68,14 @@ impl Clock {
     }
 
     fn at(self, monotonic_ns: u64) -> SystemTime {
-        self.boot + Duration::from_nanos(monotonic_ns)
+        since_epoch(self.boot + Duration::from_nanos(monotonic_ns))
     }
+}
+
+/// A time that can be printed. On a machine whose clock was never set, or in a time namespace, what is computed
+/// from the time since boot can lie before 1970, where RFC 3339 times do not begin.
+pub fn since_epoch(time: SystemTime) -> SystemTime {
+    time.max(SystemTime::UNIX_EPOCH)
 }
 
 impl Syn {
@@ -107,6 +113,14 @@ impl Syn {
 mod tests {
     use super::*;
     use crate::types::Flow;
+
+    #[test]
+    fn a_clock_that_was_never_set_is_no_panic() {
+        let clock = Clock { boot: SystemTime::UNIX_EPOCH - Duration::from_secs(10) };
+        let bytes = [0; size_of::<Event>()];
+        let syn = Syn::decode(&bytes, clock).unwrap();
+        assert!(serde_json::to_string(&syn).unwrap().contains("1970-01-01T00:00:00"));
+    }
 
     #[test]
     fn an_event_is_read_as_the_kernel_wrote_it() {

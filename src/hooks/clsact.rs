@@ -62,12 +62,14 @@ pub enum Qdisc {
     Foreign,
     /// It was ours, but there are other filters on it: kept. How many.
     InUse(usize),
+    /// It was ours, but somebody made a chain on it: kept.
+    HasChains,
 }
 
 /// Every classifier of ours that is loaded, in whatever network namespace, by program id.
 ///
 /// # Errors
-/// An instance's pins cannot be read.
+/// An instance's pins cannot be read, or the kernel refused to list its programs.
 pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
     let mut owners = HashMap::new();
     for instance in state.instances() {
@@ -216,13 +218,30 @@ impl<'a> Hooks<'a> {
     /// The kernel refused; then everything is as it was.
     pub fn attach(
         &mut self,
-        _lock: &Lock,
+        lock: &Lock,
         link: &Link,
         instance: &str,
         program: &Program,
         place: Place,
     ) -> Result<Attachment> {
         let made_qdisc = self.make_clsact(link)?;
+        let attached = self.attach_filter(link, instance, program, place);
+        if attached.is_err() && made_qdisc {
+            // Unless somebody uses it already.
+            self.destroy_clsact(lock, link).ok();
+        }
+        let (filter, previous) = attached?;
+        Ok(Attachment { filter, previous, made_qdisc })
+    }
+
+    /// Returns where the filter stands, and what of ours was there before.
+    fn attach_filter(
+        &mut self,
+        link: &Link,
+        instance: &str,
+        program: &Program,
+        place: Place,
+    ) -> Result<(Filter, Vec<(Filter, OwnedFd)>)> {
         let ours = self.attached(link, instance)?;
         let previous = hold_programs(&ours)?;
         let in_place = ours.iter().find(|ours| {
@@ -243,16 +262,7 @@ impl<'a> Hooks<'a> {
             }
         }
         let (attached, said) = messages(|| hook.attach());
-        let hook = match attached {
-            Ok(hook) => hook,
-            Err(error) => {
-                let explained = self.explain_attach(link, place, error.into(), &said);
-                if made_qdisc {
-                    self.remove_clsact(link).ok();
-                }
-                return Err(explained);
-            }
-        };
+        let hook = attached.map_err(|error| self.explain_attach(link, place, error.into(), &said))?;
 
         let filter = Filter {
             priority: hook.get_priority() as u16,
@@ -265,7 +275,7 @@ impl<'a> Hooks<'a> {
         for old in ours.iter().filter(|old| !same(&old.filter)) {
             self.remove_filter(link, &old.filter)?;
         }
-        Ok(Attachment { filter, previous, made_qdisc })
+        Ok((filter, previous))
     }
 
     /// Puts back what was there before an attach: filters of ours in their places, or none, and no qdisc of ours.
@@ -314,13 +324,19 @@ impl<'a> Hooks<'a> {
         if !self.netlink.clsacts()?.contains(&link.index) {
             return Ok(Qdisc::Absent);
         }
-        if !self.netlink.has_chain(link.index, OUR_CHAIN)? {
+        let mut chains = self.netlink.chains(link.index, Side::Egress)?;
+        if !chains.contains(&OUR_CHAIN) {
             return Ok(Qdisc::Foreign);
         }
         let used = self.netlink.filters(link.index, Side::Ingress)?.len()
             + self.netlink.filters(link.index, Side::Egress)?.len();
         if used > 0 {
             return Ok(Qdisc::InUse(used));
+        }
+        chains.extend(self.netlink.chains(link.index, Side::Ingress)?);
+        // Chain 0 comes with the first filter; any other somebody made, to fill it.
+        if chains.iter().any(|chain| ![0, OUR_CHAIN].contains(chain)) {
+            return Ok(Qdisc::HasChains);
         }
         self.remove_clsact(link)?;
         Ok(Qdisc::Removed)

@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     cases.extend(with_tcpdump());
     cases.extend(with_root());
     cases.extend(cases![&[Need::Root, Need::Tool("setpriv"), Need::BufferLimit];
-        stream: a_stream_that_cannot_begin_leaves_nothing;
+        stream: a_stream_that_cannot_begin_leaves_all_as_it_was;
     ]);
     support::run(cases)
 }
@@ -102,11 +102,13 @@ fn with_root() -> Vec<Trial> {
             a_stream_follows_a_step_of_the_clock_within_two_seconds
             a_time_namespace_does_not_shift_the_clock;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
+            a_relative_directory_is_below_the_current_one
             a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
             a_query_names_a_broken_instance;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything
+            a_signal_during_the_attach_detaches_on_exit an_output_that_nobody_reads_does_not_keep_it_alive
             detach_on_exit_leaves_what_others_use a_sample_counts_all_and_shows_some
             every_syn_is_shown_once the_columns_stand_under_their_heads what_is_counted_is_shown_before_the_count;
         output: an_early_reader_ends_the_stream_in_peace a_closed_pipe_is_no_error_anywhere

@@ -98,6 +98,24 @@ pub fn destroy_says_what_became_of_the_qdisc() -> Result<()> {
     expect_no_state(&world.lab)
 }
 
+pub fn a_foreign_chain_without_filters_keeps_the_qdisc() -> Result<()> {
+    let world = World::new()?;
+    for side in ["ingress", "egress"] {
+        world.ok("-i c0 --attach --quiet")?;
+        sh(&format!("tc -n {} chain add dev c0 {side} chain 7", world.ns))?;
+        let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+        ensure!(said.contains("kept: somebody made a chain"), "{side}: {said}");
+        let chains = sh(&format!("tc -n {} chain show dev c0 {side}", world.ns))?;
+        ensure!(chains.contains("chain 7"), "{side}: the chain is gone: {chains}");
+        expect_no_state(&world.lab)?;
+
+        sh(&format!("tc -n {} chain del dev c0 {side} chain 7", world.ns))?;
+        world.ok("-i c0 --destroy")?;
+        expect_bare(&world.ns, "c0")?;
+    }
+    Ok(())
+}
+
 pub fn destroy_counts_the_filters_that_keep_the_qdisc() -> Result<()> {
     let world = World::new()?;
     world.ok("-i c0 --attach --quiet")?;

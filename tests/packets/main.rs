@@ -70,7 +70,7 @@ fn everywhere() -> Vec<Trial> {
             a_segment_that_waits_for_offload_must_not_grow
             tcp_checksums_at_the_edges_stay_right ipv4_checksums_at_the_edges_stay_right
             a_wrong_checksum_stays_wrong;
-        policies: the_first_rule_that_matches_decides a_default_is_for_both_families_and_rules_beat_it
+        policies: the_first_rule_that_matches_decides a_default_is_for_both_families_and_rules_beat_it a_prefix_is_for_its_own_family
             without_any_policy_nothing_changes each_rule_stamps_its_own_token
             skip_and_drop_come_before_everything_else when_full_drop_drops_what_cannot_be_stamped
             of_two_reasons_the_first_is_named the_oracle_agrees_with_the_list_of_failures;

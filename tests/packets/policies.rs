@@ -121,6 +121,35 @@ pub fn a_default_is_for_both_families_and_rules_beat_it() -> Result<()> {
     Ok(())
 }
 
+/// IPv4 addresses are stored mapped into IPv6, which is no business of a policy's reader.
+pub fn a_prefix_is_for_its_own_family() -> Result<()> {
+    let mut bench = Bench::load(Settings::default())?;
+    let rule = |dst: &str, port: u16| {
+        format!("[[rule]]\nname = \"{dst} {port}\"\ndst = \"{dst}\"\nport = {port}\naction = \"drop\"\n")
+    };
+    let skip = "default = { action = 'skip' }\n";
+    for (dst, own, other) in [
+        ("::/0", "2001:db8::1", "10.1.2.3"),
+        ("::/64", "::1:2:3:4", "10.1.2.3"),
+        ("0.0.0.0/0", "10.1.2.3", "::1"),
+    ] {
+        for port in [0, 443] {
+            for (default, else_verdict) in
+                [("", Verdict::VERDICT_NO_POLICY), (skip, Verdict::VERDICT_SKIPPED)]
+            {
+                bench.set_policy(&format!("{default}{}", rule(dst, port)))?;
+                let what = format!("{dst} port {port} with '{default}'");
+                for (addr, verdict) in [(own, Verdict::VERDICT_DROPPED), (other, else_verdict)] {
+                    let frame = syn().to(addr, 443).build();
+                    let dropped = verdict == Verdict::VERDICT_DROPPED;
+                    bench.expect_untouched(&format!("{what}: {addr}"), &frame, verdict, dropped)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 pub fn without_any_policy_nothing_changes() -> Result<()> {
     let mut bench = Bench::load(Settings::default())?;
     for packet in [syn(), syn().v6()] {

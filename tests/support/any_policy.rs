@@ -1,6 +1,6 @@
 //! What must be true of any text as a policy, shared by the fuzzer and the bounded run in the tests.
 
-use netoken::policy::compile::compile;
+use netoken::policy::compile::{Naming, compile};
 use netoken::policy::read::{Options, read_text};
 use netoken::policy::write::to_toml;
 
@@ -15,7 +15,7 @@ pub fn check(text: &str) {
         Ok(checked) => {
             checked.report.render(true);
             // It may be beyond the limits, which is said in words.
-            if let Err(refused) = compile(&checked.policy, "any", &[]) {
+            if let Err(refused) = compile(&checked.policy, Naming::none(), &[]) {
                 checked.refuse(&refused).render(false);
             }
             let written = to_toml(&checked.policy);
