@@ -5,8 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
-use nix::errno::Errno;
+use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::fstatfs;
 
@@ -58,8 +57,8 @@ impl Netns {
         // Entering would tell it too, but as one error number for several reasons.
         if !fstatfs(&file).is_ok_and(|fs| fs.filesystem_type().0 == NSFS_MAGIC) {
             bail!(
-                "opening the network namespace {}: this file is none; if `ip netns` made it, it is mounted in another \
-                 mount namespace: try /proc/PID/ns/net of a process that runs in it",
+                "opening the network namespace {}: the file is not a network namespace; if `ip netns` made it, it is \
+                 mounted in another mount namespace: try /proc/PID/ns/net of a process that runs in it",
                 path.display()
             );
         }
@@ -94,13 +93,9 @@ impl Netns {
     /// # Errors
     /// The file is not a network namespace, or CAP_SYS_ADMIN is missing.
     pub fn enter(&self) -> Result<()> {
-        setns(&self.file, CloneFlags::CLONE_NEWNET).map_err(|errno| {
-            let remedy = match errno {
-                // What setns() says of a file that is no namespace.
-                Errno::EINVAL => "it is not a network namespace; `ip netns` lists those with a name",
-                _ => "it needs CAP_SYS_ADMIN (try sudo)",
-            };
-            anyhow!("entering the network namespace '{}': {errno}; {remedy}", self.name)
+        // That it is of another kind was found out when it was opened.
+        setns(&self.file, CloneFlags::CLONE_NEWNET).with_context(|| {
+            format!("entering the network namespace '{}'; it needs CAP_SYS_ADMIN (try sudo)", self.name)
         })
     }
 

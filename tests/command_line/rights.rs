@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::lab::{Lab, NETOKEN};
 use crate::look::{counter, expect_no_state, ours};
@@ -102,23 +102,4 @@ pub fn without_the_right_to_mount_the_error_says_so() -> Result<()> {
     command.args(["-all,+net_admin,+bpf,+perfmon", NETOKEN, "-i", "c0", "--attach", "--quiet"]);
     said(command.env("NETOKEN_RUN", &world.lab.run))?.code(1)?.err(&["CAP_SYS_ADMIN", "sudo"])?;
     expect_no_state(&world.lab)
-}
-
-pub fn without_the_right_to_list_programs_nothing_is_said_or_done() -> Result<()> {
-    let world = World::new()?;
-    world.ok("-i c0 --attach --quiet --token 00112233aabbccdd")?;
-    let before = ours(&world.ns, "c0")?;
-    let net = format!("--net=/run/netns/{}", world.ns);
-    for without in ["setpriv --bounding-set -all,+net_admin,+bpf,+perfmon", "unshare --user --map-root-user"]
-    {
-        for mode in ["--attach --quiet", "--query", "--detach", "--destroy"] {
-            let mut command = Command::new("nsenter");
-            command.arg(&net).args(without.split_whitespace()).arg(NETOKEN).args(["-i", "c0"]);
-            command.args(mode.split_whitespace()).env("NETOKEN_RUN", &world.lab.run);
-            let said = said(&mut command)?.code(1).with_context(|| format!("{without} {mode}"))?;
-            said.err(&["CAP_SYS_ADMIN", "sudo"]).with_context(|| format!("{without} {mode}"))?;
-            ensure!(ours(&world.ns, "c0")? == before, "{without} {mode} changed the filter");
-        }
-    }
-    world.expect_token("00112233aabbccdd", "the token")
 }

@@ -125,7 +125,8 @@ pub fn a_default_is_for_both_families_and_rules_beat_it() -> Result<()> {
 pub fn a_prefix_is_for_its_own_family() -> Result<()> {
     let mut bench = Bench::load(Settings::default())?;
     let rule = |dst: &str, port: u16| {
-        format!("[[rule]]\nname = \"{dst} {port}\"\ndst = \"{dst}\"\nport = {port}\naction = \"drop\"\n")
+        let port = if port == 0 { String::new() } else { format!("port = {port}\n") };
+        format!("[[rule]]\nname = \"{dst}\"\ndst = \"{dst}\"\n{port}action = \"drop\"\n")
     };
     let skip = "default = { action = 'skip' }\n";
     for (dst, own, other) in [
