@@ -78,10 +78,15 @@ impl State {
         loop {
             let path = dir_path();
             let made = path.clone();
+            // Nothing if the last user removes it between the two steps.
             let dir = in_first_mount_namespace(move || {
                 make_dir(&made)?;
-                open_dir(&made)
+                match open_dir(&made) {
+                    Err(error) if error.downcast_ref() == Some(&Errno::ENOENT) => Ok(None),
+                    other => other.map(Some),
+                }
             })?;
+            let Some(dir) = dir else { continue };
             let state = State { path, dir };
             // Nothing if the command that we waited for has removed all of it.
             if let Some(lock) = state.lock()? {

@@ -166,6 +166,32 @@ static __always_inline bool check_holds(struct search *search,
 }
 
 /*
+ * Whether all checks of a record of a slot hold. Not static, so that the verifier looks at them
+ * once and not for every step of a walk.
+ */
+__noinline int record_holds(__u32 slot, __u32 number)
+{
+	struct scratch *scratch = this_scratch();
+	const struct netoken_record *record;
+	void *records, *sets;
+
+	records = bpf_map_lookup_elem(&policy_records, &slot);
+	sets = bpf_map_lookup_elem(&policy_sets, &slot);
+	if (!scratch || !records)
+		return 0;
+	record = bpf_map_lookup_elem(records, &number);
+	if (!record)
+		return 0;
+	for (__u32 c = 0; c < RECORD_CHECKS_MAX; c++) {
+		if (c >= record->checks_count)
+			break;
+		if (!check_holds(&scratch->search, &record->checks[c], sets))
+			return 0;
+	}
+	return 1;
+}
+
+/*
  * Walks from record `at` of a slot to the first one whose checks all hold, but not beyond rule
  * `before`. Leaves its rule in the scratch and returns that rule's number, or 0. Not static, so
  * that the verifier looks at it once.
@@ -173,29 +199,19 @@ static __always_inline bool check_holds(struct search *search,
 __noinline __u32 walk_records(__u32 slot, __u32 at, __u32 before)
 {
 	struct scratch *scratch = this_scratch();
-	void *records, *sets;
-	__u32 key = slot;
+	void *records;
 
-	records = bpf_map_lookup_elem(&policy_records, &key);
-	sets = bpf_map_lookup_elem(&policy_sets, &key);
+	records = bpf_map_lookup_elem(&policy_records, &slot);
 	if (!scratch || !records)
 		return 0;
 	for (int i = 0; i < CHAIN_MAX; i++) {
 		const struct netoken_record *record;
-		bool holds = true;
+		bool holds;
 
-		key = at;
-		record = bpf_map_lookup_elem(records, &key);
+		record = bpf_map_lookup_elem(records, &at);
 		if (!at || !record || record->rule.id >= before)
 			return 0;
-		for (__u32 c = 0; c < RECORD_CHECKS_MAX; c++) {
-			if (c >= record->checks_count)
-				break;
-			if (!check_holds(&scratch->search, &record->checks[c], sets)) {
-				holds = false;
-				break;
-			}
-		}
+		holds = record_holds(slot, at);
 		if (holds && !record->more) {
 			scratch->search.found = record->rule;
 			return record->rule.id;
@@ -285,27 +301,33 @@ static __always_inline void count_hit(__u32 number)
 	counter->last_jiffies = bpf_jiffies64();
 }
 
-/* The rule for the SYN in the scratch, counted; nothing if no rule matches and there is no default.
+/*
+ * Chooses the rule for the SYN in the scratch, leaves it there and counts it; 0 if no rule matches
+ * and there is no default. Not static, so that the verifier looks at what follows once and not for
+ * every way in which a rule can be found.
  */
-static __always_inline const struct netoken_rule *lookup_rule(struct __sk_buff *skb,
-							      struct scratch *scratch)
+__noinline int choose_rule(struct __sk_buff *skb)
 {
 	const struct netoken_generation *gen = this_generation();
-	const struct netoken_rule *rule;
+	struct scratch *scratch = this_scratch();
 
-	if (!gen)
-		return NULL;
+	if (!gen || !scratch)
+		return 0;
 	/* A policy without rules is the most frequent one, and needs no search. */
-	rule = &gen->default_rule;
-	if (gen->shape_count) {
-		if (!find_rule(skb))
-			return NULL;
-		rule = &scratch->search.found;
-	}
-	if (!rule->action)
-		return NULL;
-	count_hit(rule->hits);
-	return rule;
+	if (!gen->shape_count)
+		scratch->search.found = gen->default_rule;
+	else if (!find_rule(skb))
+		return 0;
+	if (!scratch->search.found.action)
+		return 0;
+	count_hit(scratch->search.found.hits);
+	return 1;
+}
+
+static __always_inline const struct netoken_rule *lookup_rule(struct __sk_buff *skb,
+							      const struct scratch *scratch)
+{
+	return choose_rule(skb) ? &scratch->search.found : NULL;
 }
 
 /* Answers a question: what find_rule() decides about the facts in it, and when that was. */
