@@ -296,8 +296,9 @@ static __always_inline void count_hit(__u32 number)
 	}
 	if (!counter)
 		return;
-	/* One for all CPUs: for a million rules, one for each CPU would take too much memory. */
-	__sync_fetch_and_add(&counter->packets, 1);
+	/* One for all CPUs: for a million rules, one for each CPU would take too much memory.
+	 * Relaxed, or newer compilers use an instruction that 5.10 does not know. */
+	__atomic_fetch_add(&counter->packets, 1, __ATOMIC_RELAXED);
 	counter->last_jiffies = bpf_jiffies64();
 }
 
