@@ -13,6 +13,7 @@ use netoken::program::Maps;
 
 use crate::lab::PATIENCE;
 use crate::sockets::{Listener, connect};
+use crate::support::share_of;
 use crate::world::{Family, World};
 use crate::{NET, case};
 
@@ -62,6 +63,7 @@ fn reloads() -> Result<()> {
     let maps = Maps::open(&world.lab.run.join("bpf/default"))?;
     let parsed = [Policy::from_toml(&policies[0].0)?, Policy::from_toml(&policies[1].0)?];
 
+    let rounds = share_of(RELOADS)?;
     let (stop, opened) = (AtomicBool::new(false), AtomicUsize::new(0));
     let counts = thread::scope(|scope| -> Result<[usize; 2]> {
         let clients: Vec<_> = (0..CLIENTS)
@@ -86,7 +88,7 @@ fn reloads() -> Result<()> {
             Ok(counts)
         });
         let reload = || -> Result<()> {
-            for round in 1..=RELOADS {
+            for round in 1..=rounds {
                 match round % BY_COMMAND {
                     0 => drop(world.lab.ok(&format!("policy load {}", files[round % 2].display()))?),
                     _ => maps.set_policy(&parsed[round % 2])?,
@@ -103,10 +105,10 @@ fn reloads() -> Result<()> {
         reloaded?;
         server.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })?;
-    println!("SYNs of the two policies under {RELOADS} reloads: {counts:?}");
+    println!("SYNs of the two policies under {rounds} reloads: {counts:?}");
     ensure!(counts[0] + counts[1] == opened.load(Ordering::Relaxed), "{counts:?} of {opened:?} connections");
     ensure!(
-        counts.iter().all(|count| *count >= RELOADS / 2),
+        counts.iter().all(|count| *count >= rounds / 2),
         "too few connections to show anything: {counts:?}"
     );
     Ok(())
