@@ -1,6 +1,6 @@
 //! What the classifier costs where it is used: connections a second and bulk throughput over a veth pair with
 //! nothing attached, not even a qdisc; with a policy that skips every SYN, which is the price of any classifier;
-//! and with the stamp. Rounds of all three alternate in one run.
+//! with the stamp; and with a keyed one. Rounds of all four alternate in one run.
 //!
 //! `cargo bench --bench connections`, as root. Makes two network namespaces and removes them.
 
@@ -20,7 +20,6 @@ use anyhow::{Context, Result, ensure};
 use lab::Lab;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
-use support::sh;
 
 const ROUNDS: usize = 15;
 /// Samples of one round, and the connections of one of them: a few milliseconds, so that among many some are not
@@ -44,12 +43,23 @@ fn main() -> Result<()> {
     let dir = tempfile::tempdir().context("making a directory for a policy")?;
     let skip = dir.path().join("skip.toml");
     std::fs::write(&skip, "default = { action = 'skip' }").context("writing a policy")?;
+    let keyed = dir.path().join("keyed.toml");
+    std::fs::write(
+        &keyed,
+        "default = { action = 'stamp', token = { tag = 17, key = 'edge', bind = 'flow' } }",
+    )
+    .context("writing a policy")?;
+    lab.ok("key new edge")?;
     let hook = format!("--netns {client} --iface veth0");
     let attach = format!("{hook} --attach --quiet");
-    let arms = [None, Some(format!("{attach} --policy {}", skip.display())), Some(attach)];
+    let with = |policy: &std::path::Path| Some(format!("{attach} --policy {}", policy.display()));
+    let arms = [None, with(&skip), Some(attach.clone()), with(&keyed)];
     let bench = Bench { lab: &lab, client, server, destroy: format!("{hook} --destroy"), arms };
 
-    println!("{:<22} {:>9} {:>18} {:>18}", "", "nothing", "skip, ratio", "stamp, ratio");
+    println!(
+        "{:<22} {:>9} {:>18} {:>18} {:>18}",
+        "", "nothing", "skip, ratio", "stamp, ratio", "keyed, ratio"
+    );
     bench.report("connections a second", connections)?;
     bench.report("bulk transfer, MB/s", bulk)
 }
@@ -60,14 +70,14 @@ struct Bench<'a> {
     server: String,
     destroy: String,
     /// How to attach for each column.
-    arms: [Option<String>; 3],
+    arms: [Option<String>; 4],
 }
 
 impl Bench<'_> {
     /// Alternates rounds, prints the best of each: what disturbs a round only makes it slower.
     fn report(&self, what: &str, round: fn(&TcpListener) -> Result<f64>) -> Result<()> {
         let listener = self.lab.within(&self.server, listen)?;
-        let mut best = [0f64; 3];
+        let mut best = [0f64; 4];
         for _ in 0..ROUNDS {
             for (best, attach) in best.iter_mut().zip(&self.arms) {
                 if let Some(attach) = attach {
@@ -79,11 +89,12 @@ impl Bench<'_> {
                 }
             }
         }
-        let [nothing, skip, stamp] = best;
+        let [nothing, skip, stamp, keyed] = best;
         println!(
-            "{what:<22} {nothing:>9.0} {skip:>11.0} {:>6.3} {stamp:>11.0} {:>6.3}",
+            "{what:<22} {nothing:>9.0} {skip:>11.0} {:>6.3} {stamp:>11.0} {:>6.3} {keyed:>11.0} {:>6.3}",
             skip / nothing,
-            stamp / nothing
+            stamp / nothing,
+            keyed / nothing
         );
         Ok(())
     }

@@ -135,6 +135,21 @@ release_services() {
 	privileged systemctl disable --quiet nginx.service >/dev/null 2>&1 || true
 }
 
+clang_of_apt() {
+	apt-cache search --names-only '^clang-[0-9]+$' | cut -d' ' -f1 | sort -V | tail -n 1
+}
+
+# Compilers differ in what they turn a check into, and the verifier sees what they left of it. Prints the name of the
+# newest clang that apt offers, installed.
+newest_clang() {
+	local newest
+	newest="$(clang_of_apt)"
+	[ -n "$newest" ] || { privileged apt-get update >/dev/null && newest="$(clang_of_apt)"; }
+	[ -n "$newest" ] || fail "apt offers no clang-N"
+	need_packages "the newest clang that apt offers" "$newest=$newest" >&2
+	echo "$newest"
+}
+
 need_cargo() {
 	local installed="${CARGO_HOME:-$HOME/.cargo}/bin"
 	if ! command -v cargo >/dev/null && [ -x "$installed/cargo" ]; then

@@ -3,13 +3,16 @@
 //!
 //! | kernel | clock | what makes it wrong while no process of ours runs |
 //! |---|---|---|
-//! | 6.1 and later | CLOCK_TAI | the time daemon tells the kernel of the TAI offset: 37 s, once after booting; then 1 s with each leap second |
-//! | before | CLOCK_BOOTTIME | a step of the wall clock, by as much as it is stepped; a leap second, by 1 s |
+//! | 6.1 and later | CLOCK_TAI | the time daemon tells the kernel of the TAI offset, once after booting: 37 s |
+//! | before | CLOCK_BOOTTIME | a step of the wall clock: as much as it is stepped |
+//! | all | | a leap second that is not smeared: 1 s |
 //!
 //! Nothing else does: when NTP slews the wall clock, it slews both of these with it, and both go on while the
 //! machine sleeps, which CLOCK_MONOTONIC does not. A step moves CLOCK_TAI with the wall clock; a program notices
 //! within a quarter of a second, because it reads a cheaper clock in between.
 
+use std::fs;
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
@@ -69,19 +72,38 @@ fn read_ns(clock: ClockId) -> Result<i64> {
     Ok(time.tv_sec() * NS_PER_S + time.tv_nsec())
 }
 
+/// How far ahead of the kernel's own boot time a time namespace shows it to us.
+fn boot_shift_ns() -> i64 {
+    static SHIFT: OnceLock<i64> = OnceLock::new();
+    *SHIFT.get_or_init(|| {
+        let text = fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default();
+        boot_shift_in(&text).unwrap_or_default()
+    })
+}
+
+/// From lines like `boottime 3600 0`: seconds and nanoseconds.
+fn boot_shift_in(text: &str) -> Option<i64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("boottime"))?;
+    let mut numbers = line.split_whitespace().map(|number| number.parse::<i64>().ok());
+    Some(numbers.next()?? * NS_PER_S + numbers.next()??)
+}
+
 impl Offsets {
+    fn between(unix_ns: i64, tai_ns: i64, boot_ns: i64) -> Offsets {
+        // TAI and Unix time differ by whole seconds; what is beside that is the time between two readings.
+        let tai_s = (unix_ns - tai_ns + NS_PER_S / 2).div_euclid(NS_PER_S);
+        Offsets { tai_ns: tai_s * NS_PER_S, boot_ns: unix_ns - boot_ns }
+    }
+
     fn measure() -> Result<Offsets> {
         let mut best: Option<(i64, Offsets)> = None;
         // The quickest of some rounds is the least disturbed one.
         for _ in 0..5 {
             let before = read_ns(ClockId::CLOCK_REALTIME)?;
-            let boot = read_ns(ClockId::CLOCK_BOOTTIME)?;
+            let boot = read_ns(ClockId::CLOCK_BOOTTIME)? - boot_shift_ns();
             let tai = read_ns(ClockId::CLOCK_TAI)?;
             let after = read_ns(ClockId::CLOCK_REALTIME)?;
-            let unix = before + (after - before) / 2;
-            // The difference is always whole seconds.
-            let tai_s = (unix - tai + if unix < tai { -NS_PER_S / 2 } else { NS_PER_S / 2 }) / NS_PER_S;
-            let offsets = Offsets { tai_ns: tai_s * NS_PER_S, boot_ns: unix - boot };
+            let offsets = Offsets::between(before + (after - before) / 2, tai, boot);
             let took = (after - before).unsigned_abs() as i64;
             if best.is_none_or(|(quickest, _)| took < quickest) {
                 best = Some((took, offsets));
@@ -163,7 +185,7 @@ pub fn publish_to_all() {
 pub fn as_seen(clock: &Clock, source: Source) -> Result<Duration> {
     let ns = match source {
         Source::Tai => read_ns(ClockId::CLOCK_TAI)? + clock.tai_offset_ns,
-        Source::Boottime => read_ns(ClockId::CLOCK_BOOTTIME)? + clock.boot_offset_ns,
+        Source::Boottime => read_ns(ClockId::CLOCK_BOOTTIME)? - boot_shift_ns() + clock.boot_offset_ns,
     };
     Ok(Duration::from_nanos(ns.max(0) as u64))
 }
@@ -176,6 +198,30 @@ pub fn now() -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Two hosts, of which one was told the TAI offset and the other was not, agree on what time it is.
+    #[test]
+    fn unix_time_does_not_depend_on_the_tai_offset() {
+        let unix = 1_795_249_800 * NS_PER_S + 123_456_789;
+        for tai_s in [0, 10, 37, 38, -1] {
+            for noise in [0, 900, -900, 400_000_000, -400_000_000] {
+                let tai = unix + tai_s * NS_PER_S;
+                let offsets = Offsets::between(unix, tai + noise, unix - 5 * NS_PER_S);
+                assert_eq!(tai + offsets.tai_ns, unix, "offset {tai_s} s, noise {noise} ns");
+                assert_eq!(offsets.boot_ns, 5 * NS_PER_S);
+            }
+        }
+    }
+
+    #[test]
+    fn the_shift_of_a_time_namespace_is_read() {
+        assert_eq!(
+            boot_shift_in("monotonic           0         0\nboottime         3600       500\n"),
+            Some(3600 * NS_PER_S + 500)
+        );
+        assert_eq!(boot_shift_in("monotonic  -7  0\nboottime  -1  999999999\n"), Some(-1));
+        assert_eq!((boot_shift_in(""), boot_shift_in("boottime x 0")), (None, None));
+    }
 
     #[test]
     fn both_clocks_and_their_offsets_make_the_wall_clock() {

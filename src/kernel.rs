@@ -21,6 +21,8 @@ pub struct Kernel {
     pub has_check_mtu: bool,
     /// `bpf_ktime_get_tai_ns()`, from 6.1; before it, a program reads the boot time.
     pub has_tai: bool,
+    /// `bpf_skb_ancestor_cgroup_id()`: not without CONFIG_SOCK_CGROUP_DATA.
+    pub has_cgroup_id: bool,
     /// The lockdown mode in force, as /sys/kernel/security/lockdown shows it; none if it cannot be read.
     pub lockdown: Option<String>,
 }
@@ -33,9 +35,13 @@ impl Kernel {
             let (_, rest) = text.split_once('[')?;
             rest.split_once(']').map(|(mode, _)| mode.to_string())
         });
-        let has_check_mtu = has_helper(libbpf_sys::BPF_FUNC_check_mtu);
-        let has_tai = has_helper(libbpf_sys::BPF_FUNC_ktime_get_tai_ns);
-        Kernel { release, has_check_mtu, has_tai, lockdown }
+        Kernel {
+            release,
+            has_check_mtu: has_helper(libbpf_sys::BPF_FUNC_check_mtu),
+            has_tai: has_helper(libbpf_sys::BPF_FUNC_ktime_get_tai_ns),
+            has_cgroup_id: has_helper(libbpf_sys::BPF_FUNC_skb_ancestor_cgroup_id),
+            lockdown,
+        }
     }
 
     /// Major and minor version.
@@ -74,10 +80,10 @@ impl Kernel {
             )
         } else if denied && self.version().is_some_and(|version| version < (5, 11)) {
             "the limit on locked memory may be too low for kernels before 5.11; raise it with \
-             `ulimit -l unlimited`, or run as root with CAP_BPF and CAP_NET_ADMIN"
+             `ulimit -l unlimited`, or run as root with CAP_SYS_RESOURCE, with which it is raised for you"
                 .to_string()
         } else if denied {
-            "it needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN (try sudo)".to_string()
+            "it needs CAP_SYS_ADMIN and CAP_NET_ADMIN in the first user namespace (try sudo)".to_string()
         } else {
             "see what libbpf said".to_string()
         };
@@ -90,13 +96,13 @@ impl Kernel {
     }
 }
 
-/// Whether a classifier may call this helper.
+/// Whether a classifier may call a helper.
 fn has_helper(helper: libbpf_sys::bpf_func_id) -> bool {
     // SAFETY: no options are passed; libbpf documents a null pointer for that.
-    let probed = unsafe {
+    let answer = unsafe {
         libbpf_sys::libbpf_probe_bpf_helper(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, helper, ptr::null())
     };
-    probed == 1
+    answer == 1
 }
 
 /// Writes a verifier's log where only root reads it, because it holds addresses of the kernel.
@@ -120,6 +126,7 @@ mod tests {
             release: release.into(),
             has_check_mtu: true,
             has_tai: true,
+            has_cgroup_id: true,
             lockdown: lockdown.map(Into::into),
         }
     }

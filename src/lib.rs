@@ -6,8 +6,8 @@
 //!
 //! [`guard`] is the other side: it checks the tokens of what comes in.
 //!
-//! Beside that, [`token::keyed`] makes and checks keyed tokens without any kernel, and [`keys`] keeps what they are
-//! made with.
+//! Beside that, [`token::keyed`] makes and checks keyed tokens without any kernel, [`keys`] keeps what they are
+//! made with, and [`decode`] finds them in captures.
 
 #[macro_use]
 mod note;
@@ -15,6 +15,7 @@ mod note;
 pub mod cli;
 pub mod clock;
 pub mod counters;
+pub mod decode;
 pub mod events;
 pub mod guard;
 pub mod hooks;
@@ -43,11 +44,14 @@ mod guard_skel {
 pub mod types {
     pub use crate::skel::types::{
         netoken_accept as Accept, netoken_action as Action, netoken_bind as Bind, netoken_check as Check,
-        netoken_clock as Clock, netoken_config as Config, netoken_counter as Counter, netoken_event as Event,
-        netoken_fault as Fault, netoken_flow as Flow, netoken_form as Form, netoken_key as Key,
+        netoken_clock as Clock, netoken_condition as RawCondition, netoken_condition_kind as ConditionKind,
+        netoken_config as Config, netoken_counter as Counter, netoken_entry as Entry, netoken_event as Event,
+        netoken_facts as Facts, netoken_fault as Fault, netoken_field as Field, netoken_flow as Flow,
+        netoken_form as Form, netoken_generation as Generation, netoken_hits as Hits, netoken_key as Key,
         netoken_key_count as KeyCount, netoken_key_size as KeySize, netoken_key_state as KeyState,
-        netoken_live as Live, netoken_policy_key as PolicyKey, netoken_ring as Ring, netoken_rule as Rule,
-        netoken_size as Size, netoken_token_spec as TokenSpec, netoken_verdict as Verdict,
+        netoken_live as Live, netoken_need as Need, netoken_question as Question, netoken_record as Record,
+        netoken_ring as Ring, netoken_rule as Rule, netoken_set_key as SetKey, netoken_shape as Shape,
+        netoken_size as Size, netoken_token_spec as RawTokenSpec, netoken_verdict as Verdict,
         netoken_when_full as WhenFull,
     };
 }

@@ -5,11 +5,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs::fstatfs;
 
 /// Where `ip netns add` keeps its namespaces.
 const NAMED: &str = "/run/netns";
+/// `NSFS_MAGIC` of include/uapi/linux/magic.h.
+const NSFS_MAGIC: i64 = 0x6e73_6673;
 /// The namespace of the calling thread: a command may have moved it.
 const CURRENT: &str = "/proc/thread-self/ns/net";
 
@@ -51,6 +54,14 @@ impl Netns {
             let known = if names.is_empty() { "there are none".to_string() } else { names.join(", ") };
             format!("opening the network namespace {} (those with a name: {known})", path.display())
         })?;
+        // Entering would tell it too, but as one error number for several reasons.
+        if !fstatfs(&file).is_ok_and(|fs| fs.filesystem_type().0 == NSFS_MAGIC) {
+            bail!(
+                "opening the network namespace {}: the file is not a network namespace; if `ip netns` made it, it is \
+                 mounted in another mount namespace: try /proc/PID/ns/net of a process that runs in it",
+                path.display()
+            );
+        }
         Ok(Netns { name: name_or_path.to_string(), file })
     }
 
@@ -61,7 +72,8 @@ impl Netns {
     pub fn all() -> Result<Vec<Netns>> {
         let mut found = vec![Netns::current()?];
         for name in names() {
-            // One that was deleted a moment ago is no error: it holds nothing of ours any more.
+            // One that was deleted a moment ago is no error: it holds nothing of ours any more. Nor is a bare file:
+            // so looks, from another mount namespace, what `ip netns` has mounted in its own.
             let Ok(netns) = Netns::open(&name) else { continue };
             if !found.iter().any(|known| known.inode() == netns.inode()) {
                 found.push(netns);
@@ -81,6 +93,7 @@ impl Netns {
     /// # Errors
     /// The file is not a network namespace, or CAP_SYS_ADMIN is missing.
     pub fn enter(&self) -> Result<()> {
+        // That it is of another kind was found out when it was opened.
         setns(&self.file, CloneFlags::CLONE_NEWNET).with_context(|| {
             format!("entering the network namespace '{}'; it needs CAP_SYS_ADMIN (try sudo)", self.name)
         })

@@ -1,23 +1,21 @@
 //! Loads the classifier. The one place that drives the generated skeleton; what leaves it is file
-//! descriptors and typed settings.
+//! descriptors and typed settings. How a policy gets into the maps is in [`crate::policy::install`].
 
-use std::collections::HashMap;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenMapMut, PrintLevel};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMapMut, PrintLevel};
 
 use crate::clock;
 use crate::kernel::Kernel;
-use crate::keys::RingName;
 use crate::keys::live::LiveKeys;
-use crate::policy::Policy;
+use crate::policy::install::inner;
 use crate::skel::{NetokenSkelBuilder, OpenNetokenMaps};
-use crate::types::{Config, Live, PolicyKey, Rule};
+use crate::types::{Config, Live};
 
 /// The name that `tc filter show` and `bpftool prog` print.
 pub const PROGRAM_NAME: &str = "netoken_egress";
@@ -71,11 +69,28 @@ impl Default for Settings {
     }
 }
 
+/// Which of the programs is loaded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Attach,
+    Ask,
+}
+
 /// The maps that an instance keeps. Pinned maps and those of a program that was never pinned look the same.
 #[derive(Debug)]
 pub struct Maps {
-    /// Array of one: the policy in use.
+    /// Array of one map: the generation of the policy in use.
     pub policies: MapHandle,
+    /// The hash tables of two slots, one of which is in use.
+    pub policy_entries: MapHandle,
+    /// The records of two slots.
+    pub policy_records: MapHandle,
+    /// The sets of two slots.
+    pub policy_sets: MapHandle,
+    /// The first hit counters.
+    pub hits: MapHandle,
+    /// Further hit counters, in chunks.
+    pub more_hits: MapHandle,
     /// Per CPU, by verdict.
     pub counters: MapHandle,
     /// Perf event array.
@@ -129,6 +144,19 @@ impl Program {
     /// # Errors
     /// The kernel refused it; the message says why and what to do.
     pub fn load(settings: Settings, pins: Option<&Path>) -> Result<Program> {
+        Program::load_for(Purpose::Attach, settings, pins)
+    }
+
+    /// Loads the program that answers what the policy would decide. It is never attached: it is run with
+    /// BPF_PROG_TEST_RUN.
+    ///
+    /// # Errors
+    /// The kernel refused it; the message says why and what to do.
+    pub fn load_ask(pins: Option<&Path>) -> Result<Program> {
+        Program::load_for(Purpose::Ask, Settings::default(), pins)
+    }
+
+    fn load_for(purpose: Purpose, settings: Settings, pins: Option<&Path>) -> Result<Program> {
         let kernel = Kernel::probe();
         let mut storage = MaybeUninit::uninit();
         let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
@@ -143,24 +171,37 @@ impl Program {
             option_kind: settings.option_kind,
             has_check_mtu: kernel.has_check_mtu.into(),
             mtu_bytes: settings.mtu_bytes,
+            has_cgroup_id: kernel.has_cgroup_id.into(),
+            is_question: (purpose == Purpose::Ask).into(),
+            pad: [0; 2],
         };
         data.has_tai = kernel.has_tai.into();
         if let Some(dir) = pins {
             pin_all(dir, &mut open.maps)?;
         }
 
-        let is_ethernet = settings.link_header == LinkHeader::Ethernet;
-        open.progs.netoken_egress.set_autoload(is_ethernet);
-        open.progs.netoken_egress3.set_autoload(!is_ethernet);
+        let (attaches, header) = (purpose == Purpose::Attach, settings.link_header);
+        open.progs.netoken_egress.set_autoload(attaches && header == LinkHeader::Ethernet);
+        open.progs.netoken_egress3.set_autoload(attaches && header == LinkHeader::None);
+        open.progs.netoken_ask.set_autoload(purpose == Purpose::Ask);
 
         let (loaded, log) = messages(|| open.load());
         let skel = loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
         let own = |map: &libbpf_rs::Map<'_>| MapHandle::try_from(map).context("keeping a map open");
-        let program = if is_ethernet { &skel.progs.netoken_egress } else { &skel.progs.netoken_egress3 };
+        let program = match (purpose, settings.link_header) {
+            (Purpose::Ask, _) => &skel.progs.netoken_ask,
+            (Purpose::Attach, LinkHeader::Ethernet) => &skel.progs.netoken_egress,
+            (Purpose::Attach, LinkHeader::None) => &skel.progs.netoken_egress3,
+        };
         let program = Program {
             fd: program.as_fd().try_clone_to_owned().context("keeping the program open")?,
             maps: Maps {
                 policies: own(&skel.maps.policies)?,
+                policy_entries: own(&skel.maps.policy_entries)?,
+                policy_records: own(&skel.maps.policy_records)?,
+                policy_sets: own(&skel.maps.policy_sets)?,
+                hits: own(&skel.maps.hits)?,
+                more_hits: own(&skel.maps.more_hits)?,
                 counters: own(&skel.maps.counters)?,
                 events: own(&skel.maps.events)?,
                 live: own(&skel.maps.live)?,
@@ -180,6 +221,11 @@ impl Program {
 /// Everything that an instance keeps.
 fn pin_all(dir: &Path, maps: &mut OpenNetokenMaps<'_>) -> Result<()> {
     pin_below(dir, &mut maps.policies)?;
+    pin_below(dir, &mut maps.policy_entries)?;
+    pin_below(dir, &mut maps.policy_records)?;
+    pin_below(dir, &mut maps.policy_sets)?;
+    pin_below(dir, &mut maps.hits)?;
+    pin_below(dir, &mut maps.more_hits)?;
     pin_below(dir, &mut maps.counters)?;
     pin_below(dir, &mut maps.events)?;
     pin_below(dir, &mut maps.live)?;
@@ -206,48 +252,17 @@ impl Maps {
         };
         Ok(Maps {
             policies: open("policies")?,
+            policy_entries: open("policy_entries")?,
+            policy_records: open("policy_records")?,
+            policy_sets: open("policy_sets")?,
+            hits: open("hits")?,
+            more_hits: open("more_hits")?,
             counters: open("counters")?,
             events: open("events")?,
             live: open("live")?,
             clock: open("clock")?,
             keys: LiveKeys { keys: open("keys")?, rings: open("rings")?, counts: open("key_counts")? },
         })
-    }
-
-    /// Puts `policy` into use. A packet sees the old one or this one.
-    ///
-    /// # Errors
-    /// The kernel refused the new map or an entry; the running policy is then unchanged.
-    pub fn set_policy(&self, policy: &Policy) -> Result<()> {
-        let numbers: HashMap<RingName, u8> = policy
-            .rings()
-            .into_iter()
-            .map(|ring| Ok((ring, self.keys.ring_number(ring)?)))
-            .collect::<Result<_>>()?;
-        let entries = policy.entries(|ring| numbers[&ring]);
-        let options = libbpf_sys::bpf_map_create_opts {
-            sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
-            map_flags: libbpf_sys::BPF_F_NO_PREALLOC,
-            ..Default::default()
-        };
-        let next = MapHandle::create(
-            MapType::LpmTrie,
-            Some("policy"),
-            size_of::<PolicyKey>() as u32,
-            size_of::<Rule>() as u32,
-            entries.len().max(1) as u32,
-            &options,
-        )
-        .context("creating a map for the policy")?;
-        for (key, rule) in &entries {
-            // SAFETY: both are plain data without hidden padding, which types.h asserts.
-            let (key, rule) = unsafe { (plain::as_bytes(key), plain::as_bytes(rule)) };
-            next.update(key, rule, MapFlags::ANY).context("filling the map of the policy")?;
-        }
-        let fd = next.as_fd().as_raw_fd();
-        self.policies
-            .update(&0u32.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)
-            .context("putting the policy into use")
     }
 
     /// Tells the attached programs whether somebody reads the events; without a reader they send none.
@@ -266,18 +281,7 @@ impl Maps {
     /// # Errors
     /// The kernel refused to open it.
     pub fn policy(&self) -> Result<Option<MapHandle>> {
-        match self
-            .policies
-            .lookup(&0u32.to_ne_bytes(), MapFlags::ANY)
-            .context("looking for the policy in use")?
-        {
-            None => Ok(None),
-            Some(id) => {
-                let id =
-                    u32::from_ne_bytes(id.try_into().map_err(|_| anyhow!("a map id of a strange size"))?);
-                MapHandle::from_map_id(id).context("opening the policy in use").map(Some)
-            }
-        }
+        inner(&self.policies, 0).context("looking for the policy in use")
     }
 }
 

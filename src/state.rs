@@ -3,18 +3,21 @@
 //! ```text
 //! /run/netoken/lock                     held by a command that changes something
 //! /run/netoken/bpf/<instance>/<map>     the pins of an instance
+//! /run/netoken/<instance>.policy/       what is remembered of its policy, see `policy::running`
 //! /run/netoken/<instance>.reader        held by the process that reads the events; says which it is
 //! ```
 //!
 //! Not /sys/fs/bpf, because `ip netns exec` mounts a new /sys. For the same reason the file system is mounted
 //! where the first process sees it, and reached through a descriptor that works in every mount namespace.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
@@ -29,6 +32,10 @@ use crate::program::Maps;
 /// Names another directory than /run/netoken.
 pub const DIR_VARIABLE: &str = "NETOKEN_RUN";
 const DEFAULT_DIR: &str = "/run/netoken";
+/// How long others may take to close what they have open in the BPF file system.
+const BUSY: Duration = Duration::from_secs(3);
+/// What the name of a reader's file ends in.
+const READER: &str = "reader";
 /// `BPF_FS_MAGIC` of include/uapi/linux/magic.h.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
@@ -57,6 +64,8 @@ pub struct Instance {
     pub name: String,
     /// The directory of its pins, valid in this process.
     pub pins: PathBuf,
+    /// The directory of what is remembered of its policy, valid in this process.
+    pub policy_dir: PathBuf,
 }
 
 impl State {
@@ -69,10 +78,15 @@ impl State {
         loop {
             let path = dir_path();
             let made = path.clone();
+            // Nothing if the last user removes it between the two steps.
             let dir = in_first_mount_namespace(move || {
                 make_dir(&made)?;
-                open_dir(&made)
+                match open_dir(&made) {
+                    Err(error) if error.downcast_ref() == Some(&Errno::ENOENT) => Ok(None),
+                    other => other.map(Some),
+                }
             })?;
+            let Some(dir) = dir else { continue };
             let state = State { path, dir };
             // Nothing if the command that we waited for has removed all of it.
             if let Some(lock) = state.lock()? {
@@ -125,7 +139,7 @@ impl State {
     /// Waits until no other command changes anything. Nothing if the directory was removed meanwhile.
     fn lock(&self) -> Result<Option<Lock>> {
         let path = self.below("lock");
-        let file = match lock_file(&path) {
+        let file = match lock_file(&path, &self.path.join("lock")) {
             Err(_) if !path.parent().is_some_and(|dir| fs::metadata(dir).is_ok_and(|m| m.nlink() > 0)) => {
                 return Ok(None);
             }
@@ -147,9 +161,10 @@ impl State {
     /// # Errors
     /// Another process reads them; the message names it.
     pub fn lock_reader(&self, instance: &Instance) -> Result<ReaderLock> {
-        let path = self.below(&format!("{}.reader", instance.name));
+        let name = format!("{}.{READER}", instance.name);
+        let path = self.below(&name);
         loop {
-            let file = lock_file(&path)?;
+            let file = lock_file(&path, &self.path.join(&name))?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(mut held) if same_file(&held, &path) => {
                     let command = std::env::args().collect::<Vec<_>>().join(" ");
@@ -174,7 +189,11 @@ impl State {
 
     /// The instance of that name, whether it exists or not.
     pub fn instance(&self, name: &str) -> Instance {
-        Instance { name: name.to_string(), pins: self.below("bpf").join(name) }
+        Instance {
+            name: name.to_string(),
+            pins: self.below("bpf").join(name),
+            policy_dir: self.below(&format!("{name}.policy")),
+        }
     }
 
     /// Every instance that has pins.
@@ -200,16 +219,33 @@ impl State {
         if !self.instances().is_empty() {
             return Ok(());
         }
+        self.remove_dead_readers();
         let path = self.path.clone();
         in_first_mount_namespace(move || {
-            umount2(&path.join("bpf"), MntFlags::UMOUNT_NOFOLLOW)
-                .with_context(|| format!("unmounting {}/bpf", path.display()))?;
+            unmount(&path.join("bpf"))?;
             fs::remove_dir(path.join("bpf")).ok();
             fs::remove_file(path.join("lock")).ok();
             // Not empty while a reader still runs: then it stays.
             fs::remove_dir(&path).ok();
             Ok(())
         })
+    }
+}
+
+impl State {
+    /// A reader that was killed leaves its file, which would keep the directory.
+    fn remove_dead_readers(&self) {
+        for entry in fs::read_dir(self.below("")).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_none_or(|extension| extension != READER) {
+                continue;
+            }
+            let Ok(file) = File::open(&path) else { continue };
+            // Removed while it is held: one who waits for it sees that it is not the one with that name any more.
+            if let Ok(_held) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                fs::remove_file(&path).ok();
+            }
+        }
     }
 }
 
@@ -251,13 +287,24 @@ impl Instance {
                 format!("removing the pin {:?} of instance '{}'", entry.file_name(), self.name)
             })?;
         }
+        if self.policy_dir.exists() {
+            fs::remove_dir_all(&self.policy_dir)
+                .with_context(|| format!("removing the policy of instance '{}'", self.name))?;
+        }
         fs::remove_dir(&self.pins)
             .with_context(|| format!("removing the directory of instance '{}'", self.name))
     }
 }
 
 fn dir_path() -> PathBuf {
-    std::env::var_os(DIR_VARIABLE).map_or(PathBuf::from(DEFAULT_DIR), PathBuf::from)
+    let path = dir_named(std::env::var_os(DIR_VARIABLE));
+    // In another mount namespace the current directory is another one.
+    std::path::absolute(&path).unwrap_or(path)
+}
+
+/// An empty name is none, as with other variables of this kind.
+fn dir_named(name: Option<OsString>) -> PathBuf {
+    name.filter(|name| !name.is_empty()).map_or(PathBuf::from(DEFAULT_DIR), PathBuf::from)
 }
 
 fn make_dir(path: &Path) -> Result<()> {
@@ -271,7 +318,8 @@ fn open_dir(path: &Path) -> Result<OwnedFd> {
         .with_context(|| format!("opening {}", path.display()))
 }
 
-fn lock_file(path: &Path) -> Result<File> {
+/// `shown` is the same path as a person knows it.
+fn lock_file(path: &Path, shown: &Path) -> Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)
@@ -279,7 +327,9 @@ fn lock_file(path: &Path) -> Result<File> {
         .truncate(false)
         .mode(0o600)
         .open(path)
-        .with_context(|| format!("opening the lock {}", path.display()))
+        .with_context(|| {
+            format!("opening the lock {}; {DIR_VARIABLE} can name another place", shown.display())
+        })
 }
 
 fn same_file(held: &File, path: &Path) -> bool {
@@ -293,6 +343,24 @@ fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|fs| fs.filesystem_type().0 == BPF_FS_MAGIC)
 }
 
+/// A query that reads a pin right now keeps the file system busy, for a moment.
+fn unmount(path: &Path) -> Result<()> {
+    let deadline = Instant::now() + BUSY;
+    loop {
+        match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EBUSY) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
+            Err(errno) => {
+                let remedy = match errno {
+                    Errno::EBUSY => "a process has something open in it, which fuser -vm shows",
+                    _ => "it needs CAP_SYS_ADMIN (try sudo)",
+                };
+                bail!("unmounting {}: {errno}; {remedy}; all else is done", path.display());
+            }
+        }
+    }
+}
+
 fn mount_error(path: &Path, errno: Errno) -> anyhow::Error {
     let remedy = match errno {
         Errno::EPERM | Errno::EACCES => "it needs CAP_SYS_ADMIN (try sudo)".to_string(),
@@ -304,7 +372,7 @@ fn mount_error(path: &Path, errno: Errno) -> anyhow::Error {
 
 /// Runs `f` in the mount namespace of the first process of the system. `ip netns exec` runs its command in a new
 /// one, which ends with the command, and with it what was mounted there.
-fn in_first_mount_namespace<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub(crate) fn in_first_mount_namespace<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let Some(first) = first_mount_namespace() else { return f() };
     // A thread of its own: the namespace goes with the thread, and the process keeps its paths.
     thread::scope(|scope| {
@@ -337,4 +405,16 @@ fn first_mount_namespace() -> Option<File> {
 fn parent(pid: &str) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix("PPid:")).and_then(|id| id.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_directory_can_be_named() {
+        assert_eq!(dir_named(None), Path::new("/run/netoken"));
+        assert_eq!(dir_named(Some("".into())), Path::new("/run/netoken"));
+        assert_eq!(dir_named(Some("/run/other".into())), Path::new("/run/other"));
+    }
 }

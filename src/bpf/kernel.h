@@ -3,8 +3,6 @@
 #ifndef NETOKEN_KERNEL_H
 #define NETOKEN_KERNEL_H
 
-#define EINVAL 22
-
 #define TC_ACT_UNSPEC (-1)
 #define TC_ACT_SHOT 2
 

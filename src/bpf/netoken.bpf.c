@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
  * The egress classifier: finds a SYN, asks the policy, stamps it, counts it.
- * Built for every kernel from 5.10 on; see DESIGN in the README for what it promises.
+ * Built for every kernel from 5.10 on; the README says what it promises.
  */
 /* Nothing here reads a structure of the kernel's own, so no kernel BTF is needed to load it. */
 #define BPF_NO_PRESERVE_ACCESS_INDEX
@@ -36,7 +36,7 @@ __noinline int handle_syn(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	event = &scratch->syn.event;
 	describe_event(skb, &scratch->syn);
-	rule = lookup_rule(&event->flow);
+	rule = lookup_rule(skb, scratch);
 	if (!rule) {
 		verdict = VERDICT_NO_POLICY;
 	} else {
@@ -44,7 +44,7 @@ __noinline int handle_syn(struct __sk_buff *skb)
 		switch (rule->action) {
 		case ACTION_STAMP:
 			verdict = VERDICT_NO_KEY;
-			if (make_token(event, &rule->spec))
+			if (make_token(event, &rule->token))
 				verdict = stamp_syn(skb, scratch, event->token, &drop);
 			if (rule->when_full == WHEN_FULL_DROP && verdict != VERDICT_STAMPED &&
 			    verdict != VERDICT_ALREADY_STAMPED)
@@ -84,6 +84,13 @@ SEC("tc")
 int netoken_egress3(struct __sk_buff *skb)
 {
 	return is_surely_no_syn(skb, 0) ? TC_ACT_UNSPEC : classify(skb, 0);
+}
+
+/* Answers `netoken policy test`, with the function that decides over packets. */
+SEC("tc")
+int netoken_ask(struct __sk_buff *skb)
+{
+	return answer(skb);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -245,15 +245,20 @@ static __always_inline enum parsed parse_linear(struct __sk_buff *skb, __u32 l2_
 	enum parsed parsed = parse_layers(&layers, skb, l2_len);
 	struct scratch *scratch;
 	struct tcp_head *tcp;
+	__u64 l4_off;
 	void *end;
 
 	if (parsed != PARSED_SYN)
 		return parsed;
-	if (layers.l4_off > L4_OFF_MAX)
+	/* One register for the check and for what it bounds. The verifiers of 5.10 and 6.1 do not
+	 * carry the bound over to another, and then know no range behind the pointer. */
+	l4_off = layers.l4_off;
+	barrier_var(l4_off);
+	if (l4_off > L4_OFF_MAX)
 		return PARSED_OTHER;
 	/* Read anew: behind a call the verifier has forgotten what these point to. */
 	end = (void *)(long)skb->data_end;
-	tcp = (void *)(long)skb->data + layers.l4_off;
+	tcp = (void *)(long)skb->data + l4_off;
 	if ((void *)(tcp + 1) > end)
 		return PARSED_SHORT;
 	if (!is_syn(tcp->flags))

@@ -63,8 +63,21 @@ struct option_list {
 	volatile __u8 left;
 };
 
+/* The way of one SYN through the policy. */
+struct search {
+	struct netoken_facts facts;
+	struct netoken_facts key;
+	__u64 cgroup_ids[CGROUP_LEVELS_MAX]; /* at the levels of the generation */
+	struct netoken_set_key set_key;
+	struct netoken_rule found;
+	__u32 shapes_looked_up;
+	__u32 pad;
+	__u64 generation;
+};
+
 struct scratch {
 	struct syn syn;
+	struct search search;
 	struct headers old;
 	struct headers new;
 	struct option_list options;

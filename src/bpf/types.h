@@ -18,8 +18,19 @@ enum netoken_size {
 	/* kind, length, ExID (RFC 6994 section 3) and the token */
 	OPTION_LEN = 4 + TOKEN_LEN,
 	ADDR_LEN = 16,
-	/* Bits of netoken_policy_key in front of the address. */
-	POLICY_PORT_BITS = 16,
+
+	/* Limits of a policy; what is beyond them is refused before anything changes. */
+	SHAPES_MAX = 64,       /* each costs a packet one look into a hash table */
+	CHAIN_MAX = 64,	       /* records that a packet may walk through behind one entry */
+	CGROUP_LEVELS_MAX = 8, /* each costs a packet one call of a helper */
+	RECORD_CHECKS_MAX = 3, /* a rule with more goes on in another record */
+	/* Bits of netoken_set_key in front of the value. */
+	SET_ID_BITS = 32,
+
+	/* Hit counters: so many in one map, and beyond them in chunks of this size. */
+	HITS_FIRST = 4096,
+	HITS_CHUNK = 65536,
+	HITS_CHUNKS_MAX = 64,
 };
 
 /*
@@ -97,6 +108,9 @@ struct netoken_config {
 	__u8 has_check_mtu; /* bpf_check_mtu() exists: from 5.12 */
 	/* Where it does not: the MTU that the interface had when it was attached to. */
 	__u32 mtu_bytes;
+	__u8 has_cgroup_id; /* bpf_skb_ancestor_cgroup_id() exists: CONFIG_SOCK_CGROUP_DATA */
+	__u8 is_question;   /* packets are of struct netoken_question */
+	__u8 pad[2];
 };
 
 /* IPv4 addresses are stored as IPv4-mapped IPv6 addresses (RFC 4291 section 2.5.5.2). */
@@ -115,7 +129,7 @@ struct netoken_event {
 	__u32 netns_ino;
 	__u32 ifindex;
 	struct netoken_flow flow;
-	__u32 rule; /* 0 is the default, otherwise the rule's place in its file, from 1 */
+	__u32 rule; /* 0 is the default, otherwise the rule's place in the policy, from 1 */
 	__u8 token[TOKEN_LEN]; /* the one for this SYN; zero when there is none */
 	__u8 verdict;	       /* enum netoken_verdict */
 	__u8 dropped;	       /* 1 if the packet was dropped, whatever the verdict */
@@ -135,12 +149,24 @@ struct netoken_counter {
 	__u64 events; /* handed to the buffer, which may have been full */
 };
 
-/* Longest prefix match: the port exactly (0 is any), then the destination's leading bits. */
-struct netoken_policy_key {
-	__u32 prefixlen; /* POLICY_PORT_BITS plus the bits of the address that count */
-	__be16 port_be;
-	__u8 addr[ADDR_LEN];
-	__u8 pad[2];
+/*
+ * What a policy can ask of a SYN. It is also the key of an entry: there, what the entry's shape
+ * leaves out is zero.
+ */
+struct netoken_facts {
+	__u8 daddr[ADDR_LEN]; /* as in netoken_flow */
+	__u8 saddr[ADDR_LEN];
+	__be16 dport_be;
+	__be16 sport_be;
+	__u32 mark;
+	__u32 ifindex;
+	__u32 netns_ino;
+	__u64 cgroup_id; /* of the ancestor at the shape's level, 0 without a sender */
+	__u32 uid;	 /* of the sender, 0 without one */
+	__u8 family;	 /* 4 or 6 */
+	__u8 has_sender; /* 1 if the socket that sent it is known */
+	__u8 shape;	 /* number of the shape, in a key only */
+	__u8 pad;
 };
 
 /* How a rule's token is made. */
@@ -154,20 +180,123 @@ struct netoken_token_spec {
 	__u8 bytes[TOKEN_LEN];
 };
 
-struct netoken_rule {
-	__u32 id;
-	__u8 action;	/* enum netoken_action */
-	__u8 when_full; /* enum netoken_when_full */
-	__u8 addr_bits; /* of the prefix, 0 to 128; longer wins */
-	__u8 has_ports; /* some rule of this policy names a port */
-	struct netoken_token_spec spec;
+/* Which facts the entries of a shape are about: a packet is looked up once for each shape. */
+struct netoken_shape {
+	struct netoken_facts mask;
+	__u32 first_rule; /* no entry of this shape leads to a rule before this one */
+	__u8 level;	  /* of the cgroup, as an index of netoken_generation.levels */
+	__u8 pad[3];
 };
 
-_Static_assert(sizeof(struct netoken_config) == 20, "netoken_config has hidden padding");
+/* What a rule, or the default, does to a SYN. */
+struct netoken_rule {
+	__u32 id;	/* the rule's place in the policy, from 1; 0 is the default */
+	__u32 hits;	/* number of its hit counter */
+	__u8 action;	/* enum netoken_action; 0 if there is no default */
+	__u8 when_full; /* enum netoken_when_full */
+	__u8 pad[6];
+	struct netoken_token_spec token;
+};
+
+/* A condition that its shape could not express. */
+enum netoken_condition_kind {
+	CONDITION_RANGE = 1, /* `a` <= field <= `b` */
+	CONDITION_BITS = 2,  /* field & `b` == `a` */
+	CONDITION_SET = 3,   /* the field is in set `a` */
+};
+
+enum netoken_field {
+	FIELD_INTERFACE = 1,
+	FIELD_SRC = 2,
+	FIELD_DST = 3,
+	FIELD_SPORT = 4,
+	FIELD_DPORT = 5,
+	FIELD_MARK = 6,
+	FIELD_CGROUP = 7,
+	FIELD_UID = 8,
+};
+
+struct netoken_condition {
+	__u8 kind;    /* enum netoken_condition_kind */
+	__u8 field;   /* enum netoken_field */
+	__u8 negated; /* holds where it otherwise would not */
+	__u8 level;   /* of a cgroup, as an index of netoken_generation.levels */
+	__u32 a;
+	__u32 b;
+};
+
+/* A rule with checks, as an entry leads to it. Numbers of records count from 1; 0 is none. */
+struct netoken_record {
+	struct netoken_rule rule;
+	__u32 next; /* what to try if a check fails */
+	__u32 more; /* further checks of the same rule */
+	__u32 checks_count;
+	struct netoken_condition checks[RECORD_CHECKS_MAX];
+};
+
+/* The rule is here and not behind another look-up: one cache miss less for every packet. */
+struct netoken_entry {
+	struct netoken_rule rule; /* the first one that this entry leads to */
+	__u32 record;		  /* if it has checks: the number of its record, else 0 */
+	__u32 pad;
+};
+
+/* A value in a set: longest prefix match with the set's number in front. */
+struct netoken_set_key {
+	__u32 bits; /* SET_ID_BITS plus the bits of the value that count */
+	__u32 set;
+	__u8 value[ADDR_LEN]; /* in network order, from the left */
+};
+
+/* What a generation of the policy asks for, beside what every packet has. */
+enum netoken_need {
+	NEED_SENDER = 1 << 0,
+	NEED_UID = 1 << 1,
+};
+
+/* One generation of the policy: everything that is not in the maps of its slot. */
+struct netoken_generation {
+	__u64 number; /* counts up */
+	__u32 slot;   /* where its entries, records and sets are: 0 or 1 */
+	__u32 shape_count;
+	__u32 level_count;
+	__u32 needs; /* enum netoken_need */
+	__u8 levels[CGROUP_LEVELS_MAX];
+	struct netoken_rule default_rule;
+	struct netoken_shape shapes[SHAPES_MAX];
+};
+
+struct netoken_hits {
+	__u64 packets;
+	__u64 last_jiffies; /* of the last one */
+};
+
+/* What `policy test` asks, as the bytes of a packet, and the answer in its place. */
+struct netoken_question {
+	struct netoken_facts facts;
+	__u64 cgroup_ids[32]; /* of the ancestor at each level, 0 where there is none */
+	/* The answer. */
+	struct netoken_rule rule;
+	__u64 generation;
+	__u64 now_ns; /* CLOCK_MONOTONIC, and the same moment in jiffies */
+	__u64 now_jiffies;
+	__u32 found; /* 1 if a rule or the default decides */
+	__u32 shapes_looked_up;
+};
+
+_Static_assert(sizeof(struct netoken_config) == 24, "netoken_config has hidden padding");
 _Static_assert(sizeof(struct netoken_flow) == 44, "netoken_flow has hidden padding");
 _Static_assert(sizeof(struct netoken_event) == 80, "netoken_event has hidden padding");
-_Static_assert(sizeof(struct netoken_policy_key) == 24, "netoken_policy_key has hidden padding");
+_Static_assert(sizeof(struct netoken_facts) == 64, "netoken_facts has hidden padding");
+_Static_assert(sizeof(struct netoken_shape) == 72, "netoken_shape has hidden padding");
 _Static_assert(sizeof(struct netoken_token_spec) == 16, "netoken_token_spec has hidden padding");
-_Static_assert(sizeof(struct netoken_rule) == 24, "netoken_rule has hidden padding");
+_Static_assert(sizeof(struct netoken_rule) == 32, "netoken_rule has hidden padding");
+_Static_assert(sizeof(struct netoken_entry) == 40, "netoken_entry has hidden padding");
+_Static_assert(sizeof(struct netoken_condition) == 12, "netoken_check has hidden padding");
+_Static_assert(sizeof(struct netoken_record) == 80, "netoken_record has hidden padding");
+_Static_assert(sizeof(struct netoken_set_key) == 24, "netoken_set_key has hidden padding");
+_Static_assert(sizeof(struct netoken_generation) == 64 + SHAPES_MAX * 72,
+	       "netoken_generation has hidden padding");
+_Static_assert(sizeof(struct netoken_question) == 384, "netoken_question has hidden padding");
 
 #endif

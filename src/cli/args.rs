@@ -4,9 +4,9 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use clap::{ArgGroup, Parser};
+use clap::{ArgGroup, Parser, Subcommand};
 
-use super::Command;
+use super::{guard::GuardArgs, key::KeyArgs, policy::PolicyArgs, token::TokenArgs};
 use crate::hooks::clsact::Place;
 use crate::hooks::link::find_link;
 use crate::hooks::netlink::Link;
@@ -14,29 +14,37 @@ use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 use crate::token::Token;
 use crate::token::keyed::Slots;
 
+// Each explanation on a line of its own: columns would be broken by narrow terminals.
 const EXAMPLES: &str = "\
 Examples:
-  netoken --iface eth0 --attach                  stamp every SYN with the default token, and watch
-  netoken --iface eth0 --attach --quiet --token 00112233aabbccdd
-                                                 stamp with a token of your own, and return
-  netoken --iface eth0 --attach --policy p.toml  stamp, skip or drop by destination
-  netoken --query                                what is attached, on every interface
-  netoken --iface eth0 --destroy                 remove it, and the clsact qdisc if nobody else uses it
-  netoken key new edge                           make a key for keyed tokens
-  netoken guard --iface eth0 --attach --rules guard.toml
-                                                 let only SYNs with a right token in
-  tc filter show dev eth0 egress                 see it with the tool that you know
+  Stamp every SYN with the default token, and watch:
+    netoken --iface eth0 --attach
+  Stamp with a token of your own, and return:
+    netoken --iface eth0 --attach --quiet --token 00112233aabbccdd
+  Stamp, skip or drop by rules:
+    netoken --iface eth0 --attach --policy p.toml
+  Make a key for keyed tokens:
+    netoken key new edge
+  Let only SYNs with a right token in:
+    netoken guard --iface eth0 --attach --rules guard.toml
+  See what is attached, on every interface:
+    netoken --query
+  See it with the tool that you know:
+    tc filter show dev eth0 egress
+  Remove it, and the clsact qdisc if nobody else uses it:
+    netoken --iface eth0 --destroy
 
 Exit codes: 0 done, 1 failed, 2 wrong usage.";
+
+/// What goes with `--attach` goes with none of these. Said of each flag, since clap answers for a group with all
+/// of its flags, also those that nobody typed.
+const OTHER_MODES: [&str; 3] = ["query", "detach", "destroy"];
 
 /// Writes a token into the first packet of TCP connections, as a TCP option, in the kernel.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES, arg_required_else_help = true)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(group = ArgGroup::new("mode").required(true).args(["attach", "query", "detach", "destroy"]))]
-#[command(group = ArgGroup::new("attaching").multiple(true).conflicts_with_all(["query", "detach", "destroy"]).args([
-    "token", "policy", "quiet", "sample", "detach_on_exit", "priority", "handle", "option_kind", "exid", "slot",
-]))]
 pub struct Args {
     #[command(subcommand)]
     pub(super) command: Option<Command>,
@@ -63,46 +71,54 @@ pub struct Args {
     destroy: bool,
 
     /// Token to stamp every SYN with, 16 hexadecimal digits [default: 4e45544f4b454e31, "NETOKEN1"]
-    #[arg(long, value_name = "HEX", conflicts_with = "policy", help_heading = "With --attach")]
+    #[arg(long, value_name = "HEX", help_heading = "With --attach", conflicts_with = "policy", conflicts_with_all = OTHER_MODES)]
     token: Option<Token>,
 
-    /// Policy file: what to stamp, skip or drop, by destination prefix and port
-    #[arg(long, value_name = "FILE", help_heading = "With --attach")]
+    /// Policy file: what to stamp, skip or drop; SIGHUP loads it again while streaming
+    #[arg(long, value_name = "FILE", help_heading = "With --attach", conflicts_with_all = OTHER_MODES)]
     policy: Option<PathBuf>,
 
+    /// Load the policy file again whenever it, or a file that it names, changes
+    #[arg(long, requires = "policy", conflicts_with = "quiet", help_heading = "With --attach", conflicts_with_all = OTHER_MODES)]
+    watch: bool,
+
+    /// A cgroup or interface in the policy that does not exist is a warning
+    #[arg(long, requires = "policy", help_heading = "With --attach", conflicts_with_all = OTHER_MODES)]
+    allow_missing: bool,
+
     /// Attach and return at once
-    #[arg(long, help_heading = "With --attach")]
+    #[arg(long, help_heading = "With --attach", conflicts_with_all = OTHER_MODES)]
     quiet: bool,
 
     /// Send one event for every N SYNs of the same verdict and CPU; counters always count all
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "With --attach",
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "With --attach", conflicts_with_all = OTHER_MODES,
           value_parser = clap::value_parser!(u32).range(1..))]
     sample: u32,
 
     /// Remove everything again when the stream ends
-    #[arg(long, conflicts_with = "quiet", help_heading = "With --attach")]
+    #[arg(long, help_heading = "With --attach", conflicts_with = "quiet", conflicts_with_all = OTHER_MODES)]
     detach_on_exit: bool,
 
     /// Place among the filters of the interface, 1 to 65535, lower runs first [default: in front of those there]
-    #[arg(long, value_name = "N", help_heading = "With --attach", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", help_heading = "With --attach", conflicts_with_all = OTHER_MODES, value_parser = clap::value_parser!(u16).range(1..))]
     priority: Option<u16>,
 
     /// Handle of the filter within its priority [default: the next free one]
-    #[arg(long, value_name = "N", help_heading = "With --attach", value_parser = handle)]
+    #[arg(long, value_name = "N", help_heading = "With --attach", conflicts_with_all = OTHER_MODES, value_parser = handle)]
     handle: Option<u32>,
 
     /// Kind byte of the TCP option, 253 or 254 (RFC 4727)
     #[arg(long, value_name = "KIND", default_value_t = DEFAULT_KIND,
-          help_heading = "With --attach", value_parser = clap::value_parser!(u8).range(253..=254))]
+          help_heading = "With --attach", conflicts_with_all = OTHER_MODES, value_parser = clap::value_parser!(u8).range(253..=254))]
     option_kind: u8,
 
     /// Experiment identifier of the option (RFC 6994) [default: 0x4e54]
-    #[arg(long, value_name = "ID", help_heading = "With --attach", value_parser = exid)]
+    #[arg(long, value_name = "ID", help_heading = "With --attach", conflicts_with_all = OTHER_MODES, value_parser = exid)]
     exid: Option<u16>,
 
     /// Length of a time slot of keyed tokens, in seconds; both sides have to agree [default: what the instance has,
     /// or 16]
-    #[arg(long, value_name = "SECONDS", help_heading = "With --attach",
+    #[arg(long, value_name = "SECONDS", help_heading = "With --attach", conflicts_with_all = OTHER_MODES,
           value_parser = clap::value_parser!(u32).range(1..=3600))]
     slot: Option<u32>,
 
@@ -117,6 +133,15 @@ pub struct Args {
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
+}
+
+/// What is not about hooks.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    Policy(PolicyArgs),
+    Key(KeyArgs),
+    Token(TokenArgs),
+    Guard(GuardArgs),
 }
 
 /// What every command needs to know.
@@ -141,6 +166,8 @@ pub(super) enum Mode {
 #[derive(Debug)]
 pub(super) struct AttachOptions {
     pub policy: PolicySource,
+    pub watch: bool,
+    pub allow_missing: bool,
     pub quiet: bool,
     pub detach_on_exit: bool,
     pub sample: u32,
@@ -177,6 +204,8 @@ impl Args {
                     (_, Some(path)) => PolicySource::File(path),
                     _ => PolicySource::Keep,
                 },
+                watch: self.watch,
+                allow_missing: self.allow_missing,
                 quiet: self.quiet,
                 detach_on_exit: self.detach_on_exit,
                 sample: self.sample,
@@ -211,12 +240,12 @@ impl Scope {
     }
 }
 
-fn number(text: &str) -> Result<u32, String> {
+pub(super) fn number(text: &str) -> Result<u32, String> {
     let parsed = match text.strip_prefix("0x") {
         Some(hex) => u32::from_str_radix(hex, 16),
         None => text.parse(),
     };
-    parsed.map_err(|_| "not a number; write it like 7 or 0x7".to_string())
+    parsed.map_err(|_| "not a number of 32 bits; write it like 7 or 0x7".to_string())
 }
 
 pub(super) fn handle(text: &str) -> Result<u32, String> {
@@ -227,7 +256,8 @@ pub(super) fn handle(text: &str) -> Result<u32, String> {
 }
 
 pub(super) fn exid(text: &str) -> Result<u16, String> {
-    number(text)?.try_into().map_err(|_| "an experiment identifier has 16 bits".to_string())
+    let id = number(text).ok().and_then(|id| id.try_into().ok());
+    id.ok_or_else(|| "an experiment identifier is a number of 16 bits, like 0x4e54".to_string())
 }
 
 /// Instance names become directories of a BPF file system, which allows no dots.
@@ -268,6 +298,11 @@ mod tests {
             "netoken --iface eth0 --attach --option-kind 8",
             "netoken --iface eth0 --attach --instance a.b",
             "netoken --iface eth0 --attach --exid 0x10000",
+            "netoken --iface eth0 --attach --watch",
+            "netoken --iface eth0 policy show",
+            "netoken policy",
+            "netoken policy load",
+            "netoken policy test --dst 192.0.2.1",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }
@@ -281,6 +316,8 @@ mod tests {
             "netoken --interface eth0 --destroy",
             "netoken --query --json",
             "netoken --destroy",
+            "netoken policy check p.toml",
+            "netoken policy show --instance edge --json",
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }

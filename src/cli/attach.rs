@@ -1,6 +1,7 @@
 //! `--attach`: puts the classifier on interfaces and streams what it does.
 
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,6 +9,8 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
+use super::policy::{Progress, put as put_policy, read as read_with_progress};
+use super::reload::Reload;
 use crate::clock;
 use crate::events::reader::Reader;
 use crate::events::show::{Names, Output, Record};
@@ -16,53 +19,63 @@ use crate::events::watch::Watch;
 use crate::hooks::clsact::{Attachment, Hooks, remove_unused};
 use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
-use crate::keys::file::KeyDir;
-use crate::keys::{self, Key};
+use crate::keys::Key;
+use crate::keys::file::keys_for;
 use crate::netns::Netns;
-use crate::policy::Policy;
+use crate::policy::read::Checked;
+use crate::policy::{Policy, running};
 use crate::privileges;
 use crate::program::{LinkHeader, Maps, Program, Settings};
 use crate::state::{Instance, Lock, ReaderLock, State};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
-    let policy = match &options.policy {
+    let given = match &options.policy {
         PolicySource::Keep => None,
-        PolicySource::Token(token) => Some(Policy::stamp_all(*token)),
-        PolicySource::File(path) => Some(Policy::from_file(path)?),
+        PolicySource::Token(token) => Some(Given::Token(Policy::stamp_all(*token))),
+        PolicySource::File(path) => Some(Given::File(path, read_policy(path, options.allow_missing)?)),
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
     let targets = targets(scope)?;
-    let keys = load_keys(scope, policy.as_ref())?;
+    let keys =
+        keys_for(&scope.instance, given.as_ref().map(|given| given.policy().rings()).unwrap_or_default())
+            .with_context(|| format!("attaching to {}", scope.ifaces.join(", ")))?;
 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
     let mut job =
         Job { options, state: &state, instance: &instance, is_new, keys: keys.as_deref(), done: Vec::new() };
-    let (maps, reading, note) = match job.attach(&lock, &targets, policy.as_ref()) {
+    // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
+    let signals = if options.quiet { Ok(Signals::default()) } else { Signals::catch(given.as_ref()) };
+    let attached = signals.and_then(|signals| Ok((job.attach(&lock, &targets, given.as_ref())?, signals)));
+    let (Attached { maps, reading, note, had_policy }, signals) = match attached {
         Ok(attached) => attached,
         Err(error) => return Err(job.give_up(lock, error)),
     };
     let links: Vec<Link> = targets.into_iter().map(|target| target.link).collect();
-    let stream = if options.quiet {
-        Ok(None)
-    } else {
-        Stream::prepare(&state, &instance, &maps, links.clone()).map(Some)
+    let prepared = match options.quiet {
+        true => Ok(None),
+        false => Stream::prepare(&state, &instance, &maps, links).map(Some),
     };
-    let stream = match stream {
-        Ok(stream) => stream,
+    let prepared = prepared.and_then(|stream| {
+        let names = stream.as_ref().map_or(Names::new(), |stream| stream.watch.names());
+        let output =
+            Output::new(scope.json, names, Arc::clone(&signals.stop)).context("preparing standard output")?;
+        // Last of all, so that no failure leaves another policy than there was.
+        if had_policy {
+            given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps))?;
+        }
+        Ok((stream, output))
+    });
+    let (stream, mut output) = match prepared {
+        Ok(prepared) => prepared,
         Err(error) => {
             drop(reading);
             return Err(job.give_up(lock, error));
         }
     };
 
-    let names = match &stream {
-        Some(stream) => stream.watch.names(),
-        None => Names::new(),
-    };
-    let mut output = Output::new(scope.json, names);
     let told = job.tell(&mut output, &note).context("writing to standard output");
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
@@ -70,8 +83,17 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let Some(mut stream) = stream else {
         return told;
     };
+    let mut reload = match &given {
+        Some(Given::File(path, checked)) => {
+            let files = checked.files.clone();
+            Some(Reload::new(path, options, &instance, &maps, files, &signals.reload))
+        }
+        _ => None,
+    };
     // If the telling failed, so will the stream, at once and for the same reason.
-    let end = stream::run(&maps, &mut stream.reader, &mut output, &mut stream.watch, &stream.stop);
+    let mut each_look = || reload.as_mut().map_or(Ok(()), Reload::look);
+    let end =
+        stream::run(&maps, &mut stream.reader, &mut output, &mut stream.watch, &signals.stop, &mut each_look);
     let left: Vec<String> = stream.watch.links().iter().map(|link| link.name.clone()).collect();
     drop((stream, reading));
     leave(scope, options, &left)?;
@@ -86,7 +108,6 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
 struct Stream<'a> {
     reader: Reader<'a>,
     watch: Watch<'a>,
-    stop: Arc<AtomicBool>,
 }
 
 impl<'a> Stream<'a> {
@@ -96,30 +117,58 @@ impl<'a> Stream<'a> {
         maps: &'a Maps,
         links: Vec<Link>,
     ) -> Result<Stream<'a>> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&stop);
-        ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
         let watch = Watch::start(state, &instance.name, Netns::current()?.inode(), links)?;
-        Ok(Stream { reader: Reader::open(maps)?, watch, stop })
+        Ok(Stream { reader: Reader::open(maps)?, watch })
     }
 }
 
-/// The instance's keys, which must suffice for the policy; nothing if it has no key directory.
-fn load_keys(scope: &Scope, policy: Option<&Policy>) -> Result<Option<Vec<Key>>> {
-    keys::guard_process()?;
-    let dir = KeyDir::of_instance(&scope.instance);
-    let keys = dir.load()?;
-    for ring in policy.map(Policy::rings).unwrap_or_default() {
-        if keys::signer(&keys, ring).is_none() {
-            bail!(
-                "attaching to {}: the policy makes tokens with key ring '{ring}', of which no key in {} signs; make one \
-                 with: netoken key new {ring}",
-                scope.ifaces.join(", "),
-                dir.path().display()
-            );
+/// A policy that the command line gives.
+enum Given<'a> {
+    Token(Policy),
+    File(&'a Path, Checked),
+}
+
+impl Given<'_> {
+    fn policy(&self) -> &Policy {
+        match self {
+            Given::Token(policy) => policy,
+            Given::File(_, checked) => &checked.policy,
         }
     }
-    Ok(dir.exists().then_some(keys))
+
+    fn put(&self, instance: &Instance, maps: &Maps) -> Result<()> {
+        match self {
+            Given::Token(policy) => running::load(instance, maps, policy, "the command line", None)?,
+            Given::File(path, checked) => put_policy(instance, maps, checked, path, &Progress::new())?,
+        };
+        Ok(())
+    }
+}
+
+fn read_policy(path: &Path, allow_missing: bool) -> Result<Checked> {
+    read_with_progress(path, allow_missing, &Progress::new())
+}
+
+/// What other processes tell this one.
+#[derive(Default)]
+struct Signals {
+    stop: Arc<AtomicBool>,
+    reload: Arc<AtomicBool>,
+}
+
+impl Signals {
+    /// Without a file that could be loaded again, SIGHUP ends the stream: the terminal is gone.
+    fn catch(given: Option<&Given<'_>>) -> Result<Signals> {
+        use signal_hook::consts::{SIGHUP, SIGTERM};
+        let signals = Signals::default();
+        let hangup = if let Some(Given::File(..)) = given { &signals.reload } else { &signals.stop };
+        for (signal, flag) in [(SIGTERM, &signals.stop), (SIGHUP, hangup)] {
+            signal_hook::flag::register(signal, Arc::clone(flag)).context("preparing for signals")?;
+        }
+        let stop = Arc::clone(&signals.stop);
+        ctrlc::set_handler(move || stop.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
+        Ok(signals)
+    }
 }
 
 /// Removes all of it, or says how to.
@@ -137,6 +186,17 @@ fn leave(scope: &Scope, options: &AttachOptions, left: &[String]) -> Result<()> 
 struct Target {
     link: Link,
     link_header: LinkHeader,
+}
+
+/// What an attach leads to.
+struct Attached {
+    maps: Maps,
+    /// The right to read their events.
+    reading: Option<ReaderLock>,
+    /// What to say of the policy.
+    note: String,
+    /// The instance had a policy before.
+    had_policy: bool,
 }
 
 struct Job<'a> {
@@ -157,27 +217,12 @@ fn targets(scope: &Scope) -> Result<Vec<Target>> {
 }
 
 impl Job<'_> {
-    /// Returns the maps, the right to read their events, and what to say of the policy.
-    fn attach(
-        &mut self,
-        lock: &Lock,
-        targets: &[Target],
-        policy: Option<&Policy>,
-    ) -> Result<(Maps, Option<ReaderLock>, String)> {
+    /// Attaches to all of them. A policy that runs is left to be replaced when all else has worked; one that does
+    /// not must be there first.
+    fn attach(&mut self, lock: &Lock, targets: &[Target], given: Option<&Given<'_>>) -> Result<Attached> {
         let reading = if self.options.quiet { None } else { Some(self.state.lock_reader(self.instance)?) };
         self.instance.create()?;
-        let (maps, note) = self.attach_all(lock, targets, policy)?;
-        Ok((maps, reading, note))
-    }
-
-    /// Returns the maps, and what to say of the policy.
-    fn attach_all(
-        &mut self,
-        lock: &Lock,
-        targets: &[Target],
-        policy: Option<&Policy>,
-    ) -> Result<(Maps, String)> {
-        let mut ready: Option<(Maps, String)> = None;
+        let mut attached: Option<Attached> = None;
         let mut hooks = Hooks::open(self.state)?;
         let netns_ino = Netns::current()?.inode();
         for target in targets {
@@ -191,37 +236,33 @@ impl Job<'_> {
                 faults: 0,
             };
             let program = Program::load(settings, Some(&self.instance.pins))?;
-            let first = ready.is_none();
+            let first = attached.is_none();
             if first {
                 clock::publish(&program.maps.clock, self.options.slots)?;
                 self.keys.map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
             }
             let running = program.maps.policy()?.is_some();
-            // A policy that runs is replaced when all else has worked; one that does not must be there first.
             if first && !running {
-                let default = Policy::stamp_all(Token::DEFAULT);
-                program.maps.set_policy(policy.unwrap_or(&default))?;
+                let default = Given::Token(Policy::stamp_all(Token::DEFAULT));
+                given.unwrap_or(&default).put(self.instance, &program.maps)?;
             }
             let attachment =
                 hooks.attach(lock, &target.link, &self.instance.name, program.as_fd(), self.options.place)?;
             self.done.push((target.link.clone(), attachment));
             if first {
-                let note = match (policy, running) {
-                    (Some(policy), _) => format!("policy: {}", policy.summary()),
+                let note = match (given, running) {
+                    (Some(given), _) => format!("policy: {}", given.policy().summary()),
                     (None, true) => format!("policy: as instance '{}' had it", self.instance.name),
                     (None, false) => format!(
                         "policy: stamp every SYN with the default token {} (--token or --policy changes it)",
                         Token::DEFAULT
                     ),
                 };
-                ready = Some((program.maps, note));
+                attached = Some(Attached { maps: program.maps, reading: None, note, had_policy: running });
             }
         }
-        let (maps, note) = ready.context("there is no interface to attach to")?;
-        if let Some(policy) = policy {
-            maps.set_policy(policy)?;
-        }
-        Ok((maps, note))
+        let attached = attached.context("there is no interface to attach to")?;
+        Ok(Attached { reading, ..attached })
     }
 
     /// Takes back what was done; returns the reason. Nothing half done stays behind, and what was there before

@@ -47,6 +47,7 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
     let (state, lock) = State::create()?;
     let mut hooks = Hooks::open(&state)?;
     let mut done = Vec::new();
+    let had_state = state.instance(&scope.instance).exists();
     for link in links {
         let filters = hooks.detach(&lock, link, &scope.instance)?;
         let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
@@ -59,6 +60,10 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
     state.remove_if_empty(lock)?;
 
     tell(scope, &done).context("writing to standard output")?;
+    if done.is_empty() && only_news && !scope.json {
+        let also = if had_state && !in_use { "; its policy and counters are removed" } else { "" };
+        note!("instance '{}' is not attached to any interface here{also}", scope.instance);
+    }
     if in_use {
         note!(
             "instance '{}' is still used on another interface or in another network namespace: its policy and \
@@ -76,6 +81,7 @@ fn describe(link: &Link, filters: usize, qdisc: Option<Qdisc>) -> Removed {
         Some(Qdisc::Removed) => (Some("removed"), 0),
         Some(Qdisc::Foreign) => (Some("kept: made by somebody else"), 0),
         Some(Qdisc::InUse(others)) => (Some("kept: in use"), others),
+        Some(Qdisc::HasChains) => (Some("kept: somebody else's chain"), 0),
     };
     Removed { interface: link.name.clone(), filters, qdisc, others }
 }
@@ -98,6 +104,9 @@ fn tell(scope: &Scope, done: &[Removed]) -> Result<()> {
             Some("kept: in use") => {
                 let (n, s) = (removed.others, if removed.others == 1 { "" } else { "s" });
                 format!(", clsact qdisc kept: {n} other filter{s} on it")
+            }
+            Some("kept: somebody else's chain") => {
+                ", clsact qdisc kept: somebody made a chain on it".to_string()
             }
             Some(_) => ", clsact qdisc kept: somebody else made it".to_string(),
         };

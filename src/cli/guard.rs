@@ -588,7 +588,11 @@ fn watch(scope: &Scope) -> Result<()> {
     }
     let maps = GuardMaps::open(&instance.pins)?;
     // Another one than that of the stamp, whose events have a reader of their own.
-    let reading = Instance { name: format!("{}.guard", instance.name), pins: instance.pins.clone() };
+    let reading = Instance {
+        name: format!("{}.guard", instance.name),
+        pins: instance.pins.clone(),
+        policy_dir: instance.policy_dir.clone(),
+    };
     let _reading = state.lock_reader(&reading)?;
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
@@ -665,6 +669,7 @@ fn remove(scope: &Scope, destroy: bool) -> Result<()> {
             Qdisc::Removed => Some("clsact qdisc removed: we made it and nobody else uses it"),
             Qdisc::Foreign => Some("clsact qdisc kept: somebody else made it"),
             Qdisc::InUse(_) => Some("clsact qdisc kept: other filters are on it"),
+            Qdisc::HasChains => Some("clsact qdisc kept: somebody else's chain is on it"),
         });
         if scope.json {
             print_json(&Record::GuardRemoved { interface: &link.name, programs, qdisc })?;

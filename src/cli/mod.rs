@@ -5,8 +5,11 @@ mod attach;
 mod detach;
 mod guard;
 mod key;
+mod policy;
 mod query;
+mod reload;
 mod table;
+mod token;
 
 use anyhow::Result;
 
@@ -14,14 +17,7 @@ pub use args::Args;
 
 use crate::clock;
 use crate::netns::Netns;
-use args::Mode;
-
-/// What is not done with an interface.
-#[derive(Debug, clap::Subcommand)]
-enum Command {
-    Key(key::KeyArgs),
-    Guard(guard::GuardArgs),
-}
+use args::{Command, Mode};
 
 /// Runs what was asked for.
 ///
@@ -29,10 +25,13 @@ enum Command {
 /// It failed; the message says what was being done to what, why it failed, and what to do now.
 pub fn run(mut args: Args) -> Result<()> {
     clock::publish_to_all();
-    match args.command.take() {
-        Some(Command::Key(args)) => return key::run(args),
-        Some(Command::Guard(args)) => return guard::run(args),
-        None => {}
+    if let Some(command) = args.command.take() {
+        return match command {
+            Command::Policy(args) => policy::run(args),
+            Command::Key(args) => key::run(args),
+            Command::Token(args) => token::run(&args),
+            Command::Guard(args) => guard::run(args),
+        };
     }
     let (mode, scope) = args.check()?;
     // Everything that follows happens there. Paths are not affected: a network namespace has none.

@@ -1,5 +1,6 @@
 //! `--query`: what is attached where, since when, and what it has done.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::time::{Duration, SystemTime};
 
@@ -10,6 +11,7 @@ use serde::Serialize;
 use super::args::Scope;
 use crate::clock::{self, Source};
 use crate::counters::Counters;
+use crate::events::model::since_epoch;
 use crate::events::show::totals_line;
 use crate::hooks::clsact::{Attached, attached, loaded_programs};
 use crate::hooks::netlink::{Netlink, Side};
@@ -69,7 +71,19 @@ pub(super) fn run(scope: &Scope) -> Result<()> {
     if hooks.is_empty() {
         return nothing(scope);
     }
-    print(scope, &state, &hooks).context("writing to standard output")
+    let instances = instances(&state, &hooks)?;
+    print(scope, &hooks, instances).context("writing to standard output")
+}
+
+/// The maps and counters of every instance that has a hook, by its name.
+fn instances<'a>(state: &State, hooks: &'a [Hook]) -> Result<BTreeMap<&'a str, (Maps, Counters)>> {
+    let names: BTreeSet<&str> = hooks.iter().filter_map(|hook| hook.instance.as_deref()).collect();
+    let open = |name| {
+        let maps = state.instance(name).maps()?;
+        let counters = Counters::read(&maps)?;
+        Ok((name, (maps, counters)))
+    };
+    names.into_iter().map(open).collect()
 }
 
 /// A wrong name is an error also where nothing can be attached.
@@ -132,28 +146,24 @@ fn hook(netns: &str, interface: &str, ours: Attached, boot: SystemTime) -> Hook 
         handle: ours.filter.handle,
         priority: ours.filter.priority,
         instance: ours.loaded.instance,
-        since: humantime::format_rfc3339_seconds(boot + ours.loaded.loaded_at).to_string(),
+        since: humantime::format_rfc3339_seconds(since_epoch(boot + ours.loaded.loaded_at)).to_string(),
         filters_before: ours.before,
     }
 }
 
-fn print(scope: &Scope, state: &State, hooks: &[Hook]) -> Result<()> {
+fn print(scope: &Scope, hooks: &[Hook], instances: BTreeMap<&str, (Maps, Counters)>) -> Result<()> {
     let mut out = io::stdout().lock();
-    let mut instances: Vec<&str> = hooks.iter().filter_map(|hook| hook.instance.as_deref()).collect();
-    instances.sort_unstable();
-    instances.dedup();
-
     if scope.json {
         for hook in hooks {
             writeln!(out, "{}", serde_json::to_string(hook)?)?;
         }
     } else {
         table(&mut out, hooks)?;
+    }
+    if !scope.json && !instances.is_empty() {
         writeln!(out)?;
     }
-    for instance in instances {
-        let maps = state.instance(instance).maps()?;
-        let counters = Counters::read(&maps)?;
+    for (instance, (maps, counters)) in instances {
         if scope.json {
             writeln!(out, "{}", serde_json::to_string(&InstanceCounters { instance, counters })?)?;
         } else {
@@ -205,11 +215,15 @@ fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
         .collect();
     super::table::table(out, heads, &rows)?;
     for hook in hooks.iter().filter(|hook| hook.filters_before > 0) {
-        writeln!(
-            out,
-            "{}: {} other filters run before ours and may end a packet's way there",
-            hook.interface, hook.filters_before
-        )?;
+        let place = match hook.netns.is_empty() {
+            true => hook.interface.clone(),
+            false => format!("{} in {}", hook.interface, hook.netns),
+        };
+        let others = match hook.filters_before {
+            1 => "another filter runs".to_string(),
+            n => format!("{n} other filters run"),
+        };
+        writeln!(out, "{place}: {others} before ours and may end a packet's way there")?;
     }
     Ok(())
 }

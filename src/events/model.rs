@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::counters::verdict_name;
 use crate::token::Token;
-use crate::types::Event;
+use crate::types::{Event, Verdict};
 
 // SAFETY: integers and arrays of them, without hidden padding, which types.h asserts.
 unsafe impl Plain for Event {}
@@ -68,8 +68,14 @@ impl Clock {
     }
 
     pub(crate) fn at(self, monotonic_ns: u64) -> SystemTime {
-        self.boot + Duration::from_nanos(monotonic_ns)
+        since_epoch(self.boot + Duration::from_nanos(monotonic_ns))
     }
+}
+
+/// A time that can be printed. On a machine whose clock was never set, or in a time namespace, what is computed
+/// from the time since boot can lie before 1970, where RFC 3339 times do not begin.
+pub fn since_epoch(time: SystemTime) -> SystemTime {
+    time.max(SystemTime::UNIX_EPOCH)
 }
 
 impl Syn {
@@ -82,6 +88,7 @@ impl Syn {
             4 => Ipv6Addr::from(octets).to_canonical(),
             _ => IpAddr::V6(octets.into()),
         };
+        let stamped = u32::from(event.verdict) == Verdict::VERDICT_STAMPED.0;
         Some(Syn {
             time: clock.at(event.time_ns),
             netns: event.netns_ino,
@@ -94,7 +101,8 @@ impl Syn {
             verdict: verdict_name(event.verdict.into()),
             dropped: event.dropped != 0,
             rule: event.rule,
-            token: (event.token != [0; 8]).then_some(Token(event.token)),
+            // A rule that stamps may have a token of zeros; other rules have nothing but zeros.
+            token: (stamped || event.token != [0; 8]).then_some(Token(event.token)),
             old_options_len: event.old_options_len_bytes,
             new_options_len: event.new_options_len_bytes,
         })
@@ -104,7 +112,15 @@ impl Syn {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{Flow, Verdict};
+    use crate::types::Flow;
+
+    #[test]
+    fn a_clock_that_was_never_set_is_no_panic() {
+        let clock = Clock { boot: SystemTime::UNIX_EPOCH - Duration::from_secs(10) };
+        let bytes = [0; size_of::<Event>()];
+        let syn = Syn::decode(&bytes, clock).unwrap();
+        assert!(serde_json::to_string(&syn).unwrap().contains("1970-01-01T00:00:00"));
+    }
 
     #[test]
     fn an_event_is_read_as_the_kernel_wrote_it() {
@@ -135,5 +151,12 @@ mod tests {
         assert_eq!((syn.verdict, syn.isn, syn.token), ("stamped", 0xdead_beef, Some(Token::DEFAULT)));
         assert!(serde_json::to_string(&syn).unwrap().contains("\"time\":\"1970-01-01T00:00:01.500000Z\""));
         assert_eq!(Syn::decode(&bytes[..79], clock), None);
+
+        let zeros = Event { token: [0; 8], ..event };
+        // SAFETY: Event is plain data.
+        let token = |event: &Event| Syn::decode(unsafe { plain::as_bytes(event) }, clock).unwrap().token;
+        assert_eq!(token(&zeros), Some(Token([0; 8])), "stamped with zeros");
+        let skipped = Event { verdict: Verdict::VERDICT_SKIPPED.0 as u8, ..zeros };
+        assert_eq!(token(&skipped), None, "skipped");
     }
 }

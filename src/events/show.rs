@@ -1,7 +1,14 @@
 //! Prints what happens: aligned columns for a person, or one JSON object a line for a program.
 
 use std::collections::HashMap;
-use std::io::{self, BufWriter, Stdout, Write};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use serde::Serialize;
 
@@ -54,22 +61,72 @@ pub enum Record<'a> {
     },
 }
 
+/// How often one who waits for the reader of standard output looks whether to stop, in milliseconds.
+const LOOK_MS: u16 = 100;
+/// How long the reader may take for the last lines.
+const GRACE: Duration = Duration::from_secs(1);
+/// What a pipe that is ready for writing takes without waiting: PIPE_BUF of pipe(7).
+const AT_ONCE: usize = 4096;
+
+/// Standard output, whose reader may stop reading: a pager, a terminal after Ctrl-S. A write that waits for it ends
+/// when we are told to stop, as if the reader had gone.
+struct Patient {
+    out: File,
+    stop: Arc<AtomicBool>,
+    /// When to stop waiting, once we were told.
+    until: Option<Instant>,
+}
+
+impl Patient {
+    fn gives_up(&mut self) -> bool {
+        if !self.stop.load(Ordering::Relaxed) {
+            return false;
+        }
+        Instant::now() >= *self.until.get_or_insert_with(|| Instant::now() + GRACE)
+    }
+}
+
+impl Write for Patient {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            let mut fds = [PollFd::new(self.out.as_fd(), PollFlags::POLLOUT)];
+            match poll(&mut fds, PollTimeout::from(LOOK_MS)) {
+                Ok(0) | Err(nix::errno::Errno::EINTR) if self.gives_up() => {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+                _ => return self.out.write(&bytes[..bytes.len().min(AT_ONCE)]),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Where the stream is printed.
 pub struct Output {
-    out: BufWriter<Stdout>,
+    out: BufWriter<Patient>,
     json: bool,
     names: Names,
-    /// Widths of the columns, which only grow: a long address moves what follows it once.
+    /// Widths of the columns, which only grow; the heads are printed again when one has.
     widths: [usize; 5],
 }
 
 const HEADS: [&str; 5] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN"];
-const WIDTHS: [usize; 5] = [9, 15, 21, 21, 10];
+/// What most IPv4 lines need, so that they fit into 120 columns.
+const WIDTHS: [usize; 5] = [9, 7, 19, 18, 8];
 
 impl Output {
-    /// Prints to standard output.
-    pub fn new(json: bool, names: Names) -> Output {
-        Output { out: BufWriter::new(io::stdout()), json, names, widths: WIDTHS }
+    /// Prints to standard output, until `stop` is set and nobody takes what is printed.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub fn new(json: bool, names: Names, stop: Arc<AtomicBool>) -> io::Result<Output> {
+        let out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        let out = BufWriter::new(Patient { out, stop, until: None });
+        Ok(Output { out, json, names, widths: WIDTHS })
     }
 
     /// True if the lines are JSON.
@@ -112,7 +169,7 @@ impl Output {
         if self.json {
             return self.record(&Record::Syn { interface: &name, syn });
         }
-        let time = humantime::format_rfc3339_micros(syn.time).to_string();
+        let time = humantime::format_rfc3339_millis(syn.time).to_string();
         let verdict = match (syn.verdict, syn.dropped) {
             ("dropped", _) | (_, false) => syn.verdict.to_string(),
             (reason, true) => format!("{reason}!"),
@@ -134,14 +191,25 @@ impl Output {
             (number, _) => number.to_string(),
         };
         let token = syn.token.map_or("-".to_string(), |token| token.to_string());
-        // 2026-11-21T07:36:54.123456Z: a person who watches knows the day.
-        self.columns(&time[11..26], cells, &format!("{options:<7}  {rule:<7}  {token}"))
+        if self.grow(&cells) {
+            self.heads()?;
+        }
+        // 2026-11-21T07:36:54.123Z: a person who watches knows the day, and what needs more reads JSON.
+        self.columns(&time[11..23], cells, &format!("{options:<7}  {rule:<7}  {token}"))
+    }
+
+    /// Makes room for the cells. True if there was too little.
+    fn grow(&mut self, cells: &[String; 5]) -> bool {
+        let before = self.widths;
+        for (cell, width) in cells.iter().zip(&mut self.widths) {
+            *width = (*width).max(cell.len());
+        }
+        self.widths != before
     }
 
     fn columns(&mut self, first: &str, cells: [String; 5], rest: &str) -> io::Result<()> {
-        write!(self.out, "{first:<15}")?;
-        for (cell, width) in cells.iter().zip(&mut self.widths) {
-            *width = (*width).max(cell.len());
+        write!(self.out, "{first:<12}")?;
+        for (cell, width) in cells.iter().zip(self.widths) {
             write!(self.out, "  {cell:<width$}")?;
         }
         writeln!(self.out, "  {rest}")

@@ -31,7 +31,7 @@ pub enum End {
     NothingLeft,
 }
 
-/// Streams until the end.
+/// Streams until the end; `each_look` is called between two looks at the buffer.
 ///
 /// # Errors
 /// The kernel refused to be read, or the output failed for another reason than a closed pipe.
@@ -41,9 +41,10 @@ pub fn run(
     output: &mut Output,
     watch: &mut Watch<'_>,
     stop: &AtomicBool,
+    each_look: &mut dyn FnMut() -> Result<()>,
 ) -> Result<End> {
     let mut stream = Stream { maps, shown: None, next_totals: Instant::now() + TOTALS };
-    match stream.run(reader, output, watch, stop) {
+    match stream.run(reader, output, watch, stop, each_look) {
         Err(error) if is_closed_pipe(&error) => Ok(End::Asked),
         other => other.context("streaming to standard output"),
     }
@@ -62,6 +63,7 @@ impl Stream<'_> {
         output: &mut Output,
         watch: &mut Watch<'_>,
         stop: &AtomicBool,
+        each_look: &mut dyn FnMut() -> Result<()>,
     ) -> Result<End> {
         output.heads()?;
         output.flush()?;
@@ -72,6 +74,7 @@ impl Stream<'_> {
             self.events(reader, output, LOOK)?;
             // The wall clock may have been set.
             clock::publish(&self.maps.clock, None)?;
+            each_look()?;
             report_changes(output, watch)?;
             if watch.links().is_empty() {
                 break End::NothingLeft;
@@ -85,7 +88,6 @@ impl Stream<'_> {
         // What happened until now is part of the story.
         self.events(reader, output, Duration::ZERO)?;
         self.totals(reader, output)?;
-        self.events(reader, output, Duration::ZERO)?;
         output.flush()?;
         Ok(end)
     }
@@ -98,6 +100,8 @@ impl Stream<'_> {
     fn totals(&mut self, reader: &mut Reader<'_>, output: &mut Output) -> Result<()> {
         let counters = Counters::read(self.maps)?;
         let lost = reader.lost(&counters)?;
+        // Looking for losses has emptied the buffer; what is counted is shown before the count.
+        self.events(reader, output, Duration::ZERO)?;
         let now = (counters, lost);
         if self.shown.as_ref() != Some(&now) {
             output.totals(&now.0, now.1).context("printing the totals")?;

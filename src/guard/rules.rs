@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::types::{Accept, Match, Mode as RawMode, Rule as RawRule, Size, Source, SourceKey, Table};
 use crate::keys::RingName;
-use crate::policy::Prefix;
+use crate::policy::values::Prefix;
 use crate::token::Token;
 use crate::token::keyed::{Bind, SLOT_S, Slots};
 

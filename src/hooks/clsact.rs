@@ -8,8 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions};
+use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions, ProgramInfo};
 use libbpf_rs::{MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook};
+use nix::errno::Errno;
 
 use super::netlink::{Filter, Link, Netlink, Side};
 use crate::guard::program as guard;
@@ -91,12 +92,14 @@ pub enum Qdisc {
     Foreign,
     /// It was ours, but there are other filters on it: kept. How many.
     InUse(usize),
+    /// It was ours, but somebody made a chain on it: kept.
+    HasChains,
 }
 
 /// Every program of ours that is loaded, in whatever network namespace, by program id.
 ///
 /// # Errors
-/// An instance's pins cannot be read.
+/// An instance's pins cannot be read, or the kernel refused to list its programs.
 pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
     let mut owners = HashMap::new();
     for instance in state.instances() {
@@ -109,8 +112,8 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
             }
         }
     }
-    let programs = ProgInfoIter::with_query_opts(ProgInfoQueryOptions::default().include_map_ids(true));
-    Ok(programs
+    Ok(every_program()?
+        .into_iter()
         .filter_map(|program| {
             let (role, maps) = Role::of(&program.name)?;
             let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
@@ -119,6 +122,49 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
             ours.then_some((program.id, Loaded { role, loaded_at: program.load_time, instance }))
         })
         .collect())
+}
+
+/// How often to begin again if programs are loaded while they are listed.
+const TRIES: usize = 20;
+
+/// Every program that is loaded. The iterator ends without a word where the kernel refuses, and a list that is
+/// too short would make our own filters look like somebody else's; so its end is held against the kernel's.
+fn every_program() -> Result<Vec<ProgramInfo>> {
+    let doing = "listing the loaded BPF programs";
+    for _ in 0..TRIES {
+        let options = ProgInfoQueryOptions::default().include_map_ids(true);
+        let programs: Vec<ProgramInfo> = ProgInfoIter::with_query_opts(options).collect();
+        match program_after(programs.last().map_or(0, |program| program.id)) {
+            Ok(None) => return Ok(programs),
+            // It has come meanwhile, or it is the one at which the list broke off.
+            Ok(Some(id)) => match libbpf_rs::Program::fd_from_id(id) {
+                Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("{doing}: looking at program {id}"));
+                }
+                _ => {}
+            },
+            Err(Errno::EPERM) => {
+                bail!(
+                    "{doing}: permission denied; it needs CAP_SYS_ADMIN outside of any user namespace (try sudo)"
+                )
+            }
+            Err(errno) => return Err(errno).context(doing),
+        }
+    }
+    bail!("{doing}: others are loaded faster than they can be listed; try again")
+}
+
+/// The id of the next program after that one; nothing if it is the last.
+fn program_after(id: u32) -> Result<Option<u32>, Errno> {
+    let mut next = 0;
+    // SAFETY: the pointer is valid for the call, which writes one u32 to it.
+    let result = unsafe { libbpf_sys::bpf_prog_get_next_id(id, &mut next) };
+    // libbpf returns the error itself, negative.
+    match Errno::from_raw(-result) {
+        _ if result == 0 => Ok(Some(next)),
+        Errno::ENOENT => Ok(None),
+        errno => Err(errno),
+    }
 }
 
 fn has_maps(ids: &[u32], names: &[&str]) -> bool {
@@ -240,7 +286,7 @@ impl<'a> Hooks<'a> {
     /// The kernel refused; then everything is as it was.
     pub fn attach(
         &mut self,
-        _lock: &Lock,
+        lock: &Lock,
         link: &Link,
         instance: &str,
         program: BorrowedFd<'_>,
@@ -248,6 +294,24 @@ impl<'a> Hooks<'a> {
     ) -> Result<Attachment> {
         let front = if place.priority.is_none() { self.front(link)? } else { None };
         let made_qdisc = self.make_clsact(link)?;
+        let attached = self.attach_filter(link, instance, program, place, front);
+        if attached.is_err() && made_qdisc {
+            // Unless somebody uses it already.
+            self.destroy_clsact(lock, link).ok();
+        }
+        let (filter, previous) = attached?;
+        Ok(Attachment { filter, previous, made_qdisc })
+    }
+
+    /// Returns where the filter stands, and what of ours was there before.
+    fn attach_filter(
+        &mut self,
+        link: &Link,
+        instance: &str,
+        program: BorrowedFd<'_>,
+        place: Place,
+        front: Option<u16>,
+    ) -> Result<(Filter, Vec<(Filter, OwnedFd)>)> {
         let ours = self.attached(link, instance)?;
         let previous = hold_programs(&ours)?;
         let in_place = ours.iter().find(|ours| {
@@ -268,16 +332,7 @@ impl<'a> Hooks<'a> {
             }
         }
         let (attached, said) = messages(|| hook.attach());
-        let hook = match attached {
-            Ok(hook) => hook,
-            Err(error) => {
-                let explained = self.explain_attach(link, place, error.into(), &said);
-                if made_qdisc {
-                    self.remove_clsact(link).ok();
-                }
-                return Err(explained);
-            }
-        };
+        let hook = attached.map_err(|error| self.explain_attach(link, place, error.into(), &said))?;
 
         let filter = Filter {
             priority: hook.get_priority() as u16,
@@ -290,7 +345,7 @@ impl<'a> Hooks<'a> {
         for old in ours.iter().filter(|old| !same(&old.filter)) {
             self.remove_filter(link, &old.filter)?;
         }
-        Ok(Attachment { filter, previous, made_qdisc })
+        Ok((filter, previous))
     }
 
     /// The priority in front of every filter that is there; none if there are none, which lets the kernel choose. Its
@@ -366,13 +421,19 @@ impl<'a> Hooks<'a> {
         if !self.netlink.clsacts()?.contains(&link.index) {
             return Ok(Qdisc::Absent);
         }
-        if !self.netlink.has_chain(link.index, OUR_CHAIN)? {
+        let mut chains = self.netlink.chains(link.index, Side::Egress)?;
+        if !chains.contains(&OUR_CHAIN) {
             return Ok(Qdisc::Foreign);
         }
         let used = self.netlink.filters(link.index, Side::Ingress)?.len()
             + self.netlink.filters(link.index, Side::Egress)?.len();
         if used > 0 {
             return Ok(Qdisc::InUse(used));
+        }
+        chains.extend(self.netlink.chains(link.index, Side::Ingress)?);
+        // Chain 0 comes with the first filter; any other somebody made, to fill it.
+        if chains.iter().any(|chain| ![0, OUR_CHAIN].contains(chain)) {
+            return Ok(Qdisc::HasChains);
         }
         self.remove_clsact(link)?;
         Ok(Qdisc::Removed)

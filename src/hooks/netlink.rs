@@ -36,6 +36,17 @@ pub enum Side {
     Egress,
 }
 
+impl Side {
+    /// As the parent of filters and chains: TC_H_MIN_INGRESS or TC_H_MIN_EGRESS of clsact.
+    fn parent(self) -> TcHandle {
+        let minor = match self {
+            Side::Ingress => TcHandle::MIN_INGRESS,
+            Side::Egress => TcHandle::MIN_EGRESS,
+        };
+        TcHandle { major: TcHandle::CLSACT.major, minor }
+    }
+}
+
 /// A filter on a clsact qdisc, of whatever kind and owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter {
@@ -108,11 +119,7 @@ impl Netlink {
     /// # Errors
     /// The kernel answered with an error; there is no clsact qdisc, for example.
     pub fn filters(&mut self, ifindex: u32, side: Side) -> Result<Vec<Filter>> {
-        let parent = match side {
-            Side::Ingress => INGRESS,
-            Side::Egress => EGRESS,
-        };
-        let request = tc_message(ifindex, parent);
+        let request = tc_message(ifindex, side.parent());
         let replies = self
             .dump(RouteNetlinkMessage::GetTrafficFilter(request))
             .with_context(|| format!("listing the {side:?} filters of interface {ifindex}"))?;
@@ -150,21 +157,25 @@ impl Netlink {
         }
     }
 
-    /// Whether an interface's clsact qdisc has an egress chain of that number.
+    /// The numbers of the chains on one side of an interface's clsact qdisc.
     ///
     /// # Errors
     /// The kernel answered with an error.
-    pub fn has_chain(&mut self, ifindex: u32, chain: u32) -> Result<bool> {
-        let request = tc_message(ifindex, EGRESS);
+    pub fn chains(&mut self, ifindex: u32, side: Side) -> Result<Vec<u32>> {
+        let request = tc_message(ifindex, side.parent());
         let replies = self
             .dump(RouteNetlinkMessage::GetTrafficChain(request))
-            .with_context(|| format!("listing the chains of interface {ifindex}"))?;
-        Ok(replies.iter().any(|reply| match reply {
+            .with_context(|| format!("listing the {side:?} chains of interface {ifindex}"))?;
+        let chain = |reply| match reply {
             RouteNetlinkMessage::NewTrafficChain(message) => {
-                message.attributes.contains(&TcAttribute::Chain(chain))
+                message.attributes.into_iter().find_map(|attribute| match attribute {
+                    TcAttribute::Chain(number) => Some(number),
+                    _ => None,
+                })
             }
-            _ => false,
-        }))
+            _ => None,
+        };
+        Ok(replies.into_iter().filter_map(chain).collect())
     }
 
     /// Sends requests in one datagram. Returns for each the error number with which it was refused, if it was.
@@ -199,6 +210,10 @@ impl Netlink {
             let (received, _) = self.socket.recv_from_full().context("receiving a netlink reply")?;
             for reply in messages(&received)? {
                 match reply.payload {
+                    // A dump that failed on the way ends like one that is whole, but for this number.
+                    NetlinkPayload::Done(done) if done.code < 0 => {
+                        return Err(io::Error::from_raw_os_error(-done.code).into());
+                    }
                     NetlinkPayload::Done(_) => return Ok(replies),
                     NetlinkPayload::Error(error) if error.code.is_some() => {
                         return Err(error.to_io().into());
@@ -211,10 +226,6 @@ impl Netlink {
     }
 }
 
-/// The two sides of clsact, as parents of filters and chains: TC_H_MIN_INGRESS and TC_H_MIN_EGRESS.
-const INGRESS: TcHandle = TcHandle { major: TcHandle::CLSACT.major, minor: TcHandle::MIN_INGRESS };
-const EGRESS: TcHandle = TcHandle { major: TcHandle::CLSACT.major, minor: TcHandle::MIN_EGRESS };
-
 fn tc_message(ifindex: u32, parent: TcHandle) -> TcMessage {
     let mut message = TcMessage::default();
     message.header.index = ifindex.cast_signed();
@@ -223,7 +234,7 @@ fn tc_message(ifindex: u32, parent: TcHandle) -> TcMessage {
 }
 
 fn chain_message(ifindex: u32, chain: u32) -> TcMessage {
-    let mut message = tc_message(ifindex, EGRESS);
+    let mut message = tc_message(ifindex, Side::Egress.parent());
     message.attributes.push(TcAttribute::Chain(chain));
     message
 }

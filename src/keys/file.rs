@@ -40,6 +40,26 @@ pub struct KeyDir {
 #[derive(Debug)]
 pub struct KeyLock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
 
+/// The keys of an instance, which must suffice to sign with these rings; nothing if it has no key directory.
+///
+/// # Errors
+/// They cannot be read, or a ring has no key that signs.
+pub fn keys_for(instance: &str, rings: impl IntoIterator<Item = RingName>) -> Result<Option<Vec<Key>>> {
+    super::guard_process()?;
+    let dir = KeyDir::of_instance(instance);
+    let keys = dir.load()?;
+    for ring in rings {
+        if super::signer(&keys, ring).is_none() {
+            bail!(
+                "the policy makes tokens with key ring '{ring}', of which no key in {} signs; make one with: netoken \
+                 key new {ring}",
+                dir.path().display()
+            );
+        }
+    }
+    Ok(dir.exists().then_some(keys))
+}
+
 impl KeyDir {
     /// Where the keys of an instance are, unless somebody says otherwise.
     pub fn of_instance(instance: &str) -> KeyDir {
@@ -76,9 +96,9 @@ impl KeyDir {
             .recursive(true)
             .mode(0o700)
             .create(&self.path)
-            .with_context(|| format!("making the key directory {} (try sudo)", self.path.display()))?;
+            .map_err(|error| explain(error, "making the key directory", &self.path))?;
         let dir = File::open(&self.path)
-            .with_context(|| format!("opening the key directory {}", self.path.display()))?;
+            .map_err(|error| explain(error, "opening the key directory", &self.path))?;
         let lock = Flock::lock(dir, FlockArg::LockExclusive)
             .map_err(|(_, errno)| anyhow!("locking the key directory {}: {errno}", self.path.display()))?;
         Ok(KeyLock(lock))
@@ -91,7 +111,7 @@ impl KeyDir {
     pub fn load(&self) -> Result<Vec<Key>> {
         let entries = match fs::read_dir(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.with_context(|| format!("reading the key directory {}", self.path.display()))?,
+            other => other.map_err(|error| explain(error, "reading the key directory", &self.path))?,
         };
         let mut keys = Vec::new();
         for entry in entries {
@@ -172,14 +192,24 @@ impl KeyDir {
     }
 }
 
+/// Keys are root's, so that is what is missing most of the time.
+fn explain(error: io::Error, doing: &str, path: &Path) -> anyhow::Error {
+    let remedy =
+        if error.kind() == io::ErrorKind::PermissionDenied { "; keys belong to root (try sudo)" } else { "" };
+    anyhow!("{doing} {}: {error}{remedy}", path.display())
+}
+
 /// Reads one key file.
 ///
 /// # Errors
 /// It cannot be read, others can read it, or it is not a key.
 pub fn read(path: &Path) -> Result<Key> {
     let doing = || format!("reading the key {}", path.display());
-    let mut file =
-        OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path).with_context(doing)?;
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(|error| explain(error, "reading the key", path))?;
     let meta = file.metadata().with_context(doing)?;
     check_access(path, &meta).with_context(doing)?;
     // One buffer that never grows, so that no copy is left behind.

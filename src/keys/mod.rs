@@ -266,6 +266,13 @@ mod tests {
     }
 
     #[test]
+    fn a_guarded_process_leaves_no_core() {
+        guard_process().unwrap();
+        assert!(!nix::sys::prctl::get_dumpable().unwrap());
+        assert_eq!(nix::sys::resource::getrlimit(Resource::RLIMIT_CORE).unwrap(), (0, 0));
+    }
+
+    #[test]
     fn two_random_secrets_differ() {
         assert_ne!(Secret::random().unwrap().bytes(), Secret::random().unwrap().bytes());
     }

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use crate::said::netoken;
 
 /// Every flag that the first users know.
-const FLAGS: [&str; 21] = [
+const FLAGS: [&str; 23] = [
     "--iface",
     "--interface",
     "--attach",
@@ -14,6 +14,8 @@ const FLAGS: [&str; 21] = [
     "--destroy",
     "--token",
     "--policy",
+    "--watch",
+    "--allow-missing",
     "--quiet",
     "--sample",
     "--detach-on-exit",
@@ -63,6 +65,22 @@ pub fn an_example_is_shown() -> Result<()> {
         ensure!(examples.contains(example), "'{example}' is not among the examples:\n{examples}");
     }
     ensure!(help.out.contains("Exit codes: 0"), "{}", help.out);
+    Ok(())
+}
+
+pub fn the_examples_fit_a_narrow_terminal() -> Result<()> {
+    let help = netoken(&["--help"])?.code(0)?;
+    let (_, examples) = help.out.split_once("Examples:").context("no examples")?;
+    let widest = examples.lines().max_by_key(|line| line.len()).unwrap_or_default();
+    ensure!(widest.len() < 80, "{} columns: {widest}", widest.len());
+    Ok(())
+}
+
+pub fn a_flag_in_the_wrong_place_is_named_alone() -> Result<()> {
+    for mode in ["--query", "--detach", "--destroy"] {
+        let said = netoken(&["-i", "eth0", mode, "--sample", "5"])?.code(2)?.err(&[mode, "--sample"])?;
+        ensure!(!said.err.contains("--exid"), "flags that nobody typed: {said:#?}");
+    }
     Ok(())
 }
 

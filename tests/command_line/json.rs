@@ -63,7 +63,7 @@ pub fn attach_prints_one_object_a_line() -> Result<()> {
     for _ in 0..3 {
         stream.wait_for("a SYN", |line| line.contains("\"syn\""))?;
     }
-    sh(&format!("ip -n {} link set c0 name c7", world.ns))?;
+    world.lab.rename(&world.ns, "c0", "c7")?;
     stream.wait_for("the new name", |line| line.contains("renamed"))?;
     stream.signal(Signal::SIGINT)?;
     let (code, lines) = stream.end()?;

@@ -321,3 +321,23 @@ pub fn a_stream_follows_a_step_of_the_clock_within_two_seconds() -> Result<()> {
     }
     Ok(())
 }
+
+/// A time namespace shows a command another boot time than the one that the classifier reads.
+pub fn a_time_namespace_does_not_shift_the_clock() -> Result<()> {
+    let world = World::new()?;
+    world.lab.ok("key new edge")?;
+    world.ok("-i c0 --attach --quiet")?;
+    let map = libbpf_rs::MapHandle::from_pinned_path(world.lab.run.join("bpf/default/clock"))?;
+    let right = netoken::clock::published(&map)?;
+    let mut wrong = right;
+    wrong.boot_offset_ns += 77_000_000_000;
+    netoken::clock::write(&map, &wrong)?;
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--time", "--boottime", "86400", crate::lab::NETOKEN, "key", "list"]);
+    command.env("NETOKEN_RUN", &world.lab.run).env("NETOKEN_KEYS", world.lab.keys());
+    said(&mut command)?.code(0)?;
+    let now = netoken::clock::published(&map)?;
+    let off = now.boot_offset_ns.abs_diff(right.boot_offset_ns);
+    ensure!(off < 1_000_000_000, "a command in a time namespace was off by {off} ns");
+    Ok(())
+}

@@ -17,11 +17,13 @@ mod names;
 mod output;
 mod policy;
 mod rights;
+mod rules;
 mod said;
 mod state;
 mod stream;
 #[path = "../support/mod.rs"]
 mod support;
+mod tokens;
 #[path = "../hooks/world.rs"]
 #[allow(dead_code)]
 mod world;
@@ -29,7 +31,7 @@ mod world;
 use std::process::ExitCode;
 
 use libtest_mimic::Trial;
-use support::{Need, sh};
+use support::Need;
 
 /// Each case under the name of its function.
 macro_rules! cases {
@@ -44,20 +46,40 @@ macro_rules! cases {
 
 fn main() -> ExitCode {
     let mut cases = everywhere();
+    cases.extend(with_python());
+    cases.extend(with_tcpdump());
     cases.extend(with_root());
     cases.extend(cases![&[Need::Root, Need::Tool("setpriv"), Need::BufferLimit];
-        stream: a_stream_that_cannot_begin_leaves_nothing;
+        stream: a_stream_that_cannot_begin_leaves_all_as_it_was;
     ]);
     support::run(cases)
 }
 
 fn everywhere() -> Vec<Trial> {
     cases![&[];
-        help: every_flag_is_described an_example_is_shown help_and_version_are_no_errors
+        help: every_flag_is_described an_example_is_shown the_examples_fit_a_narrow_terminal a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
             wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
         policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
+        rules: all_errors_are_shown_in_one_run_with_their_lines
+            a_good_file_is_checked_without_rights_and_warnings_are_told;
         names: an_unknown_namespace_is_named;
+        tokens: the_vectors_are_made_and_found_valid a_token_that_is_not_valid_is_exit_code_1_and_says_why
+            a_capture_is_decoded what_is_wrong_with_a_capture_is_named;
         rights: without_rights_the_capabilities_and_the_remedy_are_named;
+    ]
+}
+
+fn with_python() -> Vec<Trial> {
+    cases![&[Need::Tool("python3")];
+        tokens: another_language_makes_the_same_tokens;
+    ]
+}
+
+fn with_tcpdump() -> Vec<Trial> {
+    let needs =
+        &[Need::Root, Need::Tool("ip"), Need::Tool("tc"), Need::Tool("ethtool"), Need::Tool("tcpdump")];
+    cases![needs;
+        tokens: what_tcpdump_sends_is_decoded_as_it_comes;
     ]
 }
 
@@ -67,21 +89,28 @@ fn with_root() -> Vec<Trial> {
     cases![needs;
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
             a_query_where_nothing_is_attached;
+        rules: counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
+            the_kernel_says_which_rule_decides_and_why sighup_loads_the_file_again
+            watch_notices_every_way_of_changing_a_file;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
-        rights: each_missing_capability_is_named without_the_right_to_mount_the_error_says_so;
+        rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
+            without_the_right_to_look_nothing_is_said_or_changed;
         keys: a_rotation_in_three_steps a_file_that_others_can_read_is_refused
             a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
             the_files_decide_what_the_kernel_knows nobody_sees_a_secret
             slots_have_the_length_that_was_asked_for
-            a_stream_follows_a_step_of_the_clock_within_two_seconds;
+            a_stream_follows_a_step_of_the_clock_within_two_seconds
+            a_time_namespace_does_not_shift_the_clock;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
+            a_relative_directory_is_below_the_current_one
             a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
             a_query_names_a_broken_instance;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything
+            a_signal_during_the_attach_detaches_on_exit an_output_that_nobody_reads_does_not_keep_it_alive
             detach_on_exit_leaves_what_others_use a_sample_counts_all_and_shows_some
-            every_syn_is_shown_once;
+            every_syn_is_shown_once the_columns_stand_under_their_heads what_is_counted_is_shown_before_the_count;
         output: an_early_reader_ends_the_stream_in_peace a_closed_pipe_is_no_error_anywhere
             a_closed_output_is_no_panic an_output_that_is_full_is_an_error
             an_error_of_the_output_says_what_it_is_about a_stream_that_fails_says_what_stays

@@ -30,7 +30,9 @@ pub fn an_unknown_namespace_gets_a_list_of_those_known() -> Result<()> {
             .context(mode)?;
     }
     // A file that is no namespace is an error as well.
-    said(&mut lab.netoken("--netns /etc/hostname -i lo --query"))?.code(1)?.err(&["/etc/hostname"])?;
+    said(&mut lab.netoken("--netns /etc/hostname -i lo --query"))?
+        .code(1)?
+        .err(&["/etc/hostname", "not a network namespace"])?;
     expect_no_state(&lab)
 }
 
@@ -53,6 +55,7 @@ pub fn a_query_where_nothing_is_attached() -> Result<()> {
         query(args)?.code(1)?.err(&["on c0: there are none", "--iface c0 --netns", "--attach"])?;
     }
     query("--query")?.code(0)?.err(&["not attached to any interface"])?;
+    query("--destroy")?.code(0)?.err(&["not attached to any interface"])?;
     let said = query("--query --json")?.code(0)?;
     ensure!(said.out.is_empty() && said.err.is_empty(), "{said:#?}");
     expect_no_state(&world.lab)

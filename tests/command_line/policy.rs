@@ -23,13 +23,13 @@ token = "2222222222222222"
 
 /// Each with the line that is wrong and a word of what is wrong with it.
 const BAD: [(&str, &str, &str); 7] = [
-    ("nonsense = 1\n", "line 1", "nonsense"),
-    ("\n\n[[rule]\n", "line 3", "expected"),
-    ("default = { action = \"stmp\" }\n", "line 1", "stmp"),
-    ("[[rule]]\nname = 'a'\ndst = '10.0.0.1/8'\naction = 'skip'\n", "line 3", "did you mean 10.0.0.0/8"),
-    ("[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\nport = 65536\naction = 'skip'\n", "line 4", "65536"),
-    ("\n[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\naction = 'stamp'\n", "line 2", "needs a token"),
-    ("default = { action = \"stamp\", token = \"00\" }\n", "line 1", "16 hexadecimal digits"),
+    ("nonsense = 1\n", ".toml:1:1", "nonsense"),
+    ("\n\n[[rule]\n", ".toml:3:", "unclosed"),
+    ("default = { action = \"stmp\" }\n", ".toml:1:22", "stmp"),
+    ("[[rule]]\nname = 'a'\ndst = '10.0.0.1/8'\naction = 'skip'\n", ".toml:3:7", "did you mean 10.0.0.0/8"),
+    ("[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\nport = 65536\naction = 'skip'\n", ".toml:4:8", "65536"),
+    ("\n[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\naction = 'stamp'\n", ".toml:2:1", "needs a token"),
+    ("default = { action = \"stamp\", token = \"001122334\" }\n", ".toml:1:39", "16 hexadecimal digits"),
 ];
 
 fn write(lab: &Lab, text: &str) -> Result<PathBuf> {

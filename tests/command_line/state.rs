@@ -1,10 +1,12 @@
 //! A state directory that cannot be, or is not, what it should be.
 
 use std::fs;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapHandle, MapType};
 
+use crate::lab::NETOKEN;
 use crate::look::{expect_bare, expect_no_state, expect_ours, ours};
 use crate::said::said;
 use crate::support::ensure_eq;
@@ -12,9 +14,24 @@ use crate::world::World;
 
 pub fn a_directory_that_cannot_be_made_is_an_error_with_a_remedy() -> Result<()> {
     let world = World::new()?;
-    for dir in ["/proc/xyz", "/etc/hostname/below", "/sys/xyz"] {
+    for dir in ["/proc/xyz", "/etc/hostname/below", "/sys/xyz", "/sys"] {
         let mut command = world.lab.netoken(&world.args("-i c0 --attach --quiet"));
         said(command.env("NETOKEN_RUN", dir))?.code(1)?.err(&[dir, "NETOKEN_RUN"]).context(dir)?;
+        expect_bare(&world.ns, "c0")?;
+    }
+    Ok(())
+}
+
+/// Also where the command runs in a mount namespace of its own and the state is made in the first one.
+pub fn a_relative_directory_is_below_the_current_one() -> Result<()> {
+    let world = World::new()?;
+    for name in ["below", "./deeper/below"] {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &world.ns, NETOKEN, "-i", "c0", "--attach", "--quiet"]);
+        said(command.current_dir(&world.lab.run).env("NETOKEN_RUN", name))?.code(0).context(name)?;
+        ensure!(world.lab.run.join(name).join("bpf/default").exists(), "{name} is not where it should be");
+        let mut command = world.lab.netoken(&world.args("-i c0 --destroy"));
+        said(command.current_dir(&world.lab.run).env("NETOKEN_RUN", name))?.code(0).context(name)?;
         expect_bare(&world.ns, "c0")?;
     }
     Ok(())

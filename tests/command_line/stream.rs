@@ -1,15 +1,19 @@
 //! The stream: what it shows, and how it ends when it is asked to.
 
+use std::io::pipe;
 use std::net::TcpStream;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sched::{CpuSet, sched_setaffinity};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::lab::{NETOKEN, Running};
-use crate::look::{counter, expect_bare, expect_no_state, expect_ours};
+use crate::lab::{NETOKEN, Running, wait_until};
+use crate::look::{counter, expect_bare, expect_no_state, expect_ours, ours};
 use crate::said::sign_of_panic;
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -65,6 +69,53 @@ pub fn detach_on_exit_removes_everything() -> Result<()> {
     Ok(())
 }
 
+/// Two interfaces make the time between the first filter and the stream long enough to be met.
+pub fn a_signal_during_the_attach_detaches_on_exit() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    let mut command = world.lab.netoken(&world.args("-i c0 -i c1 --attach --detach-on-exit"));
+    let stream = Running::start(&mut command)?;
+    wait_until("the first filter", || Ok((!ours(&world.ns, "c0")?.is_empty()).then_some(())))?;
+    end(stream, Signal::SIGTERM)?;
+    expect_bare(&world.ns, "c0")?;
+    expect_bare(&world.ns, "c1")?;
+    expect_no_state(&world.lab)
+}
+
+/// A pager that shows its first page, a terminal after Ctrl-S.
+pub fn an_output_that_nobody_reads_does_not_keep_it_alive() -> Result<()> {
+    let world = World::new()?;
+    for both in [false, true] {
+        let (reader, writer) = pipe()?;
+        fcntl(&reader, FcntlArg::F_SETPIPE_SZ(4096))?;
+        let mut command = world.lab.netoken(&world.args("-i c0 --attach"));
+        command.stdout(writer.try_clone()?);
+        match both {
+            true => command.stderr(writer),
+            false => command.stderr(Stdio::null()),
+        };
+        let mut child = command.spawn()?;
+        drop(command);
+        wait_until("the filter", || Ok((!ours(&world.ns, "c0")?.is_empty()).then_some(())))?;
+        let shown = || world.syns(50).and_then(|()| Ok(syns(&world)? > 200));
+        wait_until("more than the pipe takes", || Ok(shown()?.then_some(())))?;
+        // It is in the write, or waits for it to be possible, and reads no events any more.
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?;
+        let ended = wait_until("the stream to end", || Ok(child.try_wait()?));
+        child.kill().ok();
+        child.wait()?;
+        ensure_eq!(ended?.code(), Some(0), "the exit code");
+        expect_ours(&world.ns, "c0", 1)?;
+        world.ok("-i c0 --destroy")?;
+        drop(reader);
+    }
+    Ok(())
+}
+
+fn syns(world: &World) -> Result<u64> {
+    counter(&world.lab, &world.ns, "default", "syns")
+}
+
 pub fn detach_on_exit_leaves_what_others_use() -> Result<()> {
     let world = World::new()?;
     sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
@@ -85,6 +136,54 @@ pub fn every_syn_is_shown_once() -> Result<()> {
     let totals = lines.iter().rfind(|line| line.starts_with("-- ")).context("no totals")?;
     ensure!(totals.contains("200 SYNs, 200 stamped"), "{totals}");
     Ok(())
+}
+
+pub fn what_is_counted_is_shown_before_the_count() -> Result<()> {
+    let world = World::new()?;
+    let mut stream = stream(&world, "")?;
+    // Both are due when it goes on: events that nobody has taken out of the buffer, and totals.
+    stream.signal(Signal::SIGSTOP)?;
+    world.syns(200)?;
+    thread::sleep(Duration::from_millis(1100));
+    stream.signal(Signal::SIGCONT)?;
+    stream.wait_for("the totals", |line| line.starts_with("-- 200 SYNs, 200 stamped"))?;
+    ensure_eq!(shown(&stream.seen), 200, "SYNs shown before the totals");
+    end(stream, Signal::SIGINT).map(drop)
+}
+
+pub fn the_columns_stand_under_their_heads() -> Result<()> {
+    let world = World::new()?;
+    let long = "a23456789012345";
+    sh(&format!(
+        "ip -n {} link set c0 down; ip -n {0} link set c0 name {long}; ip -n {0} link set {long} up",
+        world.ns
+    ))?;
+    let args = world.args(&format!("-i lo -i {long} --attach"));
+    let mut stream = Running::start(&mut world.lab.netoken(&args))?;
+    stream.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
+    world.syns_to("127.0.0.1:9", 1)?;
+    stream.wait_for("a SYN on lo", |line| line.contains("127.0.0.1:9"))?;
+    world.syns(1)?;
+    stream.wait_for("a SYN on the other", |line| line.contains("10.77.0.2:9"))?;
+    let lines: Vec<&String> =
+        stream.seen.iter().filter(|line| line.contains(':') || line.contains("VERDICT")).collect();
+    let mut heads = None;
+    let mut looked_at = 0;
+    for line in lines {
+        if line.starts_with("TIME") {
+            heads = Some(line);
+        } else if line.contains(":9 ") {
+            // Names and addresses of common length fit a terminal of common width.
+            ensure!(!line.contains("  lo ") || line.len() < 120, "{} columns: {line}", line.len());
+            let heads = heads.context("no heads")?;
+            for (head, cell) in [("VERDICT", "stamped"), ("RULE", "default"), ("TOKEN", "4e45544f4b454e31")] {
+                ensure_eq!(line.find(cell), heads.find(head), "the column of {head}:\n{heads}\n{line}");
+            }
+            looked_at += 1;
+        }
+    }
+    ensure_eq!(looked_at, 2, "SYNs in {:#?}", stream.seen);
+    end(stream, Signal::SIGINT).map(drop)
 }
 
 pub fn a_sample_counts_all_and_shows_some() -> Result<()> {
@@ -108,31 +207,48 @@ pub fn a_sample_counts_all_and_shows_some() -> Result<()> {
     Ok(())
 }
 
-/// Without CAP_IPC_LOCK all buffers of a user share a limit (kernel.perf_event_mlock_kb), and the filter is there
-/// when the stream finds it used up.
-pub fn a_stream_that_cannot_begin_leaves_nothing() -> Result<()> {
-    let world = World::new()?;
+/// Without CAP_IPC_LOCK all buffers of a user share a limit (kernel.perf_event_mlock_kb).
+fn within_the_limit(world: &World, args: &str) -> Result<Running> {
+    let mut command = Command::new("bash");
+    let script = "ulimit -l 0; exec setpriv --bounding-set -ipc_lock \"$@\"";
+    command.args(["-c", script, "bash", NETOKEN]).args(world.args(args).split_whitespace());
+    Running::start(command.env("NETOKEN_RUN", &world.lab.run))
+}
+
+fn expect_no_room(stream: Running) -> Result<()> {
+    let (code, lines) = stream.end()?;
+    ensure_eq!(code, Some(1), "the exit code: {lines:#?}");
+    let said = lines.join("\n");
+    ensure!(said.contains("perf_event_mlock_kb") && !said.contains("libbpf:"), "no remedy: {said}");
+    Ok(())
+}
+
+/// Starts streams on the second cable until one finds the limit used up; returns the others.
+fn use_up_the_limit(world: &World) -> Result<Vec<Running>> {
     let mut streams: Vec<Running> = Vec::new();
     // One stream takes a fourth of it, or more, whatever the number of CPUs.
     for number in 0..6 {
-        let mut command = Command::new("bash");
-        let script = "ulimit -l 0; exec setpriv --bounding-set -ipc_lock \"$@\"";
-        let args = world.args(&format!("-i c0 --attach --instance full{number}"));
-        command.args(["-c", script, "bash", NETOKEN]).args(args.split_whitespace());
-        let mut stream = Running::start(command.env("NETOKEN_RUN", &world.lab.run))?;
+        let mut stream = within_the_limit(world, &format!("-i c1 --attach --instance full{number}"))?;
         if stream.wait_for("the heads of the columns", |line| line.contains("VERDICT")).is_ok() {
             streams.push(stream);
             continue;
         }
-        let (code, lines) = stream.end()?;
-        ensure_eq!(code, Some(1), "the exit code: {lines:#?}");
-        let said = lines.join("\n");
-        ensure!(said.contains("perf_event_mlock_kb") && !said.contains("libbpf:"), "no remedy: {said}");
-        expect_ours(&world.ns, "c0", streams.len())?;
-        for stream in streams {
-            end(stream, Signal::SIGTERM)?;
-        }
-        return Ok(());
+        expect_no_room(stream)?;
+        return Ok(streams);
     }
     bail!("{} streams began, so the limit was never reached", streams.len())
+}
+
+/// Nothing where nothing was, and otherwise what was there. One case, because the limit is one for all.
+pub fn a_stream_that_cannot_begin_leaves_all_as_it_was() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+    let streams = use_up_the_limit(&world)?;
+    expect_ours(&world.ns, "c1", streams.len())?;
+
+    expect_no_room(within_the_limit(&world, "-i c0 --attach --token 2222222222222222")?)?;
+    expect_ours(&world.ns, "c0", 1)?;
+    world.expect_token("1111111111111111", "the token after an attach that failed")?;
+    streams.into_iter().try_for_each(|stream| end(stream, Signal::SIGTERM).map(drop))
 }

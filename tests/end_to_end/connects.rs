@@ -104,11 +104,12 @@ fn ecn(family: Family, mode: &str, flags: u16) -> Result<()> {
 }
 
 fn has_accurate_ecn() -> Result<(), String> {
-    let set = sys::in_nowhere(|| std::fs::write("/proc/sys/net/ipv4/tcp_ecn", "3"));
-    match set {
-        Ok(Ok(())) => Ok(()),
-        _ => Err("this kernel has no accurate ECN".to_string()),
-    }
+    // Before 5.15 any number is taken, and means nothing.
+    let takes = |value: &'static str| {
+        let set = sys::in_nowhere(|| std::fs::write("/proc/sys/net/ipv4/tcp_ecn", value));
+        matches!(set, Ok(Ok(())))
+    };
+    if takes("3") && !takes("99") { Ok(()) } else { Err("this kernel has no accurate ECN".to_string()) }
 }
 
 /// include/uapi/linux/mptcp.h

@@ -13,8 +13,9 @@ use crate::lab::{PATIENCE, Running, kernel_counter};
 use crate::segment::TOKEN;
 use crate::sockets::{Listener, connect, exchange, expect_dropped};
 use crate::support::ensure_eq;
+use crate::support::sh;
 use crate::world::{FAMILIES, Family, Hook, IN, OFFLOADS, OUT, World};
-use crate::{NET, case, sh, with};
+use crate::{NET, case, with};
 
 /// How the guard is asked for, and what it must then be.
 const HOOKS: [(&str, &str); 3] = [("auto", "xdp native"), ("xdp", "xdp native"), ("tc", "clsact ingress")];

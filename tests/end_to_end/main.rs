@@ -4,12 +4,17 @@ mod connects;
 mod devices;
 mod fastopen;
 mod guard;
+mod keyed;
 #[path = "../support/lab.rs"]
 mod lab;
+mod links;
+mod losses;
 mod measures;
 mod policies;
 mod receivers;
+mod reloads;
 mod segment;
+mod senders;
 mod skbs;
 mod sockets;
 mod streams;
@@ -24,10 +29,10 @@ use std::sync::{PoisonError, RwLock};
 
 use anyhow::Result;
 use libtest_mimic::Trial;
-use support::{Need, sh};
+use support::Need;
 
 /// What every case here needs.
-const NET: &[Need] = &[Need::Root, Need::Tool("ip"), Need::Tool("ethtool"), Need::Tool("nstat")];
+const NET: &[Need] = &[Need::Root, Need::Tool("ip"), Need::Tool("ethtool")];
 
 /// The same, and another tool.
 fn with(tool: &'static str) -> Vec<Need> {
@@ -79,8 +84,13 @@ fn main() -> ExitCode {
         fastopen::cases(),
         receivers::cases(),
         policies::cases(),
+        keyed::cases(),
+        reloads::cases(),
+        senders::cases(),
         skbs::cases(),
         devices::cases(),
+        links::cases(),
+        losses::cases(),
         streams::cases(),
         guard::cases(),
         measures::cases(),

@@ -11,15 +11,24 @@ use nix::sys::signal::Signal;
 
 use crate::lab::{PATIENCE, Running, kernel_counter};
 use crate::sockets::{Listener, connect};
-use crate::support::ensure_eq;
+use crate::support::{Need, ensure_eq};
 use crate::world::{Family, World};
 use crate::{NET, alone, streams};
 
 pub fn cases() -> Vec<Trial> {
+    let timed = [NET, &[Need::RealTime]].concat();
     vec![
-        alone("a bulk transfer is as fast with the stamp as without", NET, bulk),
+        alone(
+            "a bulk transfer keeps four fifths of its speed with the stamp, and has no retransmits from it",
+            &timed,
+            bulk,
+        ),
         alone("a thousand connections leave the streaming process below 12 MiB", NET, memory),
-        alone("the first SYN is stamped soon after the command", NET, first_stamp),
+        alone(
+            "the first SYN is stamped within 150 ms of the command, or 1 s if it is not optimised",
+            &timed,
+            first_stamp,
+        ),
     ]
 }
 
@@ -127,16 +136,24 @@ fn memory() -> Result<()> {
     let all = format!("\"syns\":{CONNECTIONS},");
     stream.wait_for("totals of all", |line| line.contains("\"type\":\"totals\"") && line.contains(&all))?;
     let status = std::fs::read_to_string(format!("/proc/{}/status", stream.child.id()))?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
-    println!("after {CONNECTIONS} connections: {line}");
-    let kib: u64 = line.split_whitespace().nth(1).context("no number")?.parse()?;
-    ensure!(kib < LIMIT_KIB, "{line}, more than {LIMIT_KIB} kB");
+    let kib = |name: &str| -> Result<u64> {
+        let line = status.lines().find(|line| line.starts_with(name)).context("no such line")?;
+        Ok(line.split_whitespace().nth(1).context("no number")?.parse()?)
+    };
+    let (all, of_files) = (kib("VmRSS:")?, kib("RssFile:")?);
+    println!(
+        "after {CONNECTIONS} connections: {all} kB, of which {of_files} kB are the program file and libraries"
+    );
+    // The file of a program that is not optimised is larger than all that may be used.
+    let counted = if cfg!(debug_assertions) { all - of_files } else { all };
+    ensure!(counted < LIMIT_KIB, "{counted} kB, more than {LIMIT_KIB} kB");
     stream.signal(Signal::SIGINT)?;
     stream.end().map(drop)
 }
 
 fn first_stamp() -> Result<()> {
-    const LIMIT: Duration = Duration::from_millis(150);
+    // Without optimisation the program itself is slow, and nobody runs it so.
+    const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 1000 } else { 150 });
     const TRIES: usize = 3;
     let mut best = Duration::MAX;
     for _ in 0..TRIES {
@@ -160,7 +177,6 @@ fn first_stamp() -> Result<()> {
         }
     }
     println!("from the command to the first stamped SYN: {best:?}");
-    // Without optimisation the program itself is slow, and nobody runs it so.
-    ensure!(cfg!(debug_assertions) || best < LIMIT, "it took {best:?}, more than {LIMIT:?}");
+    ensure!(best < LIMIT, "it took {best:?}, more than {LIMIT:?}");
     Ok(())
 }

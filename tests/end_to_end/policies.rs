@@ -49,12 +49,6 @@ action = "stamp"
 token = "0102030405060708"
 
 [[rule]]
-name = "a network"
-dst = "NETS"
-action = "stamp"
-token = "3333333333333333"
-
-[[rule]]
 name = "a host in it"
 dst = "HOST3"
 action = "skip"
@@ -64,6 +58,12 @@ name = "a port in that network"
 dst = "NETS"
 port = 1005
 action = "drop"
+
+[[rule]]
+name = "a network"
+dst = "NETS"
+action = "stamp"
+token = "3333333333333333"
 "#;
 
 /// Network and port of a destination, its fate, and the number of the rule that decides it.
@@ -72,11 +72,11 @@ const TABLE: [(u8, u16, Fate, u64); 8] = [
     (1, 1001, Plain, 1),
     (1, 1002, Dropped, 2),
     (1, 1003, Token([1, 2, 3, 4, 5, 6, 7, 8]), 3),
-    (2, 1001, Token([0x33; 8]), 4),
-    (2, 1005, Dropped, 6),
-    (3, 1000, Plain, 5),
-    // The longer prefix decides, also against a rule with a port.
-    (3, 1005, Plain, 5),
+    (2, 1001, Token([0x33; 8]), 6),
+    (2, 1005, Dropped, 5),
+    (3, 1000, Plain, 4),
+    // The first rule that matches decides, also against a later one with a port.
+    (3, 1005, Plain, 4),
 ];
 
 pub fn cases() -> Vec<Trial> {

@@ -6,8 +6,9 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 
+use crate::lab::ip;
 use crate::segment::{Segment, TOKEN};
-use crate::support::{ensure_eq, sh};
+use crate::support::ensure_eq;
 use crate::wire::{Checksum, Frame, LINUX_OPTIONS, Tap};
 use crate::world::{FAMILIES, Family, IN, OUT, World};
 use crate::{NET, case};
@@ -57,7 +58,7 @@ impl Bench {
     pub fn new(family: Family, mtu: usize) -> Result<Bench> {
         let world = World::new(false)?;
         for (ns, interface) in [(&world.client, OUT), (&world.server, IN)] {
-            sh(&format!("ip -n {ns} link set {interface} mtu {mtu}"))?;
+            ip(ns, [format!("link set {interface} mtu {mtu}")])?;
         }
         let sender = Tap::sender(&world.lab, &world.client, OUT)?;
         let receiver = Tap::receiver(&world.lab, &world.server, IN)?;

@@ -3,9 +3,10 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use libbpf_rs::{TC_EGRESS, TcHook};
 use socket2::{MaybeUninitSlice, MsgHdrMut, SockAddr, Socket};
 
 /// Sets a socket option that is a plain run of bytes.
@@ -98,6 +99,48 @@ pub fn open_tun(name: &str) -> Result<File> {
         return Err(io::Error::last_os_error()).with_context(|| format!("making the tun device {name}"));
     }
     Ok(file)
+}
+
+/// Puts a filter in front of all others at the egress of an interface that pushes these VLAN tags, type and
+/// control information, and lets the next filter go on. The qdisc is made as well.
+pub fn attach_vlan_push(interface: &str, tags: &[Tag]) -> Result<OwnedFd> {
+    const VLAN_PUSH: i32 = libbpf_sys::BPF_FUNC_skb_vlan_push as i32;
+    const TC_ACT_UNSPEC: i32 = -1;
+    let ifindex = nix::net::if_::if_nametoindex(interface)?;
+    // Opcode, registers and immediate value: instruction-set.rst of the kernel.
+    let mov = |to: u8, value: i32| (0xb7, to, value);
+    let mut code = vec![(0xbf, 0x16, 0)];
+    for (kind, control) in tags {
+        code.extend([(0xbf, 0x61, 0), mov(2, kind.to_be().into()), mov(3, (*control).into())]);
+        code.push((0x85, 0, VLAN_PUSH));
+    }
+    code.extend([mov(0, TC_ACT_UNSPEC), (0x95, 0, 0)]);
+    let code: Vec<u8> = code
+        .into_iter()
+        .flat_map(|(opcode, registers, value)| {
+            let [a, b, c, d] = value.to_ne_bytes();
+            [opcode, registers, 0, 0, a, b, c, d]
+        })
+        .collect();
+    // SAFETY: the strings end with a zero, `code` holds as many instructions of 8 bytes as is said, and libbpf
+    // takes a null pointer for no options. The descriptor is new and nobody else's.
+    let fd = unsafe {
+        let fd = libbpf_sys::bpf_prog_load(
+            libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
+            c"vlan_push".as_ptr(),
+            c"GPL".as_ptr(),
+            code.as_ptr().cast(),
+            (code.len() / 8) as libbpf_sys::size_t,
+            std::ptr::null_mut(),
+        );
+        ensure!(fd >= 0, "loading the filter: {}", io::Error::from_raw_os_error(-fd));
+        OwnedFd::from_raw_fd(fd)
+    };
+    let mut hook = TcHook::new(fd.as_fd());
+    hook.ifindex(ifindex as i32).attach_point(TC_EGRESS).priority(1).handle(1);
+    hook.create().context("making clsact")?;
+    hook.attach().context("attaching the filter")?;
+    Ok(fd)
 }
 
 /// Does something in a network namespace that nothing else is in and that is gone afterwards.

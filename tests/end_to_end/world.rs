@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::lab::{Lab, kernel_counter};
+use crate::lab::{Lab, ip, kernel_counter};
 use crate::support::{ensure_eq, sh};
 
 /// The client's interface, and the router's towards the server.
@@ -48,6 +48,11 @@ impl Family {
     }
 }
 
+/// The same host in both families, with the length of its network's prefix.
+fn on_link(net: u8, host: u8) -> [String; 2] {
+    FAMILIES.map(|family| family.on_link(net, host))
+}
+
 const CLIENT_HOST: u8 = 1;
 const SERVER_HOST: u8 = 2;
 const ROUTER_HOST: u8 = 254;
@@ -84,29 +89,28 @@ impl World {
     /// Client and server on one link.
     pub fn new(tx_offload: bool) -> Result<World> {
         let mut lab = Lab::new()?;
-        let (client, server) = (lab.netns("client")?, lab.netns("server")?);
-        lab.veth((&client, OUT), (&server, IN), tx_offload)?;
-        for family in FAMILIES {
-            lab.addr(&client, OUT, &family.on_link(CLIENT_NET, CLIENT_HOST))?;
-            lab.addr(&server, IN, &family.on_link(CLIENT_NET, SERVER_HOST))?;
-        }
+        let [client, server] = lab.add_netns(["client", "server"])?;
+        lab.add_veth((&client, OUT), (&server, IN), tx_offload)?;
+        lab.up_with(&client, OUT, &on_link(CLIENT_NET, CLIENT_HOST))?;
+        lab.up_with(&server, IN, &on_link(CLIENT_NET, SERVER_HOST))?;
         Ok(World { hook: (client.clone(), OUT), lab, client, server, server_net: CLIENT_NET })
     }
 
     /// Client and server with a router between them.
     pub fn routed(tx_offload: bool, hook: Hook) -> Result<(World, String)> {
         let mut lab = Lab::new()?;
-        let (client, router, server) = (lab.netns("client")?, lab.netns("router")?, lab.netns("server")?);
-        lab.veth((&client, OUT), (&router, IN), tx_offload)?;
-        lab.veth((&router, OUT), (&server, IN), tx_offload)?;
-        for family in FAMILIES {
-            lab.addr(&client, OUT, &family.on_link(CLIENT_NET, CLIENT_HOST))?;
-            lab.addr(&router, IN, &family.on_link(CLIENT_NET, ROUTER_HOST))?;
-            lab.addr(&router, OUT, &family.on_link(SERVER_NET, ROUTER_HOST))?;
-            lab.addr(&server, IN, &family.on_link(SERVER_NET, SERVER_HOST))?;
-            for (ns, net) in [(&client, CLIENT_NET), (&server, SERVER_NET)] {
-                sh(&format!("ip -n {ns} route add default via {}", family.addr(net, ROUTER_HOST)))?;
-            }
+        let [client, router, server] = lab.add_netns(["client", "router", "server"])?;
+        lab.add_veth((&client, OUT), (&router, IN), tx_offload)?;
+        lab.add_veth((&router, OUT), (&server, IN), tx_offload)?;
+        lab.up_with(&client, OUT, &on_link(CLIENT_NET, CLIENT_HOST))?;
+        lab.up_with(&router, IN, &on_link(CLIENT_NET, ROUTER_HOST))?;
+        lab.up_with(&router, OUT, &on_link(SERVER_NET, ROUTER_HOST))?;
+        lab.up_with(&server, IN, &on_link(SERVER_NET, SERVER_HOST))?;
+        for (ns, net) in [(&client, CLIENT_NET), (&server, SERVER_NET)] {
+            ip(
+                ns,
+                FAMILIES.map(|family| format!("route add default via {}", family.addr(net, ROUTER_HOST))),
+            )?;
         }
         let hook = match hook {
             Hook::Client => (client.clone(), OUT),
@@ -116,6 +120,12 @@ impl World {
         world.set(&router, "ipv4/ip_forward", "1")?;
         world.set(&router, "ipv6/conf/all/forwarding", "1")?;
         Ok((world, router))
+    }
+
+    /// The same world, with netoken on another interface of the client.
+    pub fn hooked_at(mut self, interface: &'static str) -> World {
+        self.hook = (self.client.clone(), interface);
+        self
     }
 
     pub fn client_addr(&self, family: Family) -> IpAddr {
@@ -128,12 +138,10 @@ impl World {
 
     /// Gives the server another network, `net`, which the client reaches through it.
     pub fn add_server_net(&self, net: u8) -> Result<()> {
-        for family in FAMILIES {
-            self.lab.addr(&self.server, IN, &family.on_link(net, SERVER_HOST))?;
-            let (to, via) = (family.on_link(net, 0), self.server_addr(family));
-            sh(&format!("ip -n {} route add {to} via {via}", self.client))?;
-        }
-        Ok(())
+        self.lab.up_with(&self.server, IN, &on_link(net, SERVER_HOST))?;
+        let route =
+            |family: Family| format!("route add {} via {}", family.on_link(net, 0), self.server_addr(family));
+        ip(&self.client, FAMILIES.map(route))
     }
 
     /// Writes a setting below /proc/sys/net of a namespace.

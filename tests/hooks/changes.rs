@@ -70,7 +70,7 @@ pub fn a_deleted_qdisc_is_reported_and_ends_the_stream() -> Result<()> {
 pub fn a_renamed_interface_is_reported_and_streams_on() -> Result<()> {
     let world = World::new()?;
     let mut stream = stream(&world, "-i c0")?;
-    sh(&format!("ip -n {} link set c0 name uplink7", world.ns))?;
+    world.lab.rename(&world.ns, "c0", "uplink7")?;
     stream.wait_for("a word about the name", |line| line.contains("c0: renamed to uplink7"))?;
     world.syns(1)?;
     stream
@@ -98,7 +98,7 @@ pub fn the_stream_goes_on_while_one_interface_is_left() -> Result<()> {
 pub fn changes_are_json_lines_too() -> Result<()> {
     let world = World::new()?;
     let stream = stream(&world, "-i c0 --json")?;
-    sh(&format!("ip -n {} link set c0 name uplink7", world.ns))?;
+    world.lab.rename(&world.ns, "c0", "uplink7")?;
     sh(&format!("ip -n {} link del uplink7", world.ns))?;
     let (code, lines) = stream.end()?;
     ensure_eq!(code, Some(1), "the exit code; it said {lines:#?}");

@@ -98,6 +98,24 @@ pub fn destroy_says_what_became_of_the_qdisc() -> Result<()> {
     expect_no_state(&world.lab)
 }
 
+pub fn a_foreign_chain_without_filters_keeps_the_qdisc() -> Result<()> {
+    let world = World::new()?;
+    for side in ["ingress", "egress"] {
+        world.ok("-i c0 --attach --quiet")?;
+        sh(&format!("tc -n {} chain add dev c0 {side} chain 7", world.ns))?;
+        let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+        ensure!(said.contains("kept: somebody made a chain"), "{side}: {said}");
+        let chains = sh(&format!("tc -n {} chain show dev c0 {side}", world.ns))?;
+        ensure!(chains.contains("chain 7"), "{side}: the chain is gone: {chains}");
+        expect_no_state(&world.lab)?;
+
+        sh(&format!("tc -n {} chain del dev c0 {side} chain 7", world.ns))?;
+        world.ok("-i c0 --destroy")?;
+        expect_bare(&world.ns, "c0")?;
+    }
+    Ok(())
+}
+
 pub fn destroy_counts_the_filters_that_keep_the_qdisc() -> Result<()> {
     let world = World::new()?;
     world.ok("-i c0 --attach --quiet")?;
@@ -134,9 +152,14 @@ pub fn query_counts_the_filters_that_run_before() -> Result<()> {
     world.ok("-i c0 --attach --quiet --priority 100")?;
     let out = world.ok("-i c0 --query --json")?;
     ensure_eq!(records(&out, "hook")?[0]["filters_before"], 3, "one u32 and two bpf filters run before");
+    let said = format!("c0 in {}: 3 other filters run before ours", world.ns);
+    let out = world.ok("-i c0 --query")?;
+    ensure!(out.contains(&said), "'{said}' expected in {out}");
     world.ok("-i c0 --attach --quiet --priority 1")?;
     let out = world.ok("-i c0 --query --json")?;
     ensure_eq!(records(&out, "hook")?[0]["filters_before"], 0, "none runs before");
+    let out = world.ok("-i c0 --query")?;
+    ensure!(!out.contains("before ours"), "{out}");
     Ok(())
 }
 

@@ -120,5 +120,15 @@ pub fn destroy_without_an_interface_takes_all() -> Result<()> {
     world.ok("--destroy")?;
     expect_bare(&world.ns, "c0")?;
     expect_bare(&world.ns, "c1")?;
+    expect_no_state(&world.lab)?;
+    // Also what only a detach has left, and it says so.
+    world.ok("-i c0 --attach --quiet")?;
+    world.ok("-i c0 --detach")?;
+    sh(&format!("tc -n {} qdisc del dev c0 clsact", world.ns))?;
+    let said = String::from_utf8(world.run("--destroy")?.stderr)?;
+    ensure!(
+        said.contains("not attached to any interface here; its policy and counters are removed"),
+        "{said}"
+    );
     expect_no_state(&world.lab)
 }

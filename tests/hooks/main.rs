@@ -24,7 +24,7 @@ mod world;
 
 use std::process::ExitCode;
 
-use support::{Need, sh};
+use support::Need;
 
 /// Each case under the name of its function.
 macro_rules! cases {
@@ -55,11 +55,13 @@ fn main() -> ExitCode {
             attaching_twice_keeps_policy_counters_and_place
             replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect
             two_interfaces_are_attached_by_one_command two_instances_share_an_interface;
-        netns: a_query_without_an_interface_lists_every_named_namespace a_namespace_has_a_name_or_a_path
+        netns: a_query_without_an_interface_lists_every_named_namespace
+            a_bare_file_among_the_namespaces_does_not_end_a_query a_namespace_has_a_name_or_a_path
             commands_inside_ip_netns_exec_find_each_other
             commands_inside_ip_netns_exec_find_each_other_below_another_process_1;
         foreign: foreign_filters_stay_in_place_and_in_order foreign_filters_on_our_clsact_stay
-            destroy_says_what_became_of_the_qdisc destroy_counts_the_filters_that_keep_the_qdisc
+            destroy_says_what_became_of_the_qdisc a_foreign_chain_without_filters_keeps_the_qdisc
+            destroy_counts_the_filters_that_keep_the_qdisc
             a_foreign_ingress_qdisc_is_an_error_and_stays query_counts_the_filters_that_run_before
             a_foreign_program_of_our_name_stays;
         marks: a_clsact_that_was_made_anew_is_not_ours a_clsact_of_an_interface_with_a_used_index_is_not_ours
@@ -78,6 +80,7 @@ fn main() -> ExitCode {
             changes_are_json_lines_too;
         together: eight_attaches_at_once_leave_one_filter attaches_and_destroys_at_once_leave_one_state
             a_second_reader_is_told_who_the_first_is a_killed_reader_does_not_block_the_next
+            a_killed_reader_leaves_nothing_behind_a_destroy a_destroy_waits_for_one_who_looks
             two_instances_have_two_readers;
         crash: a_killed_attach_is_repaired_by_the_next a_killed_replacement_is_repaired_by_the_next
             a_killed_destroy_is_finished_by_the_next;

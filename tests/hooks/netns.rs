@@ -85,3 +85,28 @@ pub fn commands_inside_ip_netns_exec_find_each_other_below_another_process_1() -
     expect_found(&world, command)?;
     expect_no_state(&world.lab)
 }
+
+/// From another mount namespace, what `ip netns` mounted looks like an empty file.
+pub fn a_bare_file_among_the_namespaces_does_not_end_a_query() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    let stale = format!("{}-stale", world.ns);
+    let path = format!("/run/netns/{stale}");
+    std::fs::write(&path, "")?;
+    let everywhere = world.lab.run("--query --json");
+    let named = world.lab.run(&format!("--netns {stale} -i c0 --query"));
+    std::fs::remove_file(&path)?;
+
+    let (everywhere, named) = (everywhere?, named?);
+    let said = String::from_utf8_lossy(&everywhere.stderr);
+    ensure!(everywhere.status.success(), "{}: {said}", everywhere.status);
+    ensure!(
+        records(&String::from_utf8(everywhere.stdout)?, "hook")?
+            .iter()
+            .any(|hook| hook["netns"] == *world.ns)
+    );
+    let said = String::from_utf8_lossy(&named.stderr);
+    ensure_eq!(named.status.code(), Some(1), "the exit code: {said}");
+    ensure!(said.contains(&path) && said.contains("/ns/net"), "no remedy: {said}");
+    Ok(())
+}

@@ -13,7 +13,7 @@ use netoken::state::{DIR_VARIABLE, State};
 use netoken::token::Token;
 
 use crate::look::{expect_bare, expect_no_state, expect_ours, expect_unloaded, map_id};
-use crate::support::ensure_eq;
+use crate::support::{ensure_eq, share_of};
 use crate::world::World;
 
 const ROUNDS: usize = 200;
@@ -22,7 +22,7 @@ pub fn two_hundred_rounds_of_commands_leave_nothing() -> Result<()> {
     let world = World::new()?;
     world.ok("-i c0 --attach --quiet")?;
     let counters = map_id(&world.lab, "default", "counters")?;
-    for round in 0..ROUNDS {
+    for round in 0..share_of(ROUNDS)? {
         world.ok("-i c0 --attach --quiet")?;
         world.ok("-i c0 --attach --quiet")?;
         if round % 20 == 0 {
@@ -66,7 +66,7 @@ pub fn alone(ns: &str) -> Result<()> {
     // The first round opens what libraries keep; it counts as the ground.
     println!("{}", rounds(1)?);
     let before = descriptors()?;
-    println!("{}", rounds(ROUNDS)?);
+    println!("{}", rounds(share_of(ROUNDS)?)?);
     let after = descriptors()?;
     ensure!(before == after, "descriptors before: {before:#?}, after: {after:#?}");
     Ok(())

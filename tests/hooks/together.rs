@@ -1,6 +1,9 @@
 //! Two commands at once, and two readers.
 
+use std::fs::File;
 use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use nix::sys::signal::Signal;
@@ -102,6 +105,34 @@ pub fn a_killed_reader_does_not_block_the_next() -> Result<()> {
     world.syns(5)?;
     ensure_eq!(shown(second)?, 5, "SYNs that the second reader showed");
     world.ok("-i c0 --destroy")?;
+    expect_no_state(&world.lab)
+}
+
+pub fn a_killed_reader_leaves_nothing_behind_a_destroy() -> Result<()> {
+    let world = World::new()?;
+    let mut reader = stream(&world, "")?;
+    reader.child.kill()?;
+    reader.child.wait()?;
+    world.ok("-i c0 --destroy")?;
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
+/// As a query does that runs at the same time, only longer.
+pub fn a_destroy_waits_for_one_who_looks() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    let bpf = world.lab.run.join("bpf");
+    let look = File::open(&bpf)?;
+    let mut destroy = start(&world, "-i c0 --destroy")?;
+    wait_until("the pins to go", || Ok((!bpf.join("default").exists()).then_some(())))?;
+    let until = Instant::now() + Duration::from_millis(300);
+    while Instant::now() < until && destroy.try_wait()?.is_none() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    drop(look);
+    expect_all(vec![destroy])?;
+    expect_bare(&world.ns, "c0")?;
     expect_no_state(&world.lab)
 }
 

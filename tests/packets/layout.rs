@@ -4,7 +4,10 @@
 use std::mem::{offset_of, size_of};
 
 use anyhow::Result;
-use netoken::types::{Clock, Config, Counter, Event, Flow, Key, KeyCount, PolicyKey, Ring, Rule, TokenSpec};
+use netoken::types::{
+    Clock, Config, Counter, Entry, Event, Facts, Flow, Generation, Hits, Key, KeyCount, Question,
+    RawCondition, RawTokenSpec, Record, Ring, Rule, SetKey, Shape, Size,
+};
 
 use crate::support::ensure_eq;
 
@@ -12,14 +15,22 @@ pub fn structures_have_their_documented_sizes() -> Result<()> {
     for (what, is, documented) in [
         ("event", size_of::<Event>(), 80),
         ("flow", size_of::<Flow>(), 44),
-        ("policy key", size_of::<PolicyKey>(), 24),
-        ("rule", size_of::<Rule>(), 24),
-        ("token spec", size_of::<TokenSpec>(), 16),
+        ("token spec", size_of::<RawTokenSpec>(), 16),
         ("key", size_of::<Key>(), 24),
         ("ring", size_of::<Ring>(), 32),
         ("clock", size_of::<Clock>(), 32),
         ("key count", size_of::<KeyCount>(), 48),
-        ("config", size_of::<Config>(), 20),
+        ("facts", size_of::<Facts>(), 64),
+        ("shape", size_of::<Shape>(), 72),
+        ("entry", size_of::<Entry>(), 40),
+        ("rule", size_of::<Rule>(), 32),
+        ("condition", size_of::<RawCondition>(), 12),
+        ("record", size_of::<Record>(), 80),
+        ("set key", size_of::<SetKey>(), 24),
+        ("hits", size_of::<Hits>(), 16),
+        ("generation", size_of::<Generation>(), 64 + 72 * Size::SHAPES_MAX.0 as usize),
+        ("question", size_of::<Question>(), 384),
+        ("config", size_of::<Config>(), 24),
         ("counter", size_of::<Counter>(), 24),
     ] {
         ensure_eq!(is, documented, "size of {what}");
@@ -56,8 +67,9 @@ pub fn maps_have_keys_and_values_of_those_sizes() -> Result<()> {
     let program = netoken::program::Program::load(Default::default(), None)?;
     program.maps.set_policy(&netoken::policy::Policy::stamp_all(netoken::token::Token::DEFAULT))?;
     let policy = program.maps.policy()?.ok_or_else(|| anyhow::anyhow!("no policy in use"))?;
-    ensure_eq!(policy.key_size(), 24, "key of the policy");
-    ensure_eq!(policy.value_size(), 24, "value of the policy");
+    ensure_eq!(policy.key_size(), 4, "key of the policy");
+    ensure_eq!(policy.value_size() as usize, size_of::<Generation>(), "value of the policy");
+    ensure_eq!(program.maps.hits.value_size(), 16, "value of the hit counters");
     ensure_eq!(program.maps.counters.key_size(), 4, "key of the counters");
     ensure_eq!(program.maps.counters.value_size(), 24, "value of the counters");
     Ok(())

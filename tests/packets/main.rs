@@ -13,6 +13,7 @@ mod oracle;
 mod others;
 mod packet;
 mod policies;
+mod reference;
 mod run;
 mod shared;
 mod sizes;
@@ -37,6 +38,16 @@ macro_rules! cases {
 }
 
 fn main() -> ExitCode {
+    // For machines without a compiler, which get it from there: NETOKEN_TEST_COMPILED.
+    if let Some(dir) = std::env::var_os("NETOKEN_TEST_COMPILE_TO") {
+        return match shared::compile(dir.as_ref()) {
+            Ok(_) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error:?}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let mut cases = everywhere();
     cases.extend(with_a_kernel_sum());
     cases.extend(with_long_packets());
@@ -59,11 +70,11 @@ fn everywhere() -> Vec<Trial> {
             a_segment_that_waits_for_offload_must_not_grow
             tcp_checksums_at_the_edges_stay_right ipv4_checksums_at_the_edges_stay_right
             a_wrong_checksum_stays_wrong;
-        policies: the_longest_prefix_then_the_port_decides a_default_is_for_both_families_and_rules_beat_it
+        policies: the_first_rule_that_matches_decides a_default_is_for_both_families_and_rules_beat_it a_prefix_is_for_its_own_family
             without_any_policy_nothing_changes each_rule_stamps_its_own_token
-            a_narrow_port_rule_beats_a_wide_rule_for_any_port random_policies_decide_as_the_file_reads
             skip_and_drop_come_before_everything_else when_full_drop_drops_what_cannot_be_stamped
             of_two_reasons_the_first_is_named the_oracle_agrees_with_the_list_of_failures;
+        reference: the_kernel_agrees_with_the_reference the_classifier_agrees_with_the_reference;
         faults: a_helper_that_fails_leaves_the_packet_as_it_came
             a_helper_that_fails_drops_where_the_policy_says_so a_restore_that_fails_drops_the_packet
             a_fault_off_the_way_changes_nothing;

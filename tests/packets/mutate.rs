@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 
 use crate::packet::{AO, LINUX, MD5, MSS, Packet, STAMP, syn};
 use crate::run::{Bench, name};
+use crate::support::share_of;
 use crate::table::{ODDS, Odd, PADDINGS, networks, option_list};
 use netoken::program::LinkHeader;
 
@@ -149,8 +150,8 @@ pub fn mutants_get_what_the_oracle_says() -> Result<()> {
     let mut bare = Bench::new(LinkHeader::None)?;
     let networks = networks();
     let mut verdicts: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut number = 0;
-    while number < MUTANTS {
+    let (mut number, mutants) = (0, share_of(MUTANTS)?);
+    while number < mutants {
         let packet = random_base(&mut random, &networks);
         let mut frame = packet.build();
         mutate(&mut random, &packet, &mut frame);
@@ -163,7 +164,7 @@ pub fn mutants_get_what_the_oracle_says() -> Result<()> {
         let verdict = bench.judge(&format!("mutant {number}"), &frame)?;
         *verdicts.entry(name(verdict)).or_default() += 1;
     }
-    println!("mutation: {MUTANTS} mutants: {verdicts:?}");
+    println!("mutation: {mutants} mutants: {verdicts:?}");
     ensure!(verdicts.len() >= 7, "too few verdicts: {verdicts:?}");
     Ok(())
 }

@@ -60,7 +60,12 @@ pub struct Bench {
 impl Bench {
     /// Stamps every SYN.
     pub fn new(link_header: LinkHeader) -> Result<Bench> {
-        let bench = Bench::load(Settings { link_header, ..Settings::default() })?;
+        Bench::stamping(Settings { link_header, ..Settings::default() })
+    }
+
+    /// The same, with other settings.
+    pub fn stamping(settings: Settings) -> Result<Bench> {
+        let bench = Bench::load(settings)?;
         bench.program.maps.set_policy(&Policy::stamp_all(Token(TOKEN)))?;
         Ok(bench)
     }

@@ -3,7 +3,7 @@
 
 use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use crate::keyed::{flow_of, random_packet, random_secret, ring};
 use crate::mutate::{Random, seed};
-use crate::support::ensure_eq;
+use crate::support::{ensure_eq, share_of};
 
 const VECTORS: &str = include_str!("../data/token-vectors.json");
 const NS: u64 = 1_000_000_000;
@@ -34,6 +34,34 @@ const TOKEN_AT: usize = 24;
 const FLOW_AT: usize = 32;
 const RESULT_AT: usize = 76;
 
+/// A folder with the compiled test program, for machines without a compiler.
+const COMPILED: &str = "NETOKEN_TEST_COMPILED";
+const OBJECT: &str = "token.bpf.o";
+
+/// Compiles the test program into a folder.
+pub fn compile(to: &Path) -> Result<PathBuf> {
+    let object = to.join(OBJECT);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let types = root.join("vmlinux").join(std::env::consts::ARCH);
+    let own = root.join("src/bpf");
+    SkeletonBuilder::new()
+        .source(root.join("tests/packets/token.bpf.c"))
+        .obj(&object)
+        .clang(std::env::var("CLANG").unwrap_or_else(|_| "clang".to_string()))
+        .clang_args([
+            "-I",
+            &types.to_string_lossy(),
+            "-I",
+            &own.to_string_lossy(),
+            "-mcpu=v3",
+            "-Wall",
+            "-Werror",
+        ])
+        .build()
+        .context("compiling tests/packets/token.bpf.c")?;
+    Ok(object)
+}
+
 /// The loaded test program, with keys and a clock of its own.
 struct Shared {
     object: Object,
@@ -44,25 +72,10 @@ struct Shared {
 impl Shared {
     fn load(source: Source) -> Result<Shared> {
         let dir = tempfile::tempdir().context("making a directory for the test program")?;
-        let object = dir.path().join("token.bpf.o");
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let types = root.join("vmlinux").join(std::env::consts::ARCH);
-        let own = root.join("src/bpf");
-        SkeletonBuilder::new()
-            .source(root.join("tests/packets/token.bpf.c"))
-            .obj(&object)
-            .clang(std::env::var("CLANG").unwrap_or_else(|_| "clang".to_string()))
-            .clang_args([
-                "-I",
-                &types.to_string_lossy(),
-                "-I",
-                &own.to_string_lossy(),
-                "-mcpu=v3",
-                "-Wall",
-                "-Werror",
-            ])
-            .build()
-            .context("compiling tests/packets/token.bpf.c")?;
+        let object = match std::env::var_os(COMPILED) {
+            Some(dir) => Path::new(&dir).join(OBJECT),
+            None => compile(dir.path())?,
+        };
         let mut open = ObjectBuilder::default().open_file(&object).context("opening the test program")?;
         let mut settings = open
             .maps_mut()
@@ -124,7 +137,7 @@ impl Shared {
     fn make(&self, spec: TokenSpec, flow: &Flow) -> Result<Option<Token>> {
         let number = spec.ring().map_or(Ok(0), |ring| self.keys.ring_number(ring))?;
         let mut order = [0; ORDER_LEN];
-        let spec = spec.to_raw(number);
+        let spec = spec.to_raw(0, "", |_| number)?;
         // SAFETY: plain data without padding.
         order[SPEC_AT..ACCEPT_AT].copy_from_slice(unsafe { plain::as_bytes(&spec) });
         put_flow(&mut order, flow);
@@ -232,7 +245,7 @@ pub fn kernel_and_library_check_alike() -> Result<()> {
     let source = Source::choose(&Kernel::probe());
     let shared = Shared::load(source)?;
     let mut seen = std::collections::BTreeMap::new();
-    for _ in 0..200 {
+    for _ in 0..share_of(200)? {
         let mut keys = Vec::new();
         for id in 0..4 {
             keys.push(Key::new(ring(id % 2), id as u8, random_secret(&mut random), SystemTime::UNIX_EPOCH)?);

@@ -2,7 +2,7 @@
 //! wait for offload, skbs in fragments, and checksums that come out as 0 or as all ones.
 
 use anyhow::{Context, Result, ensure};
-use netoken::program::LinkHeader;
+use netoken::program::{LinkHeader, Settings};
 use netoken::types::Verdict;
 
 use crate::packet::{DEST_OPTS, HOP_BY_HOP, LINUX, MSS, Packet, ROUTING, STAMP, syn};
@@ -19,6 +19,9 @@ const PAYLOADS: [usize; 22] = [
 ];
 /// More than a page: kernels before 6.19 do not let a test build them.
 const LONG_PAYLOADS: [usize; 12] = [4083, 4084, 4095, 4096, 4097, 6143, 6144, 6145, 8191, 8192, 8193, 15_000];
+
+/// Where it stands in an Ethernet frame.
+const IPV4_CHECKSUM: usize = 24;
 
 fn payload_of(len: usize) -> [Packet; 4] {
     let (v4, v6) = (syn().payload(len), syn().v6().payload(len));
@@ -71,7 +74,8 @@ fn with_mtu(mtu: usize, test: fn(&mut Bench) -> Result<()>) -> Result<()> {
     std::thread::spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("leaving the network namespace")?;
         sh(&format!("ip link set lo mtu {mtu} up"))?;
-        let mut bench = Bench::new(LinkHeader::Ethernet)?;
+        // Where the kernel cannot be asked for the MTU, the program is told it.
+        let mut bench = Bench::stamping(Settings { mtu_bytes: mtu as u32, ..Settings::default() })?;
         bench.path.mtu = mtu;
         test(&mut bench)
     })
@@ -166,16 +170,16 @@ pub fn an_skb_in_fragments_is_stamped_as_well() -> Result<()> {
     Ok(())
 }
 
-/// Walks one field until a sum comes out as wanted.
-fn find(packet: &Packet, set: fn(&mut Packet, u16), found: impl Fn(&[u8]) -> bool) -> Result<Packet> {
-    (0..=u16::MAX)
-        .map(|value| {
-            let mut packet = packet.clone();
-            set(&mut packet, value);
-            packet
-        })
-        .find(|packet| found(&packet.build()))
-        .context("no value gives that sum")
+/// The packet whose checksum at `at` is `wanted`, by the one 16-bit field of it that `set` changes: what the sum
+/// lacks when that field is zero, RFC 1071.
+fn find(packet: &Packet, set: fn(&mut Packet, u16), at: usize, wanted: u16) -> Result<Packet> {
+    let mut packet = packet.clone();
+    set(&mut packet, 0);
+    let (has, wants) = (!sum_at(&packet.build(), at), !wanted);
+    let lacks = wants.wrapping_sub(has).wrapping_sub(u16::from(wants < has));
+    set(&mut packet, lacks);
+    ensure!(sum_at(&packet.build(), at) == wanted, "no value gives the checksum {wanted:#x}");
+    Ok(packet)
 }
 
 fn sum_at(frame: &[u8], at: usize) -> u16 {
@@ -189,16 +193,16 @@ pub fn tcp_checksums_at_the_edges_stay_right() -> Result<()> {
     for base in [syn().payload(3), syn().v6().payload(4)] {
         let at = base.tcp_at() + 16;
         for wanted in [0x0000, 0x0001, 0x00ff, 0xff00, 0xfffe] {
-            let before = find(&base, set, |frame| sum_at(frame, at) == wanted)?;
+            let before = find(&base, set, at, wanted)?;
             bench.expect(&format!("TCP checksum {wanted:#x} before"), &before.build(), STAMPED)?;
 
-            let stamped = find(&base.clone().options(&STAMP), set, |frame| sum_at(frame, at) == wanted)?;
+            let stamped = find(&base.clone().options(&STAMP), set, at, wanted)?;
             let out = bench.run(&stamped.clone().options(&[]).build(), How::default())?.frame;
             ensure_eq!(sum_at(&out, at), wanted, "TCP checksum after");
             ensure_eq!(out, stamped.build(), "the whole frame");
         }
         // All ones is the other way to write a sum of zero; receivers take it.
-        let zero = find(&base, set, |frame| sum_at(frame, at) == 0)?;
+        let zero = find(&base, set, at, 0)?;
         let mut frame = zero.build();
         frame[at..at + 2].fill(0xff);
         bench.expect("TCP checksum 0xffff before", &frame, STAMPED)?;
@@ -211,16 +215,16 @@ pub fn ipv4_checksums_at_the_edges_stay_right() -> Result<()> {
     let set: fn(&mut Packet, u16) = |packet, value| packet.ip_id = value;
     for base in [syn(), syn().ip_options(&[1; 12]).payload(9)] {
         for wanted in [0x0000, 0x0001, 0x000b, 0x000c, 0x00ff, 0xff00, 0xfff3, 0xfffe] {
-            let before = find(&base, set, |frame| sum_at(frame, 24) == wanted)?;
+            let before = find(&base, set, IPV4_CHECKSUM, wanted)?;
             bench.expect(&format!("IPv4 checksum {wanted:#x} before"), &before.build(), STAMPED)?;
 
-            let stamped = find(&base.clone().options(&STAMP), set, |frame| sum_at(frame, 24) == wanted)?;
+            let stamped = find(&base.clone().options(&STAMP), set, IPV4_CHECKSUM, wanted)?;
             let out = bench.run(&stamped.clone().options(&[]).build(), How::default())?.frame;
-            ensure_eq!(sum_at(&out, 24), wanted, "IPv4 checksum after");
+            ensure_eq!(sum_at(&out, IPV4_CHECKSUM), wanted, "IPv4 checksum after");
             ensure_eq!(out, stamped.build(), "the whole frame");
         }
-        let mut frame = find(&base, set, |frame| sum_at(frame, 24) == 0)?.build();
-        frame[24..26].fill(0xff);
+        let mut frame = find(&base, set, IPV4_CHECKSUM, 0)?.build();
+        frame[IPV4_CHECKSUM..][..2].fill(0xff);
         bench.expect("IPv4 checksum 0xffff before", &frame, STAMPED)?;
     }
     Ok(())
@@ -240,7 +244,7 @@ pub fn a_wrong_checksum_stays_wrong() -> Result<()> {
     }
     for flip in 0..16 {
         let mut frame = syn().build();
-        frame[24 + flip / 8] ^= 1 << (flip % 8);
+        frame[IPV4_CHECKSUM + flip / 8] ^= 1 << (flip % 8);
         bench.expect(&format!("bit {flip} of the IPv4 checksum"), &frame, STAMPED)?;
     }
     Ok(())

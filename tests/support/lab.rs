@@ -1,24 +1,24 @@
 //! A laboratory: network namespaces, veth pairs and a state directory of its own for one case. Everything is
 //! gone when it is dropped. `scripts/test` removes what a killed run left behind, by NETOKEN_TEST_ID.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
-use anyhow::{Context, Result, bail};
-
-use super::sh;
+use anyhow::{Context, Result, bail, ensure};
 
 /// The program under test, as cargo built it.
 pub const NETOKEN: &str = env!("CARGO_BIN_EXE_netoken");
 
 /// How long something that must happen may take.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+const LOOPBACK_UP: &str = "link set lo up";
 
 /// One case's own small world.
 pub struct Lab {
@@ -43,29 +43,69 @@ impl Lab {
 
     /// Makes a network namespace with loopback up, and returns the name by which it is known.
     pub fn netns(&mut self, role: &str) -> Result<String> {
-        let name = format!("{}-{role}", self.prefix);
-        sh(&format!("ip netns add {name}"))?;
-        self.namespaces.push(name.clone());
-        sh(&format!("ip -n {name} link set lo up"))?;
+        let [name] = self.add_netns([role])?;
+        ip(&name, [LOOPBACK_UP.to_string()])?;
         Ok(name)
     }
 
+    /// Makes network namespaces in which nothing is up yet.
+    pub fn add_netns<const N: usize>(&mut self, roles: [&str; N]) -> Result<[String; N]> {
+        let names = roles.map(|role| format!("{}-{role}", self.prefix));
+        self.namespaces.extend(names.iter().cloned());
+        ip("", names.iter().map(|name| format!("netns add {name}")))?;
+        Ok(names)
+    }
+
     /// Joins two namespaces by a veth pair, up, with TX checksum offload on or off at both ends.
+    #[allow(dead_code)]
     pub fn veth(&self, one: (&str, &str), other: (&str, &str), tx_offload: bool) -> Result<()> {
+        self.add_veth(one, other, tx_offload)?;
+        [one, other].into_iter().try_for_each(|(ns, iface)| ip(ns, [format!("link set {iface} up")]))
+    }
+
+    /// The same, but not up yet.
+    pub fn add_veth(&self, one: (&str, &str), other: (&str, &str), tx_offload: bool) -> Result<()> {
         let ((ns1, if1), (ns2, if2)) = (one, other);
-        sh(&format!("ip link add {if1} netns {ns1} type veth peer name {if2} netns {ns2}"))?;
-        for (ns, iface) in [one, other] {
-            let state = if tx_offload { "on" } else { "off" };
-            sh(&format!("ip netns exec {ns} ethtool -K {iface} tx {state} >/dev/null"))?;
-            sh(&format!("ip -n {ns} link set {iface} up"))?;
+        ip("", [format!("link add {if1} netns {ns1} type veth peer name {if2} netns {ns2}")])?;
+        // A veth is born with it.
+        if !tx_offload {
+            for (ns, iface) in [one, other] {
+                self.ethtool(ns, &format!("-K {iface} tx off"))?;
+            }
         }
         Ok(())
     }
 
+    /// Runs ethtool in a namespace.
+    pub fn ethtool(&self, ns: &str, args: &str) -> Result<()> {
+        let mut command = Command::new("ethtool");
+        let output = self.within(ns, || Ok(command.args(args.split_whitespace()).output()?))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "ethtool {args} in {ns}: {}: {said}", output.status);
+        Ok(())
+    }
+
+    /// Brings an interface and loopback up, and gives the interface addresses, usable at once.
+    pub fn up_with(&self, ns: &str, iface: &str, addrs: &[String]) -> Result<()> {
+        let up = [LOOPBACK_UP.to_string(), format!("link set {iface} up")];
+        ip(ns, up.into_iter().chain(addrs.iter().map(|addr| add_addr(iface, addr))))
+    }
+
     /// Gives an interface an address, usable at once.
     pub fn addr(&self, ns: &str, iface: &str, addr: &str) -> Result<()> {
-        let nodad = if addr.contains(':') { "nodad" } else { "" };
-        sh(&format!("ip -n {ns} addr add {addr} dev {iface} {nodad}")).map(drop)
+        ip(ns, [add_addr(iface, addr)])
+    }
+
+    /// Gives an interface another name. Before 6.2 it has to be down meanwhile.
+    #[allow(dead_code)]
+    pub fn rename(&self, ns: &str, from: &str, to: &str) -> Result<()> {
+        let commands = [
+            format!("link set {from} down"),
+            format!("link set {from} name {to}"),
+            format!("link set {to} up"),
+        ];
+        let live = netoken::kernel::Kernel::probe().version() >= Some((6, 2));
+        ip(ns, if live { commands[1..2].to_vec() } else { commands.to_vec() })
     }
 
     /// The program under test with these arguments, not started yet. Its state is the laboratory's.
@@ -110,11 +150,11 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        for name in &self.namespaces {
-            sh(&format!("ip netns del {name}")).ok();
-        }
+        // A case may have removed one of them.
+        let left = self.namespaces.iter().filter(|name| Path::new("/run/netns").join(name).exists());
+        ip("", left.map(|name| format!("netns del {name}"))).ok();
         // As often as it was mounted.
-        sh(&format!("while mountpoint -q {0}/bpf; do umount {0}/bpf || exit; done", self.run.display())).ok();
+        while nix::mount::umount(&self.run.join("bpf")).is_ok() {}
         fs::remove_dir_all(&self.run).ok();
         fs::remove_dir_all(self.keys()).ok();
         for file in ["guard.toml", "policy.toml", "marks.toml", "good.toml"] {
@@ -178,6 +218,18 @@ impl Running {
         }
     }
 
+    /// A line that fits among those that are there by now.
+    #[allow(dead_code)]
+    pub fn wait_for_now(&mut self, fits: impl Fn(&str) -> bool) -> Option<String> {
+        while let Ok(line) = self.lines.try_recv() {
+            self.seen.push(line.clone());
+            if fits(&line) {
+                return Some(line);
+            }
+        }
+        None
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
         Ok(nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id().cast_signed()), signal)?)
@@ -214,13 +266,59 @@ pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>) -> 
     }
 }
 
+/// Runs `ip` once for all these commands, in a namespace, or without a name where the caller is. The first that
+/// fails is the last.
+pub fn ip(ns: &str, commands: impl IntoIterator<Item = String>) -> Result<()> {
+    let commands: Vec<String> = commands.into_iter().collect();
+    let mut command = Command::new("ip");
+    if !ns.is_empty() {
+        command.args(["-n", ns]);
+    }
+    command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().context("starting ip")?;
+    child.stdin.take().context("stdin")?.write_all((commands.join("\n") + "\n").as_bytes())?;
+    let output = child.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "ip in '{ns}': {said}in {commands:#?}");
+    Ok(())
+}
+
+fn add_addr(iface: &str, addr: &str) -> String {
+    let nodad = if addr.contains(':') { "nodad" } else { "" };
+    format!("addr add {addr} dev {iface} {nodad}")
+}
+
 /// A counter of a namespace's kernel, as nstat calls it: TcpInCsumErrors, IpInHdrErrors, TcpRetransSegs.
 pub fn kernel_counter(ns: &str, name: &str) -> Result<u64> {
-    // The history, which nstat would otherwise leave in /tmp, is not asked for.
-    let text = sh(&format!("ip netns exec {ns} env NSTAT_HISTORY=/dev/null nstat -asz {name}"))?;
-    let line =
-        text.lines().find(|line| line.starts_with(name)).with_context(|| format!("no counter {name}"))?;
-    Ok(line.split_whitespace().nth(1).context("a counter without a value")?.parse()?)
+    let read = || -> Result<Option<u64>> {
+        // Of the thread: the process is elsewhere.
+        let read = |file: &str| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
+        Ok(in_pairs(&read("snmp")?, name)
+            .or(in_pairs(&read("netstat")?, name))
+            .or(in_lines(&read("snmp6")?, name)))
+    };
+    let netns = netoken::netns::Netns::open(ns)?;
+    let found = thread::scope(|scope| {
+        let work = scope.spawn(|| netns.enter().and_then(|()| read()));
+        work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    found.with_context(|| format!("the kernel has no counter {name}"))
+}
+
+/// Of two lines that begin alike the first names what the second counts.
+fn in_pairs(text: &str, name: &str) -> Option<u64> {
+    let lines: Vec<&str> = text.lines().collect();
+    lines.chunks(2).find_map(|pair| {
+        let (prefix, names) = pair.first()?.split_once(": ")?;
+        let (_, values) = pair.get(1)?.split_once(": ")?;
+        let wanted = name.strip_prefix(prefix)?;
+        let at = names.split_whitespace().position(|found| found == wanted)?;
+        values.split_whitespace().nth(at)?.parse().ok()
+    })
+}
+
+fn in_lines(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
 }
 
 /// An address and port as one writes them in a URL.

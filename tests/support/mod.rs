@@ -1,8 +1,10 @@
 //! What the test programs share: the list of cases, what a case needs, and saying aloud when it cannot run.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
+use std::sync::{Mutex, PoisonError};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -18,6 +20,10 @@ pub enum Need {
     Kernel(u32, u32),
     /// A limit on the memory of event buffers, which `perf_event_paranoid` of -1 lifts.
     BufferLimit,
+    /// A machine on which time says something, which an emulated one is not.
+    RealTime,
+    /// A shell command that succeeds in a network namespace of its own.
+    Works(&'static str),
 }
 
 impl Need {
@@ -34,6 +40,9 @@ impl Need {
             Need::BufferLimit => std::fs::read_to_string("/proc/sys/kernel/perf_event_paranoid")
                 .is_ok_and(|text| text.trim() == "-1")
                 .then(|| "kernel.perf_event_paranoid is -1, which lifts the limit on buffers".to_string()),
+            Need::RealTime => std::env::var_os(EMULATED)
+                .map(|_| format!("it measures time, and {EMULATED} says that this machine is emulated")),
+            Need::Works(command) => why_not(command),
             Need::Kernel(major, minor) => {
                 let kernel = netoken::kernel::Kernel::probe();
                 (kernel.version() < Some((major, minor)))
@@ -41,6 +50,43 @@ impl Need {
             }
         }
     }
+}
+
+/// Set in the guests of `scripts/kernels`.
+const EMULATED: &str = "NETOKEN_TEST_EMULATED";
+/// How much of what is repeated at random is done, in per cent.
+const PERCENT: &str = "NETOKEN_TEST_PERCENT";
+/// A part of the name of a case that is to fail: that a failure is seen can so be shown.
+const BREAK: &str = "NETOKEN_TEST_BREAK";
+
+/// How often to do what is done `full` times where there is time.
+///
+/// # Errors
+/// NETOKEN_TEST_PERCENT is not a number.
+#[allow(dead_code)]
+pub fn share_of(full: usize) -> anyhow::Result<usize> {
+    let Ok(text) = std::env::var(PERCENT) else { return Ok(full) };
+    let percent: usize = text.parse().map_err(|error| anyhow::anyhow!("{PERCENT}={text}: {error}"))?;
+    let share = (full * percent / 100).max(1);
+    eprintln!("{share} rounds of {full}, because of {PERCENT}={percent}");
+    Ok(share)
+}
+
+/// What a command says if it fails in a network namespace that is gone afterwards. Each is asked once.
+fn why_not(command: &'static str) -> Option<String> {
+    static ASKED: Mutex<BTreeMap<&str, Option<String>>> = Mutex::new(BTreeMap::new());
+    let ask = || {
+        let output = Command::new("unshare").args(["--net", "sh", "-c", command]).output();
+        match output {
+            Ok(output) if output.status.success() => None,
+            Ok(output) => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                Some(format!("`{command}` says {}", said.split_whitespace().collect::<Vec<_>>().join(" ")))
+            }
+            Err(error) => Some(format!("unshare: {error}")),
+        }
+    };
+    ASKED.lock().unwrap_or_else(PoisonError::into_inner).entry(command).or_insert_with(ask).clone()
 }
 
 /// One test: a promise for a name, and what it needs.
@@ -53,7 +99,12 @@ pub fn case(
     if !missing.is_empty() {
         eprintln!("SKIPPED {name}: {}", missing.join(", "));
     }
-    Trial::test(name, move || test().map_err(|error| Failed::from(format!("{error:#}"))))
+    let broken = std::env::var(BREAK).is_ok_and(|part| name.contains(&part));
+    let run = move || {
+        anyhow::ensure!(!broken, "it is made to fail by {BREAK}");
+        test()
+    };
+    Trial::test(name, move || run().map_err(|error| Failed::from(format!("{error:#}"))))
         .with_ignored_flag(!missing.is_empty())
 }
 

@@ -123,6 +123,23 @@ enum xdp_action {
 	XDP_REDIRECT = 4,
 };
 
+struct bpf_sock {
+	__u32 bound_dev_if;
+	__u32 family;
+	__u32 type;
+	__u32 protocol;
+	__u32 mark;
+	__u32 priority;
+	__u32 src_ip4;
+	__u32 src_ip6[4];
+	__u32 src_port;
+	__be16 dst_port;
+	__u32 dst_ip4;
+	__u32 dst_ip6[4];
+	__u32 state;
+	__s32 rx_queue_mapping;
+};
+
 struct iphdr {
 	__u8 ihl: 4;
 	__u8 version: 4;
@@ -216,6 +233,16 @@ enum {
 	IPPROTO_SMC = 256,
 	IPPROTO_MPTCP = 262,
 	IPPROTO_MAX = 263,
+};
+
+enum sock_type {
+	SOCK_STREAM = 1,
+	SOCK_DGRAM = 2,
+	SOCK_RAW = 3,
+	SOCK_RDM = 4,
+	SOCK_SEQPACKET = 5,
+	SOCK_DCCP = 6,
+	SOCK_PACKET = 10,
 };
 
 enum bpf_map_type {

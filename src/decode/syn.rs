@@ -1,0 +1,65 @@
+//! From a captured frame to the SYN that it may hold.
+
+use std::net::IpAddr;
+
+use etherparse::{EtherType, LaxNetSlice, LaxSlicedPacket, TransportSlice};
+
+use super::options::{Found, Shape, find};
+use crate::token::keyed::Flow;
+
+/// Link types of a capture, as <https://www.tcpdump.org/linktypes.html> numbers them.
+const NULL: i32 = 0;
+const ETHERNET: i32 = 1;
+const RAW: [i32; 4] = [12, 14, 101, 228];
+const RAW_V6: i32 = 229;
+const LOOP: i32 = 108;
+const LINUX_SLL: i32 = 113;
+const LINUX_SLL2: i32 = 276;
+
+/// A SYN that was captured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Syn {
+    /// Whose it is.
+    pub flow: Flow,
+    /// Those of its options that are worth a word.
+    pub options: Vec<Found>,
+}
+
+/// Whether SYNs can be found in captures of this link type.
+pub fn is_known(link_type: i32) -> bool {
+    matches!(link_type, NULL | ETHERNET | RAW_V6 | LOOP | LINUX_SLL | LINUX_SLL2) || RAW.contains(&link_type)
+}
+
+/// The SYN in a frame, if it is one and was captured as far as its options go. A SYN has SYN set, and ACK, RST and FIN
+/// clear.
+pub fn find_syn(link_type: i32, frame: &[u8], shape: Shape) -> Option<Syn> {
+    let by_type = |type_at: usize, len: usize| {
+        let bytes = frame.get(type_at..type_at + 2)?;
+        let ether_type = EtherType(u16::from_be_bytes([bytes[0], bytes[1]]));
+        Some(LaxSlicedPacket::from_ether_type(ether_type, frame.get(len..)?))
+    };
+    let packet = match link_type {
+        ETHERNET => LaxSlicedPacket::from_ethernet(frame).ok()?,
+        LINUX_SLL => by_type(14, 16)?,
+        LINUX_SLL2 => by_type(0, 20)?,
+        // The family in front is in an order that nobody says; IP says itself what it is.
+        NULL | LOOP => LaxSlicedPacket::from_ip(frame.get(4..)?).ok()?,
+        known if is_known(known) => LaxSlicedPacket::from_ip(frame).ok()?,
+        _ => return None,
+    };
+    let (src, dst): (IpAddr, IpAddr) = match packet.net.as_ref()? {
+        LaxNetSlice::Ipv4(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+        LaxNetSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+        _ => return None,
+    };
+    let Some(TransportSlice::Tcp(tcp)) = &packet.transport else { return None };
+    if !tcp.syn() || tcp.ack() || tcp.rst() || tcp.fin() {
+        return None;
+    }
+    let flow = Flow::new(
+        (src, tcp.source_port()).into(),
+        (dst, tcp.destination_port()).into(),
+        tcp.sequence_number(),
+    );
+    Some(Syn { flow: flow.ok()?, options: find(tcp.options(), shape) })
+}

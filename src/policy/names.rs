@@ -1,0 +1,169 @@
+//! Asks the kernel which interface, cgroup or user a policy means by a name. Each is asked once.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, bail};
+use nix::net::if_::{if_indextoname, if_nametoindex};
+use nix::unistd::User;
+
+use crate::netns::Netns;
+use crate::state::in_first_mount_namespace;
+
+/// The root of every cgroup hierarchy has this number.
+const ROOT_ID: u64 = 1;
+
+/// What is known so far. Interfaces without a namespace are those of the thread that made it, and of its threads.
+#[derive(Debug, Default)]
+pub struct Names {
+    interfaces: Mutex<HashMap<String, (u32, u32)>>,
+    cgroups: Mutex<HashMap<String, (u8, u64)>>,
+    users: Mutex<HashMap<String, Option<u32>>>,
+    mount: Mutex<Option<PathBuf>>,
+}
+
+impl Names {
+    /// Names whose meaning was found out before.
+    pub fn known(interfaces: &[(String, u32, u32)], cgroups: &[(String, u8, u64)]) -> Names {
+        let names = Names::default();
+        for (name, netns, index) in interfaces {
+            remember(&names.interfaces, name, || Ok((*netns, *index))).ok();
+        }
+        for (path, level, id) in cgroups {
+            remember(&names.cgroups, path, || Ok((*level, *id))).ok();
+        }
+        names
+    }
+
+    /// The index of an interface in a network namespace that is known by its number, 0 if there is no such interface;
+    /// nothing if the namespace cannot be found.
+    pub fn interface_in(&self, netns: u32, name: &str) -> Option<u32> {
+        self.within(netns, || if_nametoindex(name).unwrap_or(0))
+    }
+
+    /// Whether an interface that was known by its index is still there, under whatever name.
+    pub fn has_index(&self, netns: u32, index: u32) -> bool {
+        index != 0 && self.within(netns, || if_indextoname(index).is_ok()) == Some(true)
+    }
+
+    fn within<T>(&self, netns: u32, ask: impl FnOnce() -> T) -> Option<T> {
+        let netns = Netns::all().ok()?.into_iter().find(|one| one.inode() == netns)?;
+        netns.run(|| Ok(ask())).ok()
+    }
+
+    /// The network namespace of an interface and its index there; 0 if there is no such interface.
+    ///
+    /// # Errors
+    /// The namespace does not exist or cannot be entered.
+    pub fn interface(&self, name: &str) -> Result<(u32, u32)> {
+        remember(&self.interfaces, name, || {
+            // A colon cannot be in the name of an interface.
+            let (netns, name) = match name.split_once(':') {
+                Some((netns, name)) => (Netns::open(netns)?, name),
+                None => (Netns::current()?, name),
+            };
+            let index = netns.run(|| Ok(if_nametoindex(name).unwrap_or(0)))?;
+            Ok((netns.inode(), index))
+        })
+    }
+
+    /// How far below the root a cgroup is, and its number; 0 if there is none.
+    ///
+    /// # Errors
+    /// There is no cgroup2 file system, or one whose root is not the root of the hierarchy.
+    pub fn cgroup(&self, path: &str) -> Result<(u8, u64)> {
+        remember(&self.cgroups, path, || {
+            let mount = self.cgroup_mount()?;
+            let below = path.trim_matches('/');
+            let level = below.split('/').filter(|part| !part.is_empty()).count();
+            let level = u8::try_from(level).ok().filter(|level| *level < 32);
+            let level = level.context("a cgroup at most 31 directories below the root can be matched")?;
+            let dir = mount.join(below);
+            let id = in_first_mount_namespace(move || {
+                let metadata = fs::metadata(&dir).ok().filter(fs::Metadata::is_dir);
+                // The number of a cgroup is the inode number of its directory (kernfs, from 5.5).
+                Ok(metadata.map_or(0, |metadata| metadata.ino()))
+            })?;
+            Ok((level, id))
+        })
+    }
+
+    /// The number of a user; nothing if there is none of that name.
+    ///
+    /// # Errors
+    /// The list of users cannot be read.
+    pub fn user(&self, name: &str) -> Result<Option<u32>> {
+        remember(&self.users, name, || {
+            let user = User::from_name(name).with_context(|| format!("looking for user '{name}'"))?;
+            Ok(user.map(|user| user.uid.as_raw()))
+        })
+    }
+
+    /// Where the cgroup2 hierarchy is mounted, in the mount namespace of the first process: `ip netns exec` hides it.
+    fn cgroup_mount(&self) -> Result<PathBuf> {
+        let mut known = self.mount.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(mount) = &*known {
+            return Ok(mount.clone());
+        }
+        let mount = in_first_mount_namespace(|| {
+            let mounts = fs::read_to_string("/proc/thread-self/mountinfo").context("listing mounts")?;
+            let Some(mount) = mounts.lines().find_map(cgroup2_mount) else {
+                bail!("no cgroup2 file system is mounted; mount one: mount -t cgroup2 none /sys/fs/cgroup");
+            };
+            let root = fs::metadata(&mount).with_context(|| format!("looking at {}", mount.display()))?;
+            if root.ino() != ROOT_ID {
+                bail!(
+                    "{} is not the root of the cgroup hierarchy but a part of it, as in a container; rules about \
+                     cgroups have to be loaded from outside of it",
+                    mount.display()
+                );
+            }
+            Ok(mount)
+        })?;
+        Ok(known.insert(mount).clone())
+    }
+}
+
+/// The mount point in a line of mountinfo, if it is of cgroup2.
+fn cgroup2_mount(line: &str) -> Option<PathBuf> {
+    let (before, after) = line.split_once(" - ")?;
+    (after.split(' ').next() == Some("cgroup2")).then(|| before.split(' ').nth(4).map(PathBuf::from))?
+}
+
+fn remember<T: Copy>(
+    known: &Mutex<HashMap<String, T>>,
+    name: &str,
+    ask: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    if let Some(value) = known.lock().unwrap_or_else(|e| e.into_inner()).get(name) {
+        return Ok(*value);
+    }
+    let value = ask()?;
+    known.lock().unwrap_or_else(|e| e.into_inner()).insert(name.to_string(), value);
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_the_kernel_are_found() {
+        let names = Names::default();
+        assert_eq!(names.interface("lo").unwrap(), (Netns::current().unwrap().inode(), 1));
+        assert_eq!(names.interface("nothing-such").unwrap().1, 0);
+        assert!(names.interface("no-such-netns:lo").is_err());
+        assert_eq!(names.user("root").unwrap(), Some(0));
+        assert_eq!(names.user("nobody-of-this-name").unwrap(), None);
+    }
+
+    #[test]
+    fn a_cgroup2_mount_is_told_from_others() {
+        let line = "29 24 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw";
+        assert_eq!(cgroup2_mount(line), Some("/sys/fs/cgroup".into()));
+        assert_eq!(cgroup2_mount(&line.replace("cgroup2", "cgroup")), None);
+    }
+}

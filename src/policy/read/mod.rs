@@ -1,0 +1,400 @@
+//! Reads a policy from its file, the files that it includes and the lists that it names, and checks all of it: what is
+//! wrong is collected in a [`Report`], and only a policy without errors leaves here.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use fields::FileReader;
+
+use super::compile::Refused;
+use super::cover;
+use super::names::Names;
+use super::report::{Problem, Report};
+use super::split::Pieces;
+use super::values::{Prefix, Range, merge_prefixes};
+use super::{Decision, Place, Policy, Rule};
+
+mod fields;
+
+/// Told how far something is: what is done, how much of how much.
+pub type Progress<'a> = &'a (dyn Fn(&str, usize, usize) + Sync);
+
+/// How to read.
+#[derive(Clone, Copy, Default)]
+pub struct Options<'a> {
+    /// A cgroup or interface that does not exist is a warning, as with `missing = "warn"` in the file.
+    pub allow_missing: bool,
+    /// It was read and checked before: what was worth a look then is not looked for.
+    pub is_checked: bool,
+    /// Who wants to know how far it is.
+    pub progress: Option<Progress<'a>>,
+}
+
+impl std::fmt::Debug for Options<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Options").field("allow_missing", &self.allow_missing).finish_non_exhaustive()
+    }
+}
+
+/// A policy that was read and has no errors.
+#[derive(Debug)]
+pub struct Checked {
+    /// The policy.
+    pub policy: Policy,
+    /// What is worth a look.
+    pub report: Report,
+    /// Every file that was read.
+    pub files: Vec<PathBuf>,
+}
+
+/// Every key of a rule but those that begin with `not_`.
+const CONDITIONS: [&str; 8] = ["interface", "src", "dst", "src_port", "port", "mark", "cgroup", "uid"];
+const RULE_KEYS: [&str; 4] = ["name", "action", "token", "when_full"];
+const FILE_KEYS: [&str; 6] = ["default", "missing", "include", "prefixes", "ports", "rule"];
+const DECISION_KEYS: [&str; 3] = ["action", "token", "when_full"];
+/// So many files may include each other.
+const FILES_MAX: usize = 1000;
+/// Offsets in a file are kept in 32 bits.
+const FILE_MAX_BYTES: u64 = 1 << 32;
+
+/// Reads a file and everything that it names.
+///
+/// # Errors
+/// It cannot be used; the report says everything that is wrong.
+pub fn read_file(path: &Path, options: &Options<'_>) -> Result<Checked, Box<Report>> {
+    let reader = Reader::new(options, Names::default());
+    let text = match read_text_file(path) {
+        Ok(text) => text,
+        Err(error) => {
+            let mut report = Report::default();
+            let file = report.sources.add(path.display().to_string(), "".into());
+            let what = format!("reading the policy {}: {error}", path.display());
+            report.push(Problem { place: None, ..Problem::error(Place { file, start: 0, end: 0 }, what) });
+            return Err(Box::new(report));
+        }
+    };
+    reader.run(path, text.into())
+}
+
+/// Reads a text as if it were a file of that name.
+///
+/// # Errors
+/// It cannot be used; the report says everything that is wrong.
+pub fn read_text(name: &str, text: &str, options: &Options<'_>) -> Result<Checked, Box<Report>> {
+    read_with(Path::new(name), text, options, Names::default())
+}
+
+/// The same, where it is known what some names mean.
+///
+/// # Errors
+/// It cannot be used; the report says everything that is wrong.
+pub fn read_with(
+    path: &Path,
+    text: &str,
+    options: &Options<'_>,
+    names: Names,
+) -> Result<Checked, Box<Report>> {
+    Reader::new(options, names).run(path, text.into())
+}
+
+fn read_text_file(path: &Path) -> Result<String, String> {
+    let metadata = fs::metadata(path).map_err(|error| error.to_string())?;
+    let kind = metadata.file_type();
+    if kind.is_char_device() || kind.is_block_device() {
+        return Err("it is a device".to_string());
+    }
+    if metadata.len() >= FILE_MAX_BYTES {
+        return Err("it is larger than 4 GiB".to_string());
+    }
+    fs::read_to_string(path).map_err(|error| error.to_string())
+}
+
+/// Sets by name, as they are used.
+type Sets<T> = HashMap<String, Arc<[T]>>;
+
+struct Reader<'a> {
+    options: &'a Options<'a>,
+    names: Names,
+    shared: Mutex<Shared>,
+    /// By canonical path; nothing if it could not be read.
+    lists: Mutex<HashMap<PathBuf, Option<Arc<[Prefix]>>>>,
+}
+
+/// What every thread adds to.
+#[derive(Default)]
+struct Shared {
+    report: Report,
+    files: Vec<PathBuf>,
+}
+
+/// What is known of all files so far.
+#[derive(Default)]
+struct Known {
+    prefixes: Sets<Prefix>,
+    ports: Sets<Range>,
+    /// Files that are being read, to notice a circle, and those that were.
+    open: Vec<PathBuf>,
+    rules: Vec<Rule>,
+    default: Option<Decision>,
+    warn_missing: bool,
+}
+
+impl<'a> Reader<'a> {
+    fn new(options: &'a Options<'a>, names: Names) -> Self {
+        Reader { options, names, shared: Mutex::default(), lists: Mutex::default() }
+    }
+
+    fn run(self, path: &Path, text: Arc<str>) -> Result<Checked, Box<Report>> {
+        let mut known = Known { warn_missing: self.options.allow_missing, ..Known::default() };
+        self.file(path, text, &mut known, true);
+        let Known { rules, default, .. } = known;
+        let Shared { mut report, files } = self.shared.into_inner().unwrap_or_else(|e| e.into_inner());
+        let policy = Policy { default, rules };
+        check_names(&policy, &mut report);
+        if !report.has_errors() && !self.options.is_checked {
+            cover::warn(&policy, &mut report);
+        }
+        report.problems.sort_by_key(|problem| problem.place.map(|place| (place.file, place.start)));
+        match report.has_errors() {
+            true => Err(Box::new(report)),
+            false => Ok(Checked { policy, report, files }),
+        }
+    }
+
+    fn push(&self, problem: Problem) {
+        self.shared.lock().unwrap_or_else(|e| e.into_inner()).report.push(problem);
+    }
+
+    fn add_source(&self, path: &Path, text: Arc<str>) -> u32 {
+        let mut shared = self.shared.lock().unwrap_or_else(|e| e.into_inner());
+        shared.files.push(path.to_path_buf());
+        shared.report.sources.add(path.display().to_string(), text)
+    }
+
+    /// One file: first what it includes, then its sets, then its rules.
+    fn file(&self, path: &Path, text: Arc<str>, known: &mut Known, is_main: bool) {
+        let number = self.add_source(path, Arc::clone(&text));
+        known.open.push(fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf()));
+        let pieces = Pieces::find(&text);
+        let rest = if pieces.rules.is_empty() { None } else { Some(pieces.rest(&text)) };
+        let rest = rest.as_deref().unwrap_or(&text);
+        let (table, errors) = DeTable::parse_recoverable(rest);
+        let file =
+            FileReader { reader: self, number, offset: 0, dir: path.parent().unwrap_or(Path::new("")) };
+        errors.iter().for_each(|error| file.syntax(error));
+
+        let table = table.get_ref();
+        for (key, value) in table {
+            match (key.get_ref().as_ref(), value.get_ref()) {
+                ("include", _) => {
+                    for (span, included) in file.texts(value, "paths of files") {
+                        self.include(&file, span, &included, known);
+                    }
+                }
+                ("default" | "missing", _) if !is_main => {
+                    file.error(key.span(), format!("'{}' belongs into the main file only", key.get_ref()));
+                }
+                ("default", DeValue::Table(decision)) => {
+                    for key in decision.keys() {
+                        file.expect_key(key, &[], &DECISION_KEYS);
+                    }
+                    known.default = file.decision(value.span(), decision);
+                }
+                ("default", _) => file.error(value.span(), "a default is a table: { action = \"skip\" }"),
+                ("missing", DeValue::String(text)) if text == "warn" => known.warn_missing = true,
+                ("missing", DeValue::String(text)) if text == "error" => {}
+                ("missing", _) => file.error(value.span(), "it is \"error\" or \"warn\""),
+                ("rule", _) => {
+                    file.error(key.span(), "rules are written as [[rule]], each on a line of its own");
+                }
+                ("prefixes" | "ports", DeValue::Table(_)) => {}
+                ("prefixes" | "ports", _) => file.error(value.span(), "it is a table of named sets"),
+                _ => file.unknown_key(key, &FILE_KEYS),
+            }
+        }
+        SetReader { file: &file, raw: table, key: "prefixes", read: FileReader::prefixes, busy: vec![] }
+            .all(&mut known.prefixes);
+        SetReader { file: &file, raw: table, key: "ports", read: FileReader::ports, busy: vec![] }
+            .all(&mut known.ports);
+        self.rules(&file, &text, &pieces, known);
+        known.open.pop();
+    }
+
+    fn include(&self, from: &FileReader<'_>, span: Span, path: &str, known: &mut Known) {
+        let path = from.dir.join(path);
+        let canonical = fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
+        if known.open.contains(&canonical) {
+            return from.error(span, format!("{} includes itself", path.display()));
+        }
+        let count = self.shared.lock().unwrap_or_else(|e| e.into_inner()).files.len();
+        if count >= FILES_MAX {
+            return from.error(span, format!("there are more than {FILES_MAX} files"));
+        }
+        match read_text_file(&path) {
+            Ok(text) => self.file(&path, text.into(), known, false),
+            Err(error) => from.error(span, format!("reading {}: {error}", path.display())),
+        }
+    }
+
+    /// All rules of a file, in parallel.
+    fn rules(&self, file: &FileReader<'_>, text: &str, pieces: &Pieces, known: &mut Known) {
+        let total = pieces.rules.len();
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(total / 1000 + 1);
+        let share = total.div_ceil(threads.max(1)).max(1);
+        let done = std::sync::atomic::AtomicUsize::new(0);
+        let read = |pieces: &[std::ops::Range<usize>]| {
+            let mut rules = Vec::with_capacity(pieces.len());
+            for (at, piece) in pieces.iter().enumerate() {
+                let file = FileReader { offset: piece.start, ..*file };
+                rules.extend(file.rule(&text[piece.clone()], known));
+                if at % 10_000 == 9_999
+                    && let Some(progress) = self.options.progress
+                {
+                    let before = done.fetch_add(10_000, std::sync::atomic::Ordering::Relaxed);
+                    progress("reading rules", before + 10_000, total);
+                }
+            }
+            rules
+        };
+        let read = &read;
+        let parts: Vec<Vec<Rule>> = thread::scope(|scope| {
+            let work: Vec<_> =
+                pieces.rules.chunks(share).map(|share| scope.spawn(move || read(share))).collect();
+            let join = |work: thread::ScopedJoinHandle<'_, _>| {
+                work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            work.into_iter().map(join).collect()
+        });
+        parts.into_iter().for_each(|part| known.rules.extend(part));
+    }
+
+    /// A list of prefixes, one a line.
+    fn list(&self, file: &FileReader<'_>, span: &Span, path: &str) -> Option<Arc<[Prefix]>> {
+        let path = file.dir.join(path);
+        let key = fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
+        // Held while it is read: the other threads want the same list.
+        let mut lists = self.lists.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(known) = lists.get(&key) {
+            return known.clone();
+        }
+        let list = match read_text_file(&path) {
+            Ok(text) => self.read_list(&path, text.into()),
+            Err(error) => {
+                file.error(span.clone(), format!("reading the list {}: {error}", path.display()));
+                None
+            }
+        };
+        lists.insert(key, list.clone());
+        list
+    }
+
+    fn read_list(&self, path: &Path, text: Arc<str>) -> Option<Arc<[Prefix]>> {
+        let number = self.add_source(path, Arc::clone(&text));
+        let file = FileReader { reader: self, number, offset: 0, dir: Path::new("") };
+        let mut list = Vec::new();
+        let mut good = true;
+        let mut at = 0;
+        for line in text.split('\n') {
+            let item = line.split(['#', ';']).next().unwrap_or_default();
+            let start = at + item.len() - item.trim_start().len();
+            let item = item.trim();
+            if !item.is_empty() {
+                match item.parse() {
+                    Ok(prefix) => list.push(prefix),
+                    Err(error) => {
+                        good = false;
+                        file.error(start..start + item.len(), format!("{error:#}"));
+                    }
+                }
+            }
+            at += line.len() + 1;
+        }
+        if list.is_empty() && good {
+            self.push(Problem::warning(file.place(0..0), "this list is empty"));
+        }
+        merge_prefixes(&mut list);
+        good.then(|| list.into())
+    }
+}
+
+type Span = std::ops::Range<usize>;
+
+/// Finds a set that an item names.
+type SetOf<'a, T> = &'a mut dyn FnMut(Span, &str) -> Option<Arc<[T]>>;
+
+/// Reads the values of a set, which may name others.
+type ReadSet<'a, T> = fn(&FileReader<'a>, &Spanned<DeValue<'_>>, SetOf<'_, T>) -> Option<Vec<T>>;
+
+/// The named sets of one file, each read when it is first asked for, because they may name each other in any order.
+struct SetReader<'a, T> {
+    file: &'a FileReader<'a>,
+    raw: &'a DeTable<'a>,
+    key: &'static str,
+    read: ReadSet<'a, T>,
+    /// Those that are being read, to notice a circle.
+    busy: Vec<String>,
+}
+
+impl<T> SetReader<'_, T> {
+    fn all(mut self, known: &mut Sets<T>) {
+        let Some(sets) = self.raw.get(self.key).and_then(|value| value.get_ref().as_table()) else { return };
+        let from_others: HashSet<String> = known.keys().cloned().collect();
+        for (name, _) in sets {
+            if from_others.contains(name.get_ref().as_ref()) {
+                let what = format!("another file has a set '{}' already", name.get_ref());
+                self.file.error(name.span(), what);
+            } else {
+                self.one(name.get_ref(), known);
+            }
+        }
+    }
+
+    fn one(&mut self, name: &str, known: &mut Sets<T>) -> Option<Arc<[T]>> {
+        if let Some(set) = known.get(name) {
+            return Some(Arc::clone(set));
+        }
+        let sets = self.raw.get(self.key)?.get_ref().as_table()?;
+        let (key, value) = sets.get_key_value(name)?;
+        if self.busy.iter().any(|busy| busy == name) {
+            self.file.error(key.span(), format!("the set '{name}' contains itself"));
+            return None;
+        }
+        self.busy.push(name.to_string());
+        let (file, read) = (self.file, self.read);
+        let list = read(file, value, &mut |_, other| self.one(other, known));
+        self.busy.pop();
+        // One that is wrong is there all the same, so that nobody hears that it is not.
+        let set: Arc<[T]> = list.unwrap_or_default().into();
+        known.insert(name.to_string(), Arc::clone(&set));
+        Some(set)
+    }
+}
+
+fn check_names(policy: &Policy, report: &mut Report) {
+    let mut names: rustc_hash::FxHashMap<&str, Place> = Default::default();
+    names.reserve(policy.rules.len());
+    for rule in &policy.rules {
+        if let Some(first) = names.insert(&rule.name, rule.place) {
+            let line = report.sources.line(first).map_or(0, |(_, line)| line);
+            let what = format!("two rules are called '{}'; the first is in line {line}", rule.name);
+            report.push(Problem::error(rule.place, what).see(first, "the first"));
+        }
+    }
+}
+
+impl Checked {
+    /// What the kernel side refuses, as an error of the file.
+    pub fn refuse(&self, refused: &Refused) -> Report {
+        let place = refused.rule.and_then(|rule| self.policy.rules.get(rule)).map(|rule| rule.place);
+        let problem =
+            Problem { place, ..Problem::error(Place::default(), &refused.what).help(&refused.help) };
+        Report { sources: self.report.sources.clone(), problems: vec![problem], more: 0 }
+    }
+}

@@ -1,0 +1,225 @@
+//! Writes a policy: whole, as a file that reads back as the same policy, and a rule in one line for people.
+
+use std::collections::HashMap;
+use std::fmt::{self, Display, Write as _};
+use std::sync::Arc;
+
+use super::values::List;
+use super::{Condition, Decision, Policy, Rule, Values, WhenFull};
+use crate::token::TokenSpec;
+
+/// A longer list is only counted where a person reads.
+const SHOWN_MAX: usize = 4;
+
+/// The policy as a file. What a person wrote around it (comments, sets, included files) is not kept; a list that
+/// several rules share becomes a set.
+pub fn to_toml(policy: &Policy) -> String {
+    let mut text = String::with_capacity(policy.rules.len() * 128);
+    if let Some(default) = &policy.default {
+        let parts: Vec<String> =
+            decision_lines(default).iter().map(|(key, value)| format!("{key} = {value}")).collect();
+        text.push_str(&format!("default = {{ {} }}\n", parts.join(", ")));
+    }
+    let sets = shared_sets(policy);
+    let mut named: Vec<(&usize, &Set)> = sets.iter().collect();
+    named.sort_by_key(|(_, set)| set.number);
+    for kind in ["prefixes", "ports"] {
+        let mut head = format!("\n[{kind}]\n");
+        for (_, set) in named.iter().filter(|(_, set)| set.kind == kind) {
+            text.push_str(&std::mem::take(&mut head));
+            text.push_str(&format!("list-{} = {}\n", set.number, set.values));
+        }
+    }
+    for rule in &policy.rules {
+        write_rule(&mut text, rule, &sets);
+    }
+    text
+}
+
+struct Set {
+    kind: &'static str,
+    number: usize,
+    values: String,
+}
+
+/// By the address of the list.
+fn shared_sets(policy: &Policy) -> HashMap<usize, Set> {
+    let mut uses: HashMap<usize, usize> = HashMap::new();
+    let conditions = || policy.rules.iter().flat_map(|rule| rule.conditions.iter());
+    for (address, _) in conditions().filter_map(shared) {
+        *uses.entry(address).or_default() += 1;
+    }
+    let mut sets = HashMap::new();
+    for condition in conditions() {
+        let Some((address, kind)) = shared(condition) else { continue };
+        if uses[&address] > 1 && !sets.contains_key(&address) {
+            let number = sets.len() + 1;
+            sets.insert(address, Set { kind, number, values: values_text(&condition.values) });
+        }
+    }
+    sets
+}
+
+/// Address and kind of a list that can be a set. An empty one has to be.
+fn shared(condition: &Condition) -> Option<(usize, &'static str)> {
+    fn address<T>(list: &List<T>) -> Option<usize> {
+        match list {
+            List::Many(many) => Some(Arc::as_ptr(many).cast::<u8>() as usize),
+            List::One(_) => None,
+        }
+    }
+    match &condition.values {
+        Values::Src(list) | Values::Dst(list) => address(list).map(|address| (address, "prefixes")),
+        Values::Port(list) | Values::SrcPort(list) => address(list).map(|address| (address, "ports")),
+        _ => None,
+    }
+}
+
+fn write_rule(text: &mut String, rule: &Rule, sets: &HashMap<usize, Set>) {
+    // Writing to a string cannot fail.
+    let _ = write!(text, "\n[[rule]]\nname = {}\n", quoted(&rule.name));
+    for condition in &rule.conditions {
+        let not = if condition.negated { "not_" } else { "" };
+        let set = shared(condition).and_then(|(address, _)| sets.get(&address));
+        let value = match set {
+            Some(set) => format!("\"@list-{}\"", set.number),
+            None => values_text(&condition.values),
+        };
+        let _ = writeln!(text, "{not}{} = {value}", condition.values.key());
+    }
+    for (key, value) in decision_lines(&rule.decision) {
+        let _ = writeln!(text, "{key} = {value}");
+    }
+}
+
+fn decision_lines(decision: &Decision) -> Vec<(&'static str, String)> {
+    match decision {
+        Decision::Skip => vec![("action", "\"skip\"".to_string())],
+        Decision::Drop => vec![("action", "\"drop\"".to_string())],
+        Decision::Stamp { token, when_full } => {
+            let mut lines = vec![("action", "\"stamp\"".to_string()), ("token", token_value(token))];
+            if *when_full == WhenFull::Drop {
+                lines.push(("when_full", "\"drop\"".to_string()));
+            }
+            lines
+        }
+    }
+}
+
+fn token_value(token: &TokenSpec) -> String {
+    match token {
+        TokenSpec::Keyed { tag, key, bind } => {
+            format!("{{ tag = {tag}, key = \"{key}\", bind = \"{bind}\" }}")
+        }
+        other => quoted(&other.to_string()),
+    }
+}
+
+/// A TOML string. Names have no control characters.
+fn quoted(text: &str) -> String {
+    let mut quoted = String::with_capacity(text.len() + 2);
+    quoted.push('"');
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => quoted.extend(['\\', c]),
+            c if c.is_control() => drop(write!(quoted, "\\u{:04x}", u32::from(c))),
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('"');
+    quoted
+}
+
+fn values_text(values: &Values) -> String {
+    fn list<T: Display>(list: &List<T>) -> String {
+        match list.all() {
+            [one] => quoted(&one.to_string()),
+            many => {
+                let mut text = String::with_capacity(many.len() * 20);
+                for value in many {
+                    text.push_str(if text.is_empty() { "[" } else { ", " });
+                    let _ = write!(text, "\"{value}\"");
+                }
+                text.push_str(if many.is_empty() { "[]" } else { "]" });
+                text
+            }
+        }
+    }
+    match values {
+        Values::Interface(names) => texts(names.all().iter().map(|interface| &*interface.name)),
+        Values::Cgroup(paths) => texts(paths.all().iter().map(|cgroup| &*cgroup.path)),
+        Values::Src(values) | Values::Dst(values) => list(values),
+        Values::SrcPort(values) | Values::Port(values) | Values::Uid(values) => list(values),
+        Values::Mark(values) => list(values),
+    }
+}
+
+fn texts<'a>(texts: impl Iterator<Item = &'a str>) -> String {
+    let texts: Vec<String> = texts.map(quoted).collect();
+    if texts.len() == 1 { texts.concat() } else { format!("[{}]", texts.join(", ")) }
+}
+
+impl fmt::Display for Condition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let not = if self.negated { "not_" } else { "" };
+        write!(f, "{not}{} ", self.values.key())?;
+        let count = self.values.count();
+        let noun = match &self.values {
+            Values::Src(_) | Values::Dst(_) => "prefixes",
+            _ => "values",
+        };
+        if count == 0 || count > SHOWN_MAX {
+            return write!(f, "({count} {noun})");
+        }
+        let text = values_text(&self.values);
+        f.write_str(&text.replace(['"', '[', ']'], "").replace(", ", ","))
+    }
+}
+
+/// Its conditions in one line.
+pub fn conditions_line(rule: &Rule) -> String {
+    if rule.conditions.is_empty() {
+        return "any".to_string();
+    }
+    let parts: Vec<String> = rule.conditions.iter().map(Condition::to_string).collect();
+    parts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_reads_back_as_the_same() {
+        let text = r#"
+            default = { action = "stamp", token = "{rule:4}", when_full = "drop" }
+            missing = "warn"
+            [prefixes]
+            a = ["10.0.0.0/8", "fd00::/8"]
+            [ports]
+            b = [1, "5-9"]
+            [[rule]]
+            name = "one \"quoted\" \\ name"
+            dst = "@a"
+            not_src = ["@a", "192.0.2.1"]
+            port = "@b"
+            not_mark = ["0x1/0xff", 7]
+            interface = ["lo", "none0"]
+            cgroup = "/"
+            not_uid = [0, "10-20"]
+            action = "drop"
+            [[rule]]
+            name = "two"
+            dst = "@a"
+            src_port = "@b"
+            action = "stamp"
+            token = "text"
+        "#;
+        let policy = Policy::from_toml(text).unwrap();
+        let written = to_toml(&policy);
+        let again = Policy::from_toml(&format!("missing = 'warn'\n{written}")).unwrap();
+        assert_eq!(again, policy, "{written}");
+        assert!(written.contains("@list-1") && written.contains("@list-2"), "{written}");
+        assert_eq!(conditions_line(&policy.rules[1]), "dst 10.0.0.0/8,fd00::/8, src_port 1,5-9");
+    }
+}

@@ -1,0 +1,318 @@
+//! `netoken policy` and the reloads of a streaming process, as one types them.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::lab::{Lab, NETOKEN, Running, wait_until};
+use crate::said::{Said, netoken, said};
+use crate::support::ensure_eq;
+use crate::world::World;
+
+/// A directory for files of a case, gone when it is dropped.
+fn dir() -> Result<tempfile::TempDir> {
+    Ok(tempfile::tempdir()?)
+}
+
+fn stamp(name: &str, conditions: &str, token: &str) -> String {
+    format!("[[rule]]\nname = '{name}'\n{conditions}\naction = 'stamp'\ntoken = '{token}'\n")
+}
+
+fn write(dir: &Path, name: &str, text: &str) -> Result<PathBuf> {
+    let path = dir.join(name);
+    fs::write(&path, text)?;
+    Ok(path)
+}
+
+fn policy(lab: &Lab, args: &str) -> Result<Said> {
+    said(&mut lab.netoken(&format!("policy {args}")))
+}
+
+/// The lines of `--json`, of one type.
+fn records(text: &str, kind: &str) -> Result<Vec<Value>> {
+    let lines: Vec<Value> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    Ok(lines.into_iter().filter(|line| line["type"] == kind).collect())
+}
+
+pub fn all_errors_are_shown_in_one_run_with_their_lines() -> Result<()> {
+    let dir = dir()?;
+    write(dir.path(), "list.txt", "10.0.0.0/8\n# fine\n10.0.0.256\n")?;
+    write(dir.path(), "more.toml", "default = { action = 'skip' }\n[[rule]]\nname = 'b'\naction = 'skip'\n")?;
+    let text = "include = 'more.toml'\nmising = 'warn'\n[prefixes]\na = ['@a']\n\
+        [[rule]]\nname = 'b'\ndst = 'file:list.txt'\nport = '9-5'\nprot = 1\naction = 'skip'\n\
+        [[rule]]\nname = 'c'\nsrc = ['1.2.3.4' '5.6.7.8']\naction = 'stamp'\n\
+        [[rule]]\nname = 'd'\ncgroup = 'relative'\ninterface = 'none0'\nmark = '0x100000000'\naction = 'drop'\ntoken = 'x'\n";
+    let path = write(dir.path(), "p.toml", text)?;
+    let found = netoken(&["policy", "check", &path.display().to_string()])?.code(1)?;
+    for (place, what) in [
+        ("more.toml:1:1", "main file only"),
+        ("p.toml:2:1", "did you mean 'missing'"),
+        ("p.toml:4:1", "contains itself"),
+        ("list.txt:3:1", "10.0.0.256"),
+        ("p.toml:8:8", "did you mean 5-9"),
+        ("p.toml:9:1", "did you mean 'port'"),
+        ("p.toml:13:", "missing comma"),
+        ("p.toml:17:10", "begins with '/'"),
+        ("p.toml:18:13", "no interface 'none0'"),
+        ("p.toml:19:8", "32 bits"),
+        ("p.toml:21:1", "action \"stamp\" only"),
+    ] {
+        ensure!(
+            found.err.contains(place) && found.err.contains(what),
+            "{place} {what} expected: {}",
+            found.err
+        );
+    }
+    // With the line itself, and a pointer below it.
+    ensure!(found.err.contains("port = '9-5'\n") && found.err.contains("^^^^^"), "{}", found.err);
+
+    let path = write(dir.path(), "twice.toml", &(stamp("x", "", "a") + &stamp("x", "mark = 1", "b")))?;
+    let found = netoken(&["policy", "check", &path.display().to_string()])?.code(1)?;
+    ensure!(
+        found.err.contains("twice.toml:7:8") && found.err.contains("two rules are called 'x'"),
+        "{}",
+        found.err
+    );
+    Ok(())
+}
+
+pub fn a_good_file_is_checked_without_rights_and_warnings_are_told() -> Result<()> {
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/policy.toml");
+    let found = netoken(&["policy", "check", "--shapes", example])?.code(0)?;
+    ensure!(found.out.contains("5 rules") && found.out.contains("mark/0xf0"), "{found:#?}");
+
+    let dir = dir()?;
+    let text = stamp("wide", "dst = '10.0.0.0/8'", "a") + &stamp("narrow", "dst = '10.1.0.0/16'", "b");
+    let path = write(dir.path(), "covered.toml", &text)?;
+    let found = netoken(&["policy", "check", &path.display().to_string()])?.code(0)?;
+    ensure!(
+        found.err.contains("'narrow' can never match") && found.err.contains("covered.toml:7:8"),
+        "{found:#?}"
+    );
+
+    let path = write(dir.path(), "missing.toml", &stamp("x", "interface = 'none0'", "a"))?;
+    let path = path.display().to_string();
+    netoken(&["policy", "check", &path])?.code(1)?;
+    let found = netoken(&["policy", "check", "--allow-missing", &path])?.code(0)?;
+    ensure!(found.err.contains("warning: there is no interface 'none0'"), "{found:#?}");
+
+    // Nobody has less: the user who runs this, or root without any capability.
+    let mut command = Command::new(NETOKEN);
+    if nix::unistd::geteuid().is_root() {
+        command = Command::new("setpriv");
+        command.args(["--bounding-set", "-all", "--inh-caps", "-all", "--ambient-caps", "-all", NETOKEN]);
+    }
+    said(command.args(["policy", "check", example]))?.code(0)?;
+    Ok(())
+}
+
+pub fn counters_of_rules_that_keep_their_name_survive_a_reload() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    let first = stamp("kept", "port = 9", "kept") + &stamp("gone", "port = 10", "gone");
+    let path = write(dir.path(), "p.toml", &first)?.display().to_string();
+    let refused = policy(&world.lab, &format!("load {path}"))?.code(1)?;
+    ensure!(refused.err.contains("no such instance") && refused.err.contains("--attach"), "{refused:#?}");
+    world.ok(&format!("-i c0 --attach --quiet --policy {path}"))?;
+    world.syns_to("10.77.0.2:9", 3)?;
+    world.syns_to("10.77.0.2:10", 2)?;
+
+    let hits = || -> Result<Vec<(String, u64)>> {
+        let shown = world.lab.ok("policy show --json")?;
+        let rules = records(&shown, "rule")?;
+        let pair = |rule: &Value| {
+            (rule["name"].as_str().unwrap_or("").to_string(), rule["hits"].as_u64().unwrap_or(99))
+        };
+        Ok(rules.iter().map(pair).collect())
+    };
+    ensure_eq!(hits()?, [("kept".to_string(), 3), ("gone".to_string(), 2)], "before");
+    let second = stamp("new", "port = 11", "new")
+        + &stamp("more", "port = 10", "more")
+        + &stamp("kept", "port = 9", "other");
+    write(dir.path(), "p.toml", &second)?;
+    let diff = world.lab.ok(&format!("policy diff {path}"))?;
+    for line in ["- gone: port 10", "+ new: port 11", "- kept: port 9 -> stamp 6b65707400000000"] {
+        ensure!(diff.contains(line), "{line} expected in\n{diff}");
+    }
+    world.lab.ok(&format!("policy load {path}"))?;
+    let expected = [("new".to_string(), 0), ("more".to_string(), 0), ("kept".to_string(), 3)];
+    ensure_eq!(hits()?, expected, "after");
+    world.syns_to("10.77.0.2:9", 1)?;
+    ensure_eq!(hits()?[2].1, 4, "hits of the rule that was kept");
+    // A number that was somebody's begins at zero, also two reloads later.
+    write(dir.path(), "p.toml", &(second.clone() + &stamp("later", "port = 12", "l")))?;
+    world.lab.ok(&format!("policy load {path}"))?;
+    ensure!(hits()?.contains(&("later".to_string(), 0)), "{:?}", hits()?);
+
+    let shown = world.lab.ok("policy show --json")?;
+    let last = records(&shown, "rule")?[2]["last_hit"].as_str().context("never hit")?.to_string();
+    let age = humantime::parse_rfc3339(&last)?.elapsed().unwrap_or_default();
+    ensure!(age.as_secs() < 60, "the last hit was {last}");
+    let text = world.lab.ok("policy show --toml")?;
+    let again = write(dir.path(), "again.toml", &text)?;
+    ensure_eq!(
+        world.lab.ok(&format!("policy diff {}", again.display()))?,
+        "no difference\n",
+        "what show --toml printed"
+    );
+    ensure_eq!(world.lab.ok(&format!("policy diff {path}"))?, "no difference\n", "what was loaded");
+    Ok(())
+}
+
+pub fn rules_are_added_and_removed() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+    world.lab.ok("policy add --name one --dst 10.77.0.2 --action stamp --token 2222222222222222")?;
+    world.expect_token("2222222222222222", "the token of a rule that was added")?;
+    world.lab.ok(
+        "policy add --name two --dst 10.77.0.0/24 --not port=9 --action stamp --token 3333333333333333",
+    )?;
+    world.expect_token("3333333333333333", "the token of the first rule")?;
+    world.lab.ok("policy add --name three --after two --src 10.77.0.1 --action drop")?;
+    let shown = world.lab.ok("policy show --json")?;
+    let names: Vec<Value> = records(&shown, "rule")?.iter().map(|rule| rule["name"].clone()).collect();
+    ensure_eq!(
+        names,
+        ["two", "three", "one"].map(Value::from).into_iter().chain([Value::Null]).collect::<Vec<_>>(),
+        "rules"
+    );
+    for (args, words) in [
+        ("add --name one --action skip", "there is one of that name"),
+        ("add --name x --action skip --before four", "no rule 'four'"),
+        ("add --name x --action stmp", "an action is"),
+        ("add --name x --action skip --dst 10.0.0.1/8", "did you mean 10.0.0.0/8"),
+        ("del thre", "did you mean 'three'"),
+    ] {
+        let refused = policy(&world.lab, args)?.code(1)?;
+        ensure!(refused.err.contains(words), "{args}: {refused:#?}");
+    }
+    world.lab.ok("policy del two three")?;
+    world.expect_token("2222222222222222", "the token when two are gone")?;
+    world.lab.ok("policy del one")?;
+    world.expect_token("1111111111111111", "the default")?;
+    ensure!(world.lab.ok("policy show")?.contains("(changed by hand)"), "the source");
+    Ok(())
+}
+
+pub fn the_kernel_says_which_rule_decides_and_why() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    let text = stamp("database", "dst = '10.20.0.0/16'\nport = 5432", "db")
+        + &stamp("user", "uid = [7, 'root']\nmark = '0x1/0x1'", "u")
+        + &stamp("container", "cgroup = '/'", "c");
+    let path = write(dir.path(), "p.toml", &text)?.display().to_string();
+    world.ok(&format!("-i c0 --attach --quiet --policy {path}"))?;
+    for from in [String::new(), format!("--file {path}")] {
+        for (syn, expected) in [
+            (
+                "--dst 10.20.1.1 --port 5432",
+                "rule 1 'database' decides: dst 10.20.0.0/16, port 5432 -> stamp",
+            ),
+            ("--dst 10.20.1.1 --port 5433", "no rule matches, and there is no default: no_policy"),
+            ("--dst 10.20.1.1 --port 5433", "rule 1 'database' does not match: port 5432"),
+            ("--dst fd00::1 --port 1 --uid root --mark 3", "rule 2 'user' decides: mark 0x1/0x1, uid 0,7"),
+            ("--dst fd00::1 --port 1 --uid 8 --mark 3", "rule 3 'container' decides"),
+        ] {
+            let answer = world.lab.ok(&format!("policy test {from} {syn}"))?;
+            ensure!(answer.contains(expected), "{from} {syn}: '{expected}' expected in\n{answer}");
+        }
+        let answer = world.lab.ok(&format!("policy test {from} --dst 10.20.1.1 --port 5432 --json"))?;
+        let answer = &records(&answer, "decision")?[0];
+        ensure!(answer["rule"] == 1 && answer["name"] == "database", "{answer}");
+    }
+    // To ask is not to hit.
+    let shown = world.lab.ok("policy show --json")?;
+    ensure!(records(&shown, "rule")?.iter().all(|rule| rule["hits"] == 0), "{shown}");
+    Ok(())
+}
+
+/// A streaming process with a policy file, and a first token that is stamped.
+fn stream(world: &World, path: &Path, flags: &str) -> Result<Running> {
+    let args = world.args(&format!("-i c0 --attach {flags} --policy {}", path.display()));
+    let mut stream = Running::start(&mut world.lab.netoken(&args))?;
+    stream.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
+    Ok(stream)
+}
+
+fn token(text: &str) -> String {
+    format!("default = {{ action = 'stamp', token = '{}' }}\n", text.repeat(16))
+}
+
+fn expect(world: &World, text: &str) -> Result<()> {
+    world.expect_token(&text.repeat(16), "the token after a reload")
+}
+
+pub fn sighup_loads_the_file_again() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    let path = write(dir.path(), "p.toml", &token("1"))?;
+    let mut stream = stream(&world, &path, "")?;
+    expect(&world, "1")?;
+    write(dir.path(), "p.toml", &token("2"))?;
+    expect(&world, "1")?;
+    stream.signal(Signal::SIGHUP)?;
+    stream.wait_for("the reload", |line| line.contains("policy loaded again: default: stamp 2222"))?;
+    expect(&world, "2")?;
+    // What is wrong is told and changes nothing, and the process goes on.
+    write(dir.path(), "p.toml", "defalt = 1\n")?;
+    stream.signal(Signal::SIGHUP)?;
+    stream.wait_for("the error", |line| line.contains("p.toml:1:1"))?;
+    expect(&world, "2")?;
+    write(dir.path(), "p.toml", &token("3"))?;
+    stream.signal(Signal::SIGHUP)?;
+    stream.wait_for("the reload", |line| line.contains("stamp 3333"))?;
+    expect(&world, "3")?;
+    stream.signal(Signal::SIGTERM)?;
+    ensure_eq!(stream.end()?.0, Some(0), "exit code");
+    Ok(())
+}
+
+pub fn watch_notices_every_way_of_changing_a_file() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    // As Kubernetes lays out a ConfigMap: the file is a link through a link to a directory.
+    let data = |name: &str, text: &str| -> Result<PathBuf> {
+        let data = dir.path().join(name);
+        fs::create_dir(&data)?;
+        write(&data, "p.toml", text)?;
+        Ok(data)
+    };
+    symlink(data("data-1", &token("1"))?, dir.path().join("..data"))?;
+    let path = dir.path().join("p.toml");
+    symlink("..data/p.toml", &path)?;
+    let mut stream = stream(&world, &path, "--watch")?;
+    expect(&world, "1")?;
+    let mut reloaded = |text: &str| -> Result<()> {
+        stream.wait_for("the reload", |line| line.contains(&format!("stamp {}", text.repeat(16))))?;
+        expect(&world, text)
+    };
+
+    symlink(data("data-2", &token("2"))?, dir.path().join("..next"))?;
+    fs::rename(dir.path().join("..next"), dir.path().join("..data"))?;
+    reloaded("2")?;
+    // In place.
+    fs::write(&path, token("3"))?;
+    reloaded("3")?;
+    // As an editor does it: a new file takes the name.
+    write(dir.path(), "p.toml~", &token("4"))?;
+    fs::rename(dir.path().join("p.toml~"), &path)?;
+    reloaded("4")?;
+    // Away for a while, and there again.
+    fs::remove_file(&path)?;
+    write(dir.path(), "p.toml", &token("5"))?;
+    reloaded("5")?;
+    // A file that it names.
+    write(dir.path(), "list.txt", "192.0.2.1\n")?;
+    fs::write(&path, token("6") + "[[rule]]\nname = 'l'\ndst = 'file:list.txt'\naction = 'skip'\n")?;
+    reloaded("6")?;
+    write(dir.path(), "list.txt", "10.77.0.2\n")?;
+    wait_until("the list to be read", || {
+        let syn = world.one_syn()?;
+        Ok(crate::world::token(&syn).is_none().then_some(()))
+    })
+}

@@ -1,0 +1,115 @@
+//! A policy changes in one step: under a steady load every SYN is decided by the old one or the new one, and no
+//! connection fails.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+use netoken::policy::Policy;
+use netoken::program::Maps;
+
+use crate::lab::PATIENCE;
+use crate::sockets::{Listener, connect};
+use crate::support::share_of;
+use crate::world::{Family, World};
+use crate::{NET, case};
+
+const RELOADS: usize = 500;
+/// Every so many go through the command, which also writes down what is in use.
+const BY_COMMAND: usize = 25;
+const CLIENTS: usize = 2;
+
+pub fn cases() -> Vec<Trial> {
+    vec![case("500 reloads under load: every SYN has the token of one policy or the other", NET, reloads)]
+}
+
+/// Two policies that have nothing in common: not the shapes, not the keys, not the records, and no default. A packet that
+/// sees parts of both finds no rule.
+fn policies(to: SocketAddr) -> [(String, [u8; 8]); 2] {
+    let rule = |name: &str, conditions: &str, token: &str| {
+        format!("[[rule]]\nname = '{name}'\n{conditions}\naction = 'stamp'\ntoken = '{token}'\n")
+    };
+    let many = |what: &str| -> String {
+        (0..50)
+            .map(|n| rule(&format!("{what} {n}"), &format!("dst = '198.51.100.{n}'\n{what} = {n}"), "wrong"))
+            .collect()
+    };
+    let (ip, port) = (to.ip(), to.port());
+    [
+        (
+            many("port") + &rule("one", &format!("port = {port}\nnot_src_port = [1, '3-9']"), "policy-A"),
+            *b"policy-A",
+        ),
+        (
+            many("mark")
+                + &rule("two", &format!("dst = '{ip}'\nnot_src = ['192.0.2.0/24', '::/0']"), "policy-B"),
+            *b"policy-B",
+        ),
+    ]
+}
+
+fn reloads() -> Result<()> {
+    let world = World::new(false)?;
+    let listener = Listener::open(&world, Family::V4)?;
+    let policies = policies(listener.addr);
+    let files: Vec<_> = (0..2).map(|at| world.lab.run.join(format!("reload-{at}.toml"))).collect();
+    for (file, (text, _)) in files.iter().zip(&policies) {
+        fs::write(file, text)?;
+    }
+    world.attach(&format!("--policy {}", files[0].display()))?;
+    let maps = Maps::open(&world.lab.run.join("bpf/default"))?;
+    let parsed = [Policy::from_toml(&policies[0].0)?, Policy::from_toml(&policies[1].0)?];
+
+    let rounds = share_of(RELOADS)?;
+    let (stop, opened) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let counts = thread::scope(|scope| -> Result<[usize; 2]> {
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|_| {
+                scope.spawn(|| -> Result<()> {
+                    while !stop.load(Ordering::Relaxed) {
+                        opened.fetch_add(1, Ordering::Relaxed);
+                        connect(&world.lab, &world.client, listener.addr, PATIENCE).context("under load")?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let server = scope.spawn(|| -> Result<[usize; 2]> {
+            let mut counts = [0; 2];
+            while !stop.load(Ordering::Relaxed) || counts[0] + counts[1] < opened.load(Ordering::Relaxed) {
+                let syn = listener.accept()?.syn;
+                let token = syn.token().context("a SYN without a token")?;
+                let which = policies.iter().position(|(_, of)| *of == token);
+                counts[which.with_context(|| format!("a strange token {token:02x?}"))?] += 1;
+            }
+            Ok(counts)
+        });
+        let reload = || -> Result<()> {
+            for round in 1..=rounds {
+                match round % BY_COMMAND {
+                    0 => drop(world.lab.ok(&format!("policy load {}", files[round % 2].display()))?),
+                    _ => maps.set_policy(&parsed[round % 2])?,
+                }
+            }
+            Ok(())
+        };
+        let reloaded = reload();
+        stop.store(true, Ordering::Relaxed);
+        let join = |client: thread::ScopedJoinHandle<'_, Result<()>>| {
+            client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        clients.into_iter().try_for_each(join)?;
+        reloaded?;
+        server.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    println!("SYNs of the two policies under {rounds} reloads: {counts:?}");
+    ensure!(counts[0] + counts[1] == opened.load(Ordering::Relaxed), "{counts:?} of {opened:?} connections");
+    ensure!(
+        counts.iter().all(|count| *count >= rounds / 2),
+        "too few connections to show anything: {counts:?}"
+    );
+    Ok(())
+}
