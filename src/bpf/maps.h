@@ -42,25 +42,28 @@ const volatile struct {
  * says in which slot of the other three its parts are. The slot that it does not name is free: it
  * is filled before that step, and emptied only when no packet can still be looking into it, which
  * is when the update has returned. See docs/policy.md.
+ *
+ * Inner maps are declared by size and not by type: user space makes them without BTF, and kernels
+ * from 5.15 to 6.1 take such a one for another kind than one with BTF.
  */
 struct generation_map {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, struct netoken_generation);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct netoken_generation));
 	__uint(max_entries, 1);
 };
 
 struct entry_map {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__type(key, struct netoken_facts);
-	__type(value, struct netoken_entry);
+	__uint(key_size, sizeof(struct netoken_facts));
+	__uint(value_size, sizeof(struct netoken_entry));
 	__uint(max_entries, 1);
 };
 
 struct record_map {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, struct netoken_record);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct netoken_record));
 	__uint(max_entries, 1);
 	__uint(map_flags, BPF_F_INNER_MAP);
 };
@@ -111,8 +114,8 @@ struct {
 
 struct hits_map {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, struct netoken_hits);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct netoken_hits));
 	__uint(max_entries, HITS_CHUNK);
 };
 
