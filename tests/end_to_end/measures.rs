@@ -19,7 +19,7 @@ pub fn cases() -> Vec<Trial> {
     let timed = [NET, &[Need::RealTime]].concat();
     vec![
         alone(
-            "a bulk transfer keeps four fifths of its speed with the stamp, and has no retransmits from it",
+            "a bulk transfer keeps four fifths of its speed with the stamp, with at most five retransmits more",
             &timed,
             bulk,
         ),
