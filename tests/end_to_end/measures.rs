@@ -13,13 +13,13 @@ use crate::lab::{PATIENCE, Running, kernel_counter};
 use crate::sockets::{Listener, connect};
 use crate::support::{Need, ensure_eq};
 use crate::world::{Family, World};
-use crate::{NET, alone, streams};
+use crate::{NET, alone, streams, sys};
 
 pub fn cases() -> Vec<Trial> {
     let timed = [NET, &[Need::RealTime]].concat();
     vec![
         alone(
-            "a bulk transfer keeps four fifths of its speed with the stamp, and has no retransmits from it",
+            "a bulk transfer keeps nine tenths of its speed with the stamp, and retransmits nothing",
             &timed,
             bulk,
         ),
@@ -33,8 +33,8 @@ pub fn cases() -> Vec<Trial> {
 }
 
 const BULK: usize = 200 << 20;
-const ROUNDS: usize = 5;
-const TRIES: usize = 2;
+const ROUNDS: usize = 12;
+const TRIES: usize = 3;
 
 /// What one way of sending has cost, at its best.
 #[derive(Clone, Copy, Debug)]
@@ -83,27 +83,31 @@ fn transfer(world: &World, listener: &Listener) -> Result<Cost> {
 }
 
 fn bulk() -> Result<()> {
-    let mut said = String::new();
-    for _ in 0..TRIES {
-        let world = World::new(true)?;
-        let listener = Listener::open(&world, Family::V4)?;
-        transfer(&world, &listener)?;
-        let (mut without, mut with) = (Cost::NONE, Cost::NONE);
-        // In turns, so that what else the machine does hits both.
-        for _ in 0..ROUNDS {
-            without = without.best(transfer(&world, &listener)?);
-            world.attach("")?;
-            with = with.best(transfer(&world, &listener)?);
-            world.lab.ok(&format!("{} --detach", world.place()))?;
+    // A veth has a queue for each CPU. Packets of one connection from two CPUs overtake each other, and what TCP then
+    // sends again says nothing of the stamp.
+    sys::on_one_cpu(|| {
+        let mut said = String::new();
+        for _ in 0..TRIES {
+            let world = World::new(true)?;
+            let listener = Listener::open(&world, Family::V4)?;
+            transfer(&world, &listener)?;
+            let (mut without, mut with) = (Cost::NONE, Cost::NONE);
+            // In turns, so that what else the machine does hits both.
+            for _ in 0..ROUNDS {
+                without = without.best(transfer(&world, &listener)?);
+                world.attach("")?;
+                with = with.best(transfer(&world, &listener)?);
+                world.lab.ok(&format!("{} --detach", world.place()))?;
+            }
+            world.expect_no_bad_packets()?;
+            said = format!("{} MiB, without: {without:?}, with: {with:?}", BULK >> 20);
+            println!("{said}");
+            if without.seconds / with.seconds >= 0.9 && with.retransmitted == 0 {
+                return Ok(());
+            }
         }
-        world.expect_no_bad_packets()?;
-        said = format!("{} MiB, without: {without:?}, with: {with:?}", BULK >> 20);
-        println!("{said}");
-        if without.seconds / with.seconds >= 0.8 && with.retransmitted <= without.retransmitted + 5 {
-            return Ok(());
-        }
-    }
-    bail!("{said}")
+        bail!("{said}")
+    })?
 }
 
 /// Opens a connection and ends it at once, without a trace. True if it was stamped; an error if it was not open
