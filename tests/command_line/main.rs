@@ -31,18 +31,7 @@ mod world;
 use std::process::ExitCode;
 
 use libtest_mimic::Trial;
-use support::Need;
-
-/// Each case under the name of its function.
-macro_rules! cases {
-    ($needs:expr; $($module:ident: $($function:ident)*;)*) => {
-        vec![$($(support::case(
-            concat!(stringify!($module), "::", stringify!($function)),
-            $needs,
-            $module::$function,
-        ),)*)*]
-    };
-}
+use support::{Need, cases};
 
 fn main() -> ExitCode {
     let mut cases = everywhere();
