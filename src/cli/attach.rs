@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
-use super::policy::{Progress, put as put_policy, read as read_with_progress};
+use super::policy::{Progress, put as put_policy, read as read_policy};
 use super::reload::Reload;
 use crate::clock;
 use crate::events::reader::Reader;
@@ -29,10 +29,13 @@ use crate::state::{Instance, Lock, ReaderLock, State};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
+    let progress = Progress::new(scope.json);
     let given = match &options.policy {
         PolicySource::Keep => None,
         PolicySource::Token(token) => Some(Given::Token(Policy::stamp_all(*token))),
-        PolicySource::File(path) => Some(Given::File(path, read_policy(path, options.allow_missing)?)),
+        PolicySource::File(path) => {
+            Some(Given::File(path, read_policy(path, options.allow_missing, &progress)?))
+        }
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
     let targets = targets(scope)?;
@@ -43,8 +46,15 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job =
-        Job { options, state: &state, instance: &instance, is_new, keys: keys.as_deref(), done: Vec::new() };
+    let mut job = Job {
+        options,
+        state: &state,
+        instance: &instance,
+        is_new,
+        keys: keys.as_deref(),
+        progress: &progress,
+        done: Vec::new(),
+    };
     // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
     let signals = if options.quiet { Ok(Signals::default()) } else { Signals::catch(given.as_ref()) };
     let attached = signals.and_then(|signals| Ok((job.attach(&lock, &targets, given.as_ref())?, signals)));
@@ -63,7 +73,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
             Output::new(scope.json, names, Arc::clone(&signals.stop)).context("preparing standard output")?;
         // Last of all, so that no failure leaves another policy than there was.
         if had_policy {
-            given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps))?;
+            given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps, &progress))?;
         }
         Ok((stream, output))
     });
@@ -135,17 +145,13 @@ impl Given<'_> {
         }
     }
 
-    fn put(&self, instance: &Instance, maps: &Maps) -> Result<()> {
+    fn put(&self, instance: &Instance, maps: &Maps, progress: &Progress) -> Result<()> {
         match self {
             Given::Token(policy) => running::load(instance, maps, policy, "the command line", None)?,
-            Given::File(path, checked) => put_policy(instance, maps, checked, path, &Progress::new())?,
+            Given::File(path, checked) => put_policy(instance, maps, checked, path, progress)?,
         };
         Ok(())
     }
-}
-
-fn read_policy(path: &Path, allow_missing: bool) -> Result<Checked> {
-    read_with_progress(path, allow_missing, &Progress::new())
 }
 
 /// What other processes tell this one.
@@ -205,6 +211,7 @@ struct Job<'a> {
     /// The instance was not there before.
     is_new: bool,
     keys: Option<&'a [Key]>,
+    progress: &'a Progress,
     done: Vec<(Link, Attachment)>,
 }
 
@@ -243,7 +250,7 @@ impl Job<'_> {
             let running = program.maps.policy()?.is_some();
             if first && !running {
                 let default = Given::Token(Policy::stamp_all(Token::DEFAULT));
-                given.unwrap_or(&default).put(self.instance, &program.maps)?;
+                given.unwrap_or(&default).put(self.instance, &program.maps, self.progress)?;
             }
             let attachment =
                 hooks.attach(lock, &target.link, &self.instance.name, &program, self.options.place)?;

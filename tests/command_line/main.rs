@@ -16,6 +16,7 @@ mod look;
 mod names;
 mod output;
 mod policy;
+mod progress;
 mod rights;
 mod rules;
 mod said;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
 
 fn everywhere() -> Vec<Trial> {
     cases![&[];
+        progress: a_person_who_waits_sees_how_far_it_is;
         help: every_flag_is_described an_example_is_shown the_examples_fit_a_narrow_terminal a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
             wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
         policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
@@ -81,6 +83,7 @@ fn with_root() -> Vec<Trial> {
         rules: counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
             the_kernel_says_which_rule_decides_and_why sighup_loads_the_file_again
             watch_notices_every_way_of_changing_a_file;
+        progress: a_load_says_how_far_it_is_to_people_only;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
             without_the_right_to_look_nothing_is_said_or_changed;
