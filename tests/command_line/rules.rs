@@ -14,6 +14,8 @@ use crate::said::{Said, netoken, said};
 use crate::support::ensure_eq;
 use crate::world::World;
 
+const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/policy.toml");
+
 /// A directory for files of a case, gone when it is dropped.
 fn dir() -> Result<tempfile::TempDir> {
     Ok(tempfile::tempdir()?)
@@ -82,9 +84,8 @@ pub fn all_errors_are_shown_in_one_run_with_their_lines() -> Result<()> {
 }
 
 pub fn a_good_file_is_checked_without_rights_and_warnings_are_told() -> Result<()> {
-    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/policy.toml");
-    let found = netoken(&["policy", "check", "--shapes", example])?.code(0)?;
-    ensure!(found.out.contains("5 rules") && found.out.contains("mark/0xf0"), "{found:#?}");
+    let found = netoken(&["policy", "check", "--shapes", EXAMPLE])?.code(0)?;
+    ensure!(found.out.contains("6 rules") && found.out.contains("mark/0xf0"), "{found:#?}");
 
     let dir = dir()?;
     let text = stamp("wide", "dst = '10.0.0.0/8'", "a") + &stamp("narrow", "dst = '10.1.0.0/16'", "b");
@@ -107,7 +108,7 @@ pub fn a_good_file_is_checked_without_rights_and_warnings_are_told() -> Result<(
         command = Command::new("setpriv");
         command.args(["--bounding-set", "-all", "--inh-caps", "-all", "--ambient-caps", "-all", NETOKEN]);
     }
-    said(command.args(["policy", "check", example]))?.code(0)?;
+    said(command.args(["policy", "check", EXAMPLE]))?.code(0)?;
     Ok(())
 }
 
@@ -229,6 +230,23 @@ pub fn the_kernel_says_which_rule_decides_and_why() -> Result<()> {
     let shown = world.lab.ok("policy show --json")?;
     ensure!(records(&shown, "rule")?.iter().all(|rule| rule["hits"] == 0), "{shown}");
     Ok(())
+}
+
+pub fn the_example_can_be_used_as_it_says() -> Result<()> {
+    let world = World::new()?;
+    let attach = format!("-i c0 --attach --quiet --policy {EXAMPLE}");
+    let refused = world.fails(&attach)?;
+    ensure!(refused.contains("netoken key new edge"), "{refused}");
+    world.lab.ok("key new edge")?;
+    world.ok(&attach)?;
+    let decides = |syn: &str, expected: &str| -> Result<()> {
+        let answer = world.lab.ok(&format!("policy test {syn}"))?;
+        ensure!(answer.contains(expected), "{syn}: '{expected}' expected in\n{answer}");
+        Ok(())
+    };
+    decides("--src 10.17.1.1 --dst 192.0.2.9 --port 22", "rule 6 'tenant 17' decides")?;
+    decides("--src 10.17.1.1 --dst 192.0.2.9 --port 22", "-> stamp tag 17 with key 'edge' bound to server")?;
+    decides("--src 10.17.1.1 --src-port 2000 --dst 192.0.2.9 --port 443", "rule 5 'web of partners' decides")
 }
 
 /// A streaming process with a policy file, and a first token that is stamped.
