@@ -12,6 +12,7 @@ use super::policy::{Progress, put as put_policy, read as read_policy};
 use super::reload::Reload;
 use crate::clock;
 use crate::events::reader::Reader;
+use crate::events::rules::RuleNames;
 use crate::events::show::{Names, Output, Record};
 use crate::events::stream::{self, End};
 use crate::events::watch::Watch;
@@ -69,8 +70,8 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     };
     let prepared = prepared.and_then(|stream| {
         let names = stream.as_ref().map_or(Names::new(), |stream| stream.watch.names());
-        let output =
-            Output::new(scope.json, names, Arc::clone(&signals.stop)).context("preparing standard output")?;
+        let output = Output::new(scope.json, names, RuleNames::of(&instance), Arc::clone(&signals.stop))
+            .context("preparing standard output")?;
         // Last of all, so that no failure leaves another policy than there was.
         if had_policy {
             given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps, &progress))?;

@@ -11,10 +11,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::compile::{Naming, Refused, compile};
@@ -40,6 +41,9 @@ pub struct Running {
     /// The file that it is from, or what else it is.
     pub source: String,
 }
+
+/// What the file of a [`Memory`] ends in.
+const JSON: &str = "json";
 
 /// What is remembered beside the rules.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -141,7 +145,7 @@ fn give_numbers(policy: &Policy, before: &Memory) -> Result<(Vec<u32>, u32, Vec<
 impl Memory {
     fn paths(instance: &Instance, generation: u64) -> (PathBuf, PathBuf) {
         let path = |kind| instance.policy_dir.join(format!("{generation}.{kind}"));
-        (path("toml"), path("json"))
+        (path("toml"), path(JSON))
     }
 
     fn read(instance: &Instance, generation: u64) -> Option<Memory> {
@@ -222,6 +226,18 @@ pub fn read(instance: &Instance, maps: &Maps) -> Result<Running> {
         loaded: humantime::parse_rfc3339(&memory.loaded).with_context(lost)?,
         source: memory.source,
     })
+}
+
+/// The names of the rules of a generation, in their order, from the policy directory of its instance; nothing if they are
+/// not remembered any more.
+pub fn rule_names(policy_dir: &Path, generation: u64) -> Option<Vec<Box<str>>> {
+    #[derive(Deserialize)]
+    struct Names {
+        hits: Vec<(Box<str>, IgnoredAny)>,
+    }
+    let text = fs::read_to_string(policy_dir.join(format!("{generation}.{JSON}"))).ok()?;
+    let names: Names = serde_json::from_str(&text).ok()?;
+    Some(names.hits.into_iter().map(|(name, _)| name).collect())
 }
 
 /// What became of a name that a policy uses since it was loaded.

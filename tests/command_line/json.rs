@@ -19,7 +19,7 @@ fn keys(kind: &str) -> Result<String> {
     Ok(match kind {
         "attached" => "interface priority handle replaced made_qdisc".to_string(),
         "syn" => {
-            "interface time netns ifindex src sport dst dport isn verdict dropped rule token old_options_len \
+            "interface time netns_inode ifindex src sport dst dport isn verdict dropped rule rule_name token old_options_len \
                   new_options_len"
                 .to_string()
         }

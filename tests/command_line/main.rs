@@ -81,7 +81,7 @@ fn with_root() -> Vec<Trial> {
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
             a_query_where_nothing_is_attached;
         rules: the_example_can_be_used_as_it_says counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
-            the_kernel_says_which_rule_decides_and_why sighup_loads_the_file_again
+            the_kernel_says_which_rule_decides_and_why sighup_loads_the_file_again the_stream_shows_rules_by_their_names
             watch_notices_every_way_of_changing_a_file;
         progress: a_load_says_how_far_it_is_to_people_only;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;

@@ -265,6 +265,37 @@ fn expect(world: &World, text: &str) -> Result<()> {
     world.expect_token(&text.repeat(16), "the token after a reload")
 }
 
+/// Also while the numbers of the rules change: an event goes by the policy that decided.
+pub fn the_stream_shows_rules_by_their_names() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    let kept = stamp("kept \"ä\"", "port = 9", "kept");
+    let path = write(dir.path(), "p.toml", &kept)?;
+    let next = stamp("in front", "dst = '192.0.2.1'", "x") + &kept + &stamp("behind", "port = 10", "y");
+    let next = write(dir.path(), "next.toml", &next)?;
+    for (flags, shown, last) in [
+        ("", "  kept \"ä\"  ", "  default  "),
+        ("--json", r#""rule_name":"kept \"ä\"""#, r#""rule_name":null"#),
+    ] {
+        let args = world.args(&format!("-i c0 --attach {flags} --policy {}", path.display()));
+        let mut stream = Running::start(&mut world.lab.netoken(&args))?;
+        stream.wait_for("the attach", |line| line.contains("attached") || line.contains("replaced"))?;
+        for policy in [&path, &next, &path] {
+            world.lab.ok(&format!("policy load {}", policy.display()))?;
+            world.syns(1)?;
+            stream.wait_for(&format!("the name with {}", policy.display()), |line| {
+                line.contains("10.77.0.2") && line.contains(shown)
+            })?;
+        }
+        world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+        world.syns(1)?;
+        stream.wait_for("the default", |line| line.contains("10.77.0.2") && line.contains(last))?;
+        stream.signal(Signal::SIGTERM)?;
+        ensure_eq!(stream.end()?.0, Some(0), "exit code");
+    }
+    Ok(())
+}
+
 pub fn sighup_loads_the_file_again() -> Result<()> {
     let world = World::new()?;
     let dir = dir()?;
