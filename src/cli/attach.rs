@@ -86,7 +86,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         }
     };
 
-    let told = job.tell(&mut output, &note).context("writing to standard output");
+    let told = job.tell(scope, &mut output, &note).context("writing to standard output");
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
     drop(keys);
@@ -294,7 +294,7 @@ impl Job<'_> {
         }
     }
 
-    fn tell(&self, output: &mut Output, note: &str) -> Result<()> {
+    fn tell(&self, scope: &Scope, output: &mut Output, note: &str) -> Result<()> {
         for (link, attachment) in &self.done {
             let Attachment { filter, made_qdisc, .. } = attachment;
             let replaced = attachment.replaced();
@@ -306,16 +306,23 @@ impl Job<'_> {
                     replaced,
                     made_qdisc: *made_qdisc,
                 })?;
-                continue;
+            } else {
+                note!(
+                    "{} {} egress (priority {}, handle {:#x}){}",
+                    if replaced { "replaced in place on" } else { "attached to" },
+                    link.name,
+                    filter.priority,
+                    filter.handle,
+                    if *made_qdisc { ", made a clsact qdisc for it" } else { "" }
+                );
             }
-            note!(
-                "{} {} egress (priority {}, handle {:#x}){}",
-                if replaced { "replaced in place on" } else { "attached to" },
-                link.name,
-                filter.priority,
-                filter.handle,
-                if *made_qdisc { ", made a clsact qdisc for it" } else { "" }
-            );
+            if !link.is_up {
+                note!("{} is down: nothing leaves by it until: {} link set {0} up", link.name, scope.ip());
+            }
+            if let Some(changes) = attachment.previous_config.and_then(|before| self.options.changes(&before))
+            {
+                note!("{}: this attach changed {changes}", link.name);
+            }
         }
         if !output.is_json() {
             note!("{note}");

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::model::Syn;
 use super::rules::RuleNames;
+use super::watch::Change;
 use crate::counters::Counters;
 use crate::types::Verdict;
 
@@ -60,7 +61,8 @@ pub enum Record<'a> {
         /// Its name, before if it was renamed.
         interface: &'a str,
         /// What happened.
-        event: &'a str,
+        #[serde(flatten)]
+        change: &'a Change,
     },
 }
 

@@ -10,11 +10,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions, ProgramInfo};
 use libbpf_rs::{MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcHook};
 use nix::errno::Errno;
+use serde::Serialize;
 
 use super::netlink::{Filter, Link, Netlink, Side};
 use crate::netns::Netns;
-use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, Program, messages};
+use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, Program, config_among, messages};
 use crate::state::{Lock, State};
+use crate::types::Config;
 
 /// The number of the empty egress chain that we put on a clsact qdisc that we make, and by which it is known to
 /// be ours: it ends with the qdisc, and nobody else has a reason to make it. "NT" as in the option's ExID.
@@ -36,6 +38,15 @@ pub struct Loaded {
     pub loaded_at: Duration,
     /// The instance whose maps it uses; none if its pins are gone.
     pub instance: Option<String>,
+    /// Ids of its maps.
+    map_ids: Vec<u32>,
+}
+
+impl Loaded {
+    /// What it was told; nothing if another version of netoken has loaded it.
+    pub fn config(&self) -> Option<Config> {
+        config_among(&self.map_ids)
+    }
 }
 
 /// A filter of ours.
@@ -52,7 +63,8 @@ pub struct Attached {
 }
 
 /// What became of the clsact qdisc.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "qdisc", content = "qdisc_filters", rename_all = "snake_case")]
 pub enum Qdisc {
     /// There was none.
     Absent,
@@ -85,7 +97,8 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
             let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
             // One whose pins are gone is ours if it has our maps; the name alone anybody can have.
             let ours = instance.is_some() || has_our_maps(&program.map_ids);
-            ours.then_some((program.id, Loaded { loaded_at: program.load_time, instance }))
+            let (loaded_at, map_ids) = (program.load_time, program.map_ids);
+            ours.then_some((program.id, Loaded { loaded_at, instance, map_ids }))
         })
         .collect())
 }
@@ -179,6 +192,8 @@ pub struct Attachment {
     pub filter: Filter,
     /// What of ours was there before, and still can be put back.
     previous: Vec<(Filter, OwnedFd)>,
+    /// What the program was told that was there before.
+    pub previous_config: Option<Config>,
     /// We made the clsact qdisc for it.
     pub made_qdisc: bool,
 }
@@ -230,20 +245,20 @@ impl<'a> Hooks<'a> {
             // Unless somebody uses it already.
             self.destroy_clsact(lock, link).ok();
         }
-        let (filter, previous) = attached?;
-        Ok(Attachment { filter, previous, made_qdisc })
+        Ok(Attachment { made_qdisc, ..attached? })
     }
 
-    /// Returns where the filter stands, and what of ours was there before.
+    /// The same on a clsact qdisc that is there.
     fn attach_filter(
         &mut self,
         link: &Link,
         instance: &str,
         program: &Program,
         place: Place,
-    ) -> Result<(Filter, Vec<(Filter, OwnedFd)>)> {
+    ) -> Result<Attachment> {
         let ours = self.attached(link, instance)?;
         let previous = hold_programs(&ours)?;
+        let previous_config = ours.first().and_then(|ours| ours.loaded.config());
         let in_place = ours.iter().find(|ours| {
             place.priority.is_none_or(|priority| priority == ours.filter.priority)
                 && place.handle.is_none_or(|handle| handle == ours.filter.handle)
@@ -275,7 +290,7 @@ impl<'a> Hooks<'a> {
         for old in ours.iter().filter(|old| !same(&old.filter)) {
             self.remove_filter(link, &old.filter)?;
         }
-        Ok((filter, previous))
+        Ok(Attachment { filter, previous, previous_config, made_qdisc: false })
     }
 
     /// Puts back what was there before an attach: filters of ours in their places, or none, and no qdisc of ours.

@@ -17,6 +17,7 @@ mod names;
 mod output;
 mod policy;
 mod progress;
+mod query;
 mod rights;
 mod rules;
 mod said;
@@ -84,6 +85,9 @@ fn with_root() -> Vec<Trial> {
             the_kernel_says_which_rule_decides_and_why sighup_loads_the_file_again the_stream_shows_rules_by_their_names
             watch_notices_every_way_of_changing_a_file;
         progress: a_load_says_how_far_it_is_to_people_only;
+        query: the_policy_and_what_programs_were_told_are_shown instances_without_filters_are_shown
+            one_instance_can_be_asked_for an_instance_that_is_not_whole_does_not_hide_the_others
+            an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
             without_the_right_to_look_nothing_is_said_or_changed;
