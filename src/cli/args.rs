@@ -56,7 +56,8 @@ pub struct Args {
     #[arg(long, requires = "iface", help_heading = "What to do")]
     attach: bool,
 
-    /// Show what is attached; without --iface on all interfaces of all known network namespaces
+    /// Show what is attached, with policies and counters; without --iface on all interfaces of all known network
+    /// namespaces, and instances that have no filter there
     #[arg(long, help_heading = "What to do")]
     query: bool,
 

@@ -42,11 +42,11 @@ pub enum Record<'a> {
     Syn {
         /// Name of the interface.
         interface: &'a str,
-        /// Name of the rule; none for the default, and if the policy that decided is not remembered any more.
-        rule_name: Option<&'a str>,
-        /// The rest.
+        /// All that the event says.
         #[serde(flatten)]
         syn: &'a Syn,
+        /// Name of the rule; none for the default, and if the policy that decided is not remembered any more.
+        rule_name: Option<&'a str>,
     },
     /// All counters since the instance was made, and events lost since this process began to read.
     Totals {
@@ -175,7 +175,7 @@ impl Output {
         let name = self.names.get(&key).cloned().unwrap_or_else(|| format!("#{}", syn.ifindex));
         let rule_name = self.rules.get(syn.generation, syn.rule);
         if self.json {
-            let record = Record::Syn { interface: &name, rule_name, syn };
+            let record = Record::Syn { interface: &name, syn, rule_name };
             return print_record(&mut self.out, &record);
         }
         let time = humantime::format_rfc3339_millis(syn.time).to_string();
