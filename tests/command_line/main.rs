@@ -40,6 +40,10 @@ fn main() -> ExitCode {
     cases.extend(with_python());
     cases.extend(with_tcpdump());
     cases.extend(with_root());
+    cases.extend(cases![&[Need::RealTime]; progress: a_person_who_waits_sees_how_far_it_is;]);
+    cases.extend(cases![&[Need::Root, Need::Tool("ip"), Need::Tool("ethtool"), Need::RealTime];
+        progress: a_load_says_how_far_it_is_to_people_only;
+    ]);
     cases.extend(cases![&[Need::Root, Need::Tool("setpriv"), Need::BufferLimit];
         stream: a_stream_that_cannot_begin_leaves_all_as_it_was;
     ]);
@@ -48,7 +52,6 @@ fn main() -> ExitCode {
 
 fn everywhere() -> Vec<Trial> {
     cases![&[];
-        progress: a_person_who_waits_sees_how_far_it_is;
         help: every_flag_is_described an_example_is_shown the_examples_fit_a_narrow_terminal a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
             wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
         policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
@@ -84,7 +87,6 @@ fn with_root() -> Vec<Trial> {
         rules: the_example_can_be_used_as_it_says counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
             the_kernel_says_which_rule_decides_and_why sighup_loads_the_file_again the_stream_shows_rules_by_their_names
             watch_notices_every_way_of_changing_a_file;
-        progress: a_load_says_how_far_it_is_to_people_only;
         query: the_policy_and_what_programs_were_told_are_shown instances_without_filters_are_shown
             one_instance_can_be_asked_for an_instance_that_is_not_whole_does_not_hide_the_others
             an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told;

@@ -54,7 +54,7 @@ fn at_a_terminal(lab: &Lab, args: &str) -> Result<(Said, String)> {
 
 /// Writes ever longer policies until `run` shows what it is doing, and gives back the path of that one and what was shown.
 fn until_shown(lab: &Lab, dir: &Path, run: impl Fn(&str) -> String) -> Result<(String, String)> {
-    let mut rules = 1 << 16;
+    let mut rules = 1 << 15;
     while rules <= RULES_MAX {
         let path = write_policy(dir, rules)?;
         let (said, shown) = at_a_terminal(lab, &run(&path))?;
