@@ -1,7 +1,7 @@
 //! Loads the classifier. The one place that drives the generated skeleton; what leaves it is file
 //! descriptors and typed settings. How a policy gets into the maps is in [`crate::policy::install`].
 
-use std::mem::MaybeUninit;
+use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Mutex;
@@ -9,13 +9,18 @@ use std::sync::Mutex;
 use anyhow::{Context, Result};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMapMut, PrintLevel};
+use plain::Plain;
 
 use crate::clock;
 use crate::kernel::Kernel;
 use crate::keys::live::LiveKeys;
 use crate::policy::install::inner;
+use crate::skel::types::rodata;
 use crate::skel::{NetokenSkelBuilder, OpenNetokenMaps};
 use crate::types::{Config, Live};
+
+// SAFETY: integers without hidden padding, which types.h asserts.
+unsafe impl Plain for Config {}
 
 /// The name that `tc filter show` and `bpftool prog` print.
 pub const PROGRAM_NAME: &str = "netoken_egress";
@@ -283,6 +288,20 @@ impl Maps {
     pub fn policy(&self) -> Result<Option<MapHandle>> {
         inner(&self.policies, 0).context("looking for the policy in use")
     }
+}
+
+/// What the program was told that has these maps, as the kernel keeps it; nothing if another version of netoken has
+/// loaded it.
+pub fn config_among(map_ids: &[u32]) -> Option<Config> {
+    let maps = map_ids.iter().filter_map(|id| MapHandle::from_map_id(*id).ok());
+    let settings = maps.into_iter().find(|map| map.name().to_string_lossy().ends_with(".rodata"))?;
+    let bytes = settings.lookup(&0u32.to_ne_bytes(), MapFlags::ANY).ok()??;
+    if bytes.len() != size_of::<rodata>() {
+        return None;
+    }
+    let mut config = Config::default();
+    config.copy_from_bytes(bytes.get(offset_of!(rodata, config)..)?).ok()?;
+    Some(config)
 }
 
 /// Runs `f` and returns with its result what libbpf had to say: the reasons, and the verifier's log.

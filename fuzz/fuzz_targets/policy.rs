@@ -1,4 +1,4 @@
-//! `cargo +nightly fuzz run policy -- -max_total_time=60`: any text as a policy.
+//! Any text as a policy; CONTRIBUTING.md says how to run it.
 
 #![no_main]
 

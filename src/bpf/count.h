@@ -22,7 +22,7 @@ static __always_inline void describe_event(struct __sk_buff *skb, struct syn *sy
 	event->old_options_len_bytes = options_len;
 	event->new_options_len_bytes = options_len;
 	__builtin_memset(event->flow.pad, 0, sizeof(event->flow.pad));
-	__builtin_memset(event->pad, 0, sizeof(event->pad));
+	event->generation = 0;
 }
 
 /* Filling in an event and finding no reader costs as much as half a stamp. */

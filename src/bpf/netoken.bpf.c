@@ -41,6 +41,7 @@ __noinline int handle_syn(struct __sk_buff *skb)
 		verdict = VERDICT_NO_POLICY;
 	} else {
 		event->rule = rule->id;
+		event->generation = scratch->search.generation;
 		switch (rule->action) {
 		case ACTION_STAMP:
 			verdict = VERDICT_NO_KEY;

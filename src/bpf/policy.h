@@ -315,10 +315,12 @@ __noinline int choose_rule(struct __sk_buff *skb)
 	if (!gen || !scratch)
 		return 0;
 	/* A policy without rules is the most frequent one, and needs no search. */
-	if (!gen->shape_count)
+	if (!gen->shape_count) {
+		scratch->search.generation = gen->number;
 		scratch->search.found = gen->default_rule;
-	else if (!find_rule(skb))
+	} else if (!find_rule(skb)) {
 		return 0;
+	}
 	if (!scratch->search.found.action)
 		return 0;
 	count_hit(scratch->search.found.hits);

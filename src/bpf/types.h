@@ -135,7 +135,9 @@ struct netoken_event {
 	__u8 dropped;	       /* 1 if the packet was dropped, whatever the verdict */
 	__u8 old_options_len_bytes;
 	__u8 new_options_len_bytes; /* equal to the old one unless stamped */
-	__u8 pad[4];
+	/* Low bits of the number of the policy that decided, 0 if none did: rule numbers mean
+	 * something only with it. */
+	__u32 generation;
 };
 
 /* What user space tells a program that is already attached. */

@@ -13,6 +13,7 @@ use crate::hooks::netlink::Link;
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 use crate::token::Token;
 use crate::token::keyed::Slots;
+use crate::types::Config;
 
 // Each explanation on a line of its own: columns would be broken by narrow terminals.
 const EXAMPLES: &str = "\
@@ -57,7 +58,8 @@ pub struct Args {
     #[arg(long, requires = "iface", help_heading = "What to do")]
     attach: bool,
 
-    /// Show what is attached; without --iface on all interfaces of all known network namespaces
+    /// Show what is attached, with policies and counters; without --iface on all interfaces of all known network
+    /// namespaces, and instances that have no filter there
     #[arg(long, help_heading = "What to do")]
     query: bool,
 
@@ -126,9 +128,9 @@ pub struct Args {
     #[arg(long, value_name = "NAME|PATH")]
     netns: Option<String>,
 
-    /// Which set of policy and counters to use
-    #[arg(long, value_name = "NAME", default_value = "default", value_parser = instance)]
-    instance: String,
+    /// Which set of policy and counters to use [default: default; with --query: all]
+    #[arg(long, value_name = "NAME", value_parser = instance)]
+    instance: Option<String>,
 
     /// Print one JSON object a line
     #[arg(long)]
@@ -150,6 +152,8 @@ pub(super) struct Scope {
     pub ifaces: Vec<String>,
     pub netns: Option<String>,
     pub instance: String,
+    /// The instance was named.
+    pub is_one_instance: bool,
     pub json: bool,
 }
 
@@ -186,6 +190,22 @@ pub(super) enum PolicySource {
     File(PathBuf),
 }
 
+impl AttachOptions {
+    /// What of a program that is replaced was told otherwise, in one line; nothing if all is as it was.
+    pub fn changes(&self, before: &Config) -> Option<String> {
+        let changes = [
+            (before.sample != self.sample)
+                .then(|| format!("--sample from {} to {}", before.sample, self.sample)),
+            (before.option_kind != self.option_kind)
+                .then(|| format!("--option-kind from {} to {}", before.option_kind, self.option_kind)),
+            (before.exid != self.exid)
+                .then(|| format!("--exid from {:#06x} to {:#06x}", before.exid, self.exid)),
+        ];
+        let changes: Vec<String> = changes.into_iter().flatten().collect();
+        (!changes.is_empty()).then(|| changes.join(", "))
+    }
+}
+
 impl Args {
     pub(super) fn check(mut self) -> Result<(Mode, Scope)> {
         let mut seen = HashSet::new();
@@ -215,7 +235,13 @@ impl Args {
                 slots: self.slot.map(|length_s| Slots::new(length_s, 1, 1)).transpose()?,
             })
         };
-        let scope = Scope { ifaces: self.iface, netns: self.netns, instance: self.instance, json: self.json };
+        let scope = Scope {
+            ifaces: self.iface,
+            netns: self.netns,
+            is_one_instance: self.instance.is_some(),
+            instance: self.instance.unwrap_or("default".to_string()),
+            json: self.json,
+        };
         Ok((mode, scope))
     }
 }
@@ -225,6 +251,20 @@ impl Scope {
     pub fn find(&self, links: &[Link]) -> Result<Vec<Link>> {
         let netns = self.netns.as_deref().unwrap_or_default();
         self.ifaces.iter().map(|name| find_link(links, name, netns).cloned()).collect()
+    }
+
+    /// Whether an instance is one of those that were asked for.
+    pub fn wants(&self, instance: Option<&str>) -> bool {
+        !self.is_one_instance || instance == Some(&self.instance)
+    }
+
+    /// How `ip` is called for the same network namespace.
+    pub fn ip(&self) -> String {
+        match &self.netns {
+            None => "ip".to_string(),
+            Some(path) if path.contains('/') => format!("nsenter --net={path} ip"),
+            Some(name) => format!("ip -n {name}"),
+        }
     }
 
     /// The flags that lead another command to the same place.

@@ -9,10 +9,11 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
-use super::policy::{Progress, put as put_policy, read as read_with_progress};
+use super::policy::{Progress, put as put_policy, read as read_policy};
 use super::reload::Reload;
 use crate::clock;
 use crate::events::reader::Reader;
+use crate::events::rules::RuleNames;
 use crate::events::show::{Names, Output, Record};
 use crate::events::stream::{self, End};
 use crate::events::watch::Watch;
@@ -30,10 +31,13 @@ use crate::state::{Instance, Lock, ReaderLock, State};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
+    let progress = Progress::new(scope.json);
     let given = match &options.policy {
         PolicySource::Keep => None,
         PolicySource::Token(token) => Some(Given::Token(Policy::stamp_all(*token))),
-        PolicySource::File(path) => Some(Given::File(path, read_policy(path, options.allow_missing)?)),
+        PolicySource::File(path) => {
+            Some(Given::File(path, read_policy(path, options.allow_missing, &progress)?))
+        }
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
     let targets = targets(scope)?;
@@ -44,8 +48,15 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job =
-        Job { options, state: &state, instance: &instance, is_new, keys: keys.as_deref(), done: Vec::new() };
+    let mut job = Job {
+        options,
+        state: &state,
+        instance: &instance,
+        is_new,
+        keys: keys.as_deref(),
+        progress: &progress,
+        done: Vec::new(),
+    };
     // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
     let signals = if options.quiet { Ok(Signals::default()) } else { Signals::catch(given.as_ref()) };
     let attached = signals.and_then(|signals| Ok((job.attach(&lock, &targets, given.as_ref())?, signals)));
@@ -60,11 +71,11 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     };
     let prepared = prepared.and_then(|stream| {
         let names = stream.as_ref().map_or(Names::new(), |stream| stream.watch.names());
-        let output =
-            Output::new(scope.json, names, Arc::clone(&signals.stop)).context("preparing standard output")?;
+        let output = Output::new(scope.json, names, RuleNames::of(&instance), Arc::clone(&signals.stop))
+            .context("preparing standard output")?;
         // Last of all, so that no failure leaves another policy than there was.
         if had_policy {
-            given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps))?;
+            given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps, &progress))?;
         }
         Ok((stream, output))
     });
@@ -76,7 +87,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         }
     };
 
-    let told = job.tell(&mut output, &note).context("writing to standard output");
+    let told = job.tell(scope, &mut output, &note).context("writing to standard output");
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
     drop(keys);
@@ -136,17 +147,13 @@ impl Given<'_> {
         }
     }
 
-    fn put(&self, instance: &Instance, maps: &Maps) -> Result<()> {
+    fn put(&self, instance: &Instance, maps: &Maps, progress: &Progress) -> Result<()> {
         match self {
             Given::Token(policy) => running::load(instance, maps, policy, "the command line", None)?,
-            Given::File(path, checked) => put_policy(instance, maps, checked, path, &Progress::new())?,
+            Given::File(path, checked) => put_policy(instance, maps, checked, path, progress)?,
         };
         Ok(())
     }
-}
-
-fn read_policy(path: &Path, allow_missing: bool) -> Result<Checked> {
-    read_with_progress(path, allow_missing, &Progress::new())
 }
 
 /// What other processes tell this one.
@@ -206,6 +213,7 @@ struct Job<'a> {
     /// The instance was not there before.
     is_new: bool,
     keys: Option<&'a [Key]>,
+    progress: &'a Progress,
     done: Vec<(Link, Attachment)>,
 }
 
@@ -244,7 +252,7 @@ impl Job<'_> {
             let running = program.maps.policy()?.is_some();
             if first && !running {
                 let default = Given::Token(Policy::stamp_all(Token::DEFAULT));
-                given.unwrap_or(&default).put(self.instance, &program.maps)?;
+                given.unwrap_or(&default).put(self.instance, &program.maps, self.progress)?;
             }
             let attachment =
                 hooks.attach(lock, &target.link, &self.instance.name, program.as_fd(), self.options.place)?;
@@ -287,7 +295,7 @@ impl Job<'_> {
         }
     }
 
-    fn tell(&self, output: &mut Output, note: &str) -> Result<()> {
+    fn tell(&self, scope: &Scope, output: &mut Output, note: &str) -> Result<()> {
         for (link, attachment) in &self.done {
             let Attachment { filter, made_qdisc, .. } = attachment;
             let replaced = attachment.replaced();
@@ -299,16 +307,23 @@ impl Job<'_> {
                     replaced,
                     made_qdisc: *made_qdisc,
                 })?;
-                continue;
+            } else {
+                note!(
+                    "{} {} egress (priority {}, handle {:#x}){}",
+                    if replaced { "replaced in place on" } else { "attached to" },
+                    link.name,
+                    filter.priority,
+                    filter.handle,
+                    if *made_qdisc { ", made a clsact qdisc for it" } else { "" }
+                );
             }
-            note!(
-                "{} {} egress (priority {}, handle {:#x}){}",
-                if replaced { "replaced in place on" } else { "attached to" },
-                link.name,
-                filter.priority,
-                filter.handle,
-                if *made_qdisc { ", made a clsact qdisc for it" } else { "" }
-            );
+            if !link.is_up {
+                note!("{} is down: nothing leaves by it until: {} link set {0} up", link.name, scope.ip());
+            }
+            if let Some(changes) = attachment.previous_config.and_then(|before| self.options.changes(&before))
+            {
+                note!("{}: this attach changed {changes}", link.name);
+            }
         }
         if !output.is_json() {
             note!("{note}");

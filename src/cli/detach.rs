@@ -19,10 +19,8 @@ struct Removed {
     /// How many filters of ours were removed.
     filters: usize,
     /// Only with `--destroy`: what became of the clsact qdisc.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    qdisc: Option<&'static str>,
-    #[serde(skip)]
-    others: usize,
+    #[serde(flatten)]
+    qdisc: Option<Qdisc>,
 }
 
 pub(super) fn run(scope: &Scope, destroy: bool) -> Result<()> {
@@ -52,7 +50,7 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
         let filters = hooks.detach(&lock, link, &scope.instance)?;
         let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
         if !only_news || filters > 0 || qdisc == Some(Qdisc::Removed) {
-            done.push(describe(link, filters, qdisc));
+            done.push(Removed { interface: link.name.clone(), filters, qdisc });
         }
     }
     let in_use = destroy && !remove_unused(&state, &lock, &scope.instance)?;
@@ -74,18 +72,6 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
     Ok(())
 }
 
-fn describe(link: &Link, filters: usize, qdisc: Option<Qdisc>) -> Removed {
-    let (qdisc, others) = match qdisc {
-        None => (None, 0),
-        Some(Qdisc::Absent) => (Some("absent"), 0),
-        Some(Qdisc::Removed) => (Some("removed"), 0),
-        Some(Qdisc::Foreign) => (Some("kept: made by somebody else"), 0),
-        Some(Qdisc::InUse(others)) => (Some("kept: in use"), others),
-        Some(Qdisc::HasChains) => (Some("kept: somebody else's chain"), 0),
-    };
-    Removed { interface: link.name.clone(), filters, qdisc, others }
-}
-
 fn tell(scope: &Scope, done: &[Removed]) -> Result<()> {
     let mut out = io::stdout().lock();
     for removed in done {
@@ -99,16 +85,12 @@ fn tell(scope: &Scope, done: &[Removed]) -> Result<()> {
             n => format!("{n} filters removed"),
         };
         let qdisc = match removed.qdisc {
-            None | Some("absent") => String::new(),
-            Some("removed") => ", clsact qdisc removed: we made it and nobody else uses it".to_string(),
-            Some("kept: in use") => {
-                let (n, s) = (removed.others, if removed.others == 1 { "" } else { "s" });
-                format!(", clsact qdisc kept: {n} other filter{s} on it")
-            }
-            Some("kept: somebody else's chain") => {
-                ", clsact qdisc kept: somebody made a chain on it".to_string()
-            }
-            Some(_) => ", clsact qdisc kept: somebody else made it".to_string(),
+            None | Some(Qdisc::Absent) => String::new(),
+            Some(Qdisc::Removed) => ", clsact qdisc removed: we made it and nobody else uses it".to_string(),
+            Some(Qdisc::InUse(1)) => ", clsact qdisc kept: 1 other filter on it".to_string(),
+            Some(Qdisc::InUse(others)) => format!(", clsact qdisc kept: {others} other filters on it"),
+            Some(Qdisc::HasChains) => ", clsact qdisc kept: somebody made a chain on it".to_string(),
+            Some(Qdisc::Foreign) => ", clsact qdisc kept: somebody else made it".to_string(),
         };
         note!("{}: {filter}{qdisc}", removed.interface);
     }

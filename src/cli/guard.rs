@@ -199,6 +199,7 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
     let scope = Scope {
         ifaces: args.iface.clone(),
         netns: args.netns.clone(),
+        is_one_instance: true,
         instance: args.instance.clone(),
         json: args.json,
     };

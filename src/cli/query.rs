@@ -1,6 +1,7 @@
 //! `--query`: what is attached where, since when, and what it has done.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::fmt;
 use std::io::{self, Write};
 use std::time::{Duration, SystemTime};
 
@@ -17,9 +18,11 @@ use crate::hooks::clsact::{Attached, attached, loaded_programs};
 use crate::hooks::netlink::{Netlink, Side};
 use crate::kernel::Kernel;
 use crate::netns::Netns;
+use crate::policy::running::{self, Outline};
 use crate::privileges;
-use crate::program::Maps;
-use crate::state::State;
+use crate::program::{DEFAULT_EXID, DEFAULT_KIND, Maps};
+use crate::state::{Instance, State};
+use crate::types::Config;
 
 /// One filter of ours, as `--json` prints it.
 #[derive(Serialize)]
@@ -27,6 +30,7 @@ use crate::state::State;
 struct Hook {
     /// Name of the network namespace; empty for the one that the command ran in.
     netns: String,
+    netns_inode: u32,
     interface: String,
     hook: &'static str,
     program: u32,
@@ -38,6 +42,41 @@ struct Hook {
     since: String,
     /// Foreign filters that see a packet first and may end its way.
     filters_before: usize,
+    /// What its program was told; nothing if another version of netoken has loaded it.
+    #[serde(flatten)]
+    told: Option<Told>,
+}
+
+/// What a program was told when it was attached.
+#[derive(Serialize)]
+struct Told {
+    option_kind: u8,
+    exid: u16,
+    /// Of so many SYNs of the same verdict on a CPU, one is sent as an event.
+    sample: u32,
+}
+
+impl From<Config> for Told {
+    fn from(config: Config) -> Told {
+        Told { option_kind: config.option_kind, exid: config.exid, sample: config.sample }
+    }
+}
+
+impl fmt::Display for Told {
+    /// What is not as it is if nothing is said.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        if self.option_kind != DEFAULT_KIND {
+            parts.push(format!("option kind {}", self.option_kind));
+        }
+        if self.exid != DEFAULT_EXID {
+            parts.push(format!("ExID {:#06x}", self.exid));
+        }
+        if self.sample != 1 {
+            parts.push(format!("events for one of {} SYNs", self.sample));
+        }
+        f.write_str(&parts.join(", "))
+    }
 }
 
 /// The counters of one instance, as `--json` prints them.
@@ -46,7 +85,7 @@ struct Hook {
 struct InstanceCounters<'a> {
     instance: &'a str,
     #[serde(flatten)]
-    counters: Counters,
+    counters: &'a Counters,
 }
 
 /// The wall clock of an instance's keyed tokens, as `--json` prints it.
@@ -61,29 +100,58 @@ struct InstanceClock<'a> {
     slot: u64,
 }
 
+/// An instance and what it holds.
+struct Held {
+    name: String,
+    /// A filter of it was found.
+    is_attached: bool,
+    maps: Maps,
+    counters: Counters,
+    /// Where it cannot be read, the rest is as good.
+    policy: Result<Option<Outline>>,
+}
+
 pub(super) fn run(scope: &Scope) -> Result<()> {
     privileges::check("looking for attached programs")?;
     let Some(state) = State::find()? else {
         check_names(scope)?;
-        return nothing(scope);
+        return nothing(scope, &[]);
     };
     let hooks = find(scope, &state)?;
+    let held = held(scope, &state, &hooks)?;
     if hooks.is_empty() {
-        return nothing(scope);
+        nothing(scope, &held)?;
     }
-    let instances = instances(&state, &hooks)?;
-    print(scope, &hooks, instances).context("writing to standard output")
+    print(scope, &hooks, &held).context("writing to standard output")
 }
 
-/// The maps and counters of every instance that has a hook, by its name.
-fn instances<'a>(state: &State, hooks: &'a [Hook]) -> Result<BTreeMap<&'a str, (Maps, Counters)>> {
-    let names: BTreeSet<&str> = hooks.iter().filter_map(|hook| hook.instance.as_deref()).collect();
-    let open = |name| {
-        let maps = state.instance(name).maps()?;
-        let counters = Counters::read(&maps)?;
-        Ok((name, (maps, counters)))
-    };
-    names.into_iter().map(open).collect()
+/// Every instance that has a hook and, unless an interface was named, those that have none.
+fn held(scope: &Scope, state: &State, hooks: &[Hook]) -> Result<Vec<Held>> {
+    let attached: BTreeSet<&str> = hooks.iter().filter_map(|hook| hook.instance.as_deref()).collect();
+    let mut held = Vec::new();
+    for instance in state.instances() {
+        let is_attached = attached.contains(&*instance.name);
+        if !is_attached && (!scope.ifaces.is_empty() || !scope.wants(Some(&instance.name))) {
+            continue;
+        }
+        match hold(&instance, is_attached) {
+            Ok(one) => held.push(one),
+            Err(error) if is_attached => return Err(error),
+            // It may have been removed meanwhile; an attach that was killed leaves one without all of its maps.
+            Err(error) if instance.pins.exists() => note!(
+                "netoken: {error:#}; nothing is attached with it here, and the next --attach or --destroy mends it"
+            ),
+            Err(_) => {}
+        }
+    }
+    Ok(held)
+}
+
+fn hold(instance: &Instance, is_attached: bool) -> Result<Held> {
+    let maps = instance.maps()?;
+    let counters = Counters::read(&maps)?;
+    let policy = running::outline(instance, &maps);
+    Ok(Held { name: instance.name.clone(), is_attached, maps, counters, policy })
 }
 
 /// A wrong name is an error also where nothing can be attached.
@@ -91,12 +159,24 @@ fn check_names(scope: &Scope) -> Result<()> {
     scope.find(&Netlink::connect()?.links()?).map(drop)
 }
 
-fn nothing(scope: &Scope) -> Result<()> {
+fn nothing(scope: &Scope, held: &[Held]) -> Result<()> {
     if !scope.ifaces.is_empty() {
         bail!(
-            "looking for filters of ours on {0}: there are none; attach one with: netoken {1} --attach",
+            "looking for filters of ours on {0}{2}: there are none; attach one with: netoken {1} --attach",
             scope.ifaces.join(", "),
-            scope.flags(&scope.ifaces[0])
+            scope.flags(&scope.ifaces[0]),
+            if scope.is_one_instance {
+                format!(" with instance '{}'", scope.instance)
+            } else {
+                String::new()
+            }
+        );
+    }
+    if scope.is_one_instance && held.is_empty() {
+        bail!(
+            "looking for instance '{0}': there is none; netoken --query lists all, and netoken --iface NAME \
+             --attach --instance {0} makes it",
+            scope.instance
         );
     }
     if !scope.json {
@@ -119,6 +199,7 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
     let mut hooks = Vec::new();
     for netns in places {
         let name = if netns.name.is_empty() { named.to_string() } else { netns.name.clone() };
+        let inode = netns.inode();
         hooks.extend(netns.run(|| {
             let mut netlink = Netlink::connect()?;
             let mut links = netlink.links()?;
@@ -127,9 +208,9 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
             }
             let mut found = Vec::new();
             for link in links {
-                for ours in attached(&mut netlink, link.index, Side::Egress, &programs)? {
-                    found.push(hook(&name, &link.name, ours, boot));
-                }
+                let mut ours = attached(&mut netlink, link.index, Side::Egress, &programs)?;
+                ours.retain(|ours| scope.wants(ours.loaded.instance.as_deref()));
+                found.extend(ours.into_iter().map(|ours| hook(&name, inode, &link.name, ours, boot)));
             }
             Ok(found)
         })?);
@@ -137,9 +218,11 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
     Ok(hooks)
 }
 
-fn hook(netns: &str, interface: &str, ours: Attached, boot: SystemTime) -> Hook {
+fn hook(netns: &str, netns_inode: u32, interface: &str, ours: Attached, boot: SystemTime) -> Hook {
     Hook {
         netns: netns.to_string(),
+        netns_inode,
+        told: ours.loaded.config().map(Told::from),
         interface: interface.to_string(),
         hook: "clsact egress",
         program: ours.program,
@@ -151,30 +234,41 @@ fn hook(netns: &str, interface: &str, ours: Attached, boot: SystemTime) -> Hook 
     }
 }
 
-fn print(scope: &Scope, hooks: &[Hook], instances: BTreeMap<&str, (Maps, Counters)>) -> Result<()> {
+fn print(scope: &Scope, hooks: &[Hook], held: &[Held]) -> Result<()> {
     let mut out = io::stdout().lock();
     if scope.json {
-        for hook in hooks {
-            writeln!(out, "{}", serde_json::to_string(hook)?)?;
-        }
-    } else {
+        hooks.iter().try_for_each(|hook| print_json(&mut out, hook))?;
+    } else if !hooks.is_empty() {
         table(&mut out, hooks)?;
     }
-    if !scope.json && !instances.is_empty() {
-        writeln!(out)?;
-    }
-    for (instance, (maps, counters)) in instances {
+    for (at, held) in held.iter().enumerate() {
+        let Held { name: instance, is_attached, maps, counters, policy } = held;
         if scope.json {
-            writeln!(out, "{}", serde_json::to_string(&InstanceCounters { instance, counters })?)?;
+            print_json(&mut out, &InstanceCounters { instance, counters })?;
         } else {
-            writeln!(out, "instance '{instance}': {}", totals_line(&counters, 0))?;
+            if at > 0 || !hooks.is_empty() {
+                writeln!(out)?;
+            }
+            let found = if *is_attached { "" } else { ", no filter here" };
+            writeln!(out, "instance '{instance}'{found}: {}", totals_line(counters, 0))?;
+        }
+        match policy {
+            Ok(Some(policy)) if scope.json => print_json(&mut out, policy)?,
+            Ok(Some(policy)) => writeln!(out, "  policy: {policy}")?,
+            Ok(None) if scope.json => {}
+            Ok(None) => writeln!(out, "  policy: none")?,
+            Err(error) => note!("netoken: {error:#}"),
         }
         // Of no interest where no token is keyed.
         if maps.keys.any()? {
-            print_clock(&mut out, scope, instance, &maps)?;
+            print_clock(&mut out, scope, instance, maps)?;
         }
     }
     Ok(())
+}
+
+fn print_json(out: &mut impl Write, record: &impl Serialize) -> Result<()> {
+    Ok(writeln!(out, "{}", serde_json::to_string(record)?)?)
 }
 
 fn print_clock(out: &mut impl Write, scope: &Scope, instance: &str, maps: &Maps) -> Result<()> {
@@ -185,12 +279,12 @@ fn print_clock(out: &mut impl Write, scope: &Scope, instance: &str, maps: &Maps)
     let slot = unix.as_secs().checked_div(slot_s).unwrap_or_default();
     if scope.json {
         let record = InstanceClock { instance, source, unix_s: unix.as_secs(), slot_s, slot };
-        return Ok(writeln!(out, "{}", serde_json::to_string(&record)?)?);
+        return print_json(out, &record);
     }
     let time = humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + unix);
     writeln!(
         out,
-        "instance '{instance}': keyed tokens go by {}, which makes it {time}: slot {slot} of {slot_s} s",
+        "  keyed tokens go by {}, which makes it {time}: slot {slot} of {slot_s} s",
         source.name()
     )?;
     Ok(())
@@ -214,16 +308,22 @@ fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
         })
         .collect();
     super::table::table(out, heads, &rows)?;
-    for hook in hooks.iter().filter(|hook| hook.filters_before > 0) {
+    for hook in hooks {
         let place = match hook.netns.is_empty() {
             true => hook.interface.clone(),
             false => format!("{} in {}", hook.interface, hook.netns),
         };
-        let others = match hook.filters_before {
-            1 => "another filter runs".to_string(),
-            n => format!("{n} other filters run"),
-        };
-        writeln!(out, "{place}: {others} before ours and may end a packet's way there")?;
+        let told = hook.told.as_ref().map_or(String::new(), Told::to_string);
+        if !told.is_empty() {
+            writeln!(out, "{place}: {told}")?;
+        }
+        if hook.filters_before > 0 {
+            let others = match hook.filters_before {
+                1 => "another filter runs".to_string(),
+                n => format!("{n} other filters run"),
+            };
+            writeln!(out, "{place}: {others} before ours and may end a packet's way there")?;
+        }
     }
     Ok(())
 }

@@ -90,7 +90,7 @@ impl<'a> Reload<'a> {
     }
 
     fn load(&mut self) -> Result<String> {
-        let progress = Progress::new();
+        let progress = Progress::none();
         let checked = read(self.path, self.options.allow_missing, &progress)?;
         let (_state, _lock) = State::create().context("loading the policy again")?;
         put(self.instance, self.maps, &checked, self.path, &progress)?;

@@ -1,10 +1,11 @@
 //! What the kernel reports, from the perf buffer to the terminal.
 //!
-//! [`reader`] takes bytes out of the buffer, [`model`] gives them a meaning, [`show`] prints them, [`watch`]
-//! notices when an interface or a filter disappears, [`stream`] runs all of it until it is told to stop.
+//! [`reader`] takes bytes out of the buffer, [`model`] gives them a meaning, [`rules`] knows what rules are called,
+//! [`show`] prints them, [`watch`] notices when an interface or a filter disappears, [`stream`] runs all of it until it is told to stop.
 
 pub mod model;
 pub mod reader;
+pub mod rules;
 pub mod show;
 pub mod stream;
 pub mod watch;

@@ -23,7 +23,7 @@ pub struct Syn {
     #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
     /// Inode number of the network namespace.
-    pub netns: u32,
+    pub netns_inode: u32,
     /// Index of the interface in that namespace.
     pub ifindex: u32,
     /// Source address.
@@ -40,7 +40,10 @@ pub struct Syn {
     pub verdict: &'static str,
     /// True if it was not sent.
     pub dropped: bool,
-    /// Number of the rule, from 1; 0 is the default or, with `no_policy`, none.
+    /// Low bits of the number of the policy that decided; 0 if none did.
+    #[serde(skip)]
+    pub generation: u32,
+    /// Number of the rule in that policy, from 1; 0 is the default or, with `no_policy`, none.
     pub rule: u32,
     /// The token of the rule.
     pub token: Option<Token>,
@@ -91,7 +94,7 @@ impl Syn {
         let stamped = u32::from(event.verdict) == Verdict::VERDICT_STAMPED.0;
         Some(Syn {
             time: clock.at(event.time_ns),
-            netns: event.netns_ino,
+            netns_inode: event.netns_ino,
             ifindex: event.ifindex,
             src: addr(flow.saddr),
             sport: u16::from_be(flow.sport_be),
@@ -100,6 +103,7 @@ impl Syn {
             isn: flow.isn,
             verdict: verdict_name(event.verdict.into()),
             dropped: event.dropped != 0,
+            generation: event.generation,
             rule: event.rule,
             // A rule that stamps may have a token of zeros; other rules have nothing but zeros.
             token: (stamped || event.token != [0; 8]).then_some(Token(event.token)),

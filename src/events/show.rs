@@ -13,6 +13,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
 use super::model::Syn;
+use super::rules::RuleNames;
+use super::watch::Change;
 use crate::counters::Counters;
 use crate::types::Verdict;
 
@@ -40,9 +42,11 @@ pub enum Record<'a> {
     Syn {
         /// Name of the interface.
         interface: &'a str,
-        /// The rest.
+        /// All that the event says.
         #[serde(flatten)]
         syn: &'a Syn,
+        /// Name of the rule; none for the default, and if the policy that decided is not remembered any more.
+        rule_name: Option<&'a str>,
     },
     /// All counters since the instance was made, and events lost since this process began to read.
     Totals {
@@ -57,7 +61,8 @@ pub enum Record<'a> {
         /// Its name, before if it was renamed.
         interface: &'a str,
         /// What happened.
-        event: &'a str,
+        #[serde(flatten)]
+        change: &'a Change,
     },
 }
 
@@ -110,23 +115,26 @@ pub struct Output {
     out: BufWriter<Patient>,
     json: bool,
     names: Names,
+    rules: RuleNames,
     /// Widths of the columns, which only grow; the heads are printed again when one has.
-    widths: [usize; 5],
+    widths: [usize; COLUMNS],
 }
 
-const HEADS: [&str; 5] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN"];
+/// Between the time and the token.
+const COLUMNS: usize = 7;
+const HEADS: [&str; COLUMNS] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN", "OPTIONS", "RULE"];
 /// What most IPv4 lines need, so that they fit into 120 columns.
-const WIDTHS: [usize; 5] = [9, 7, 19, 18, 8];
+const WIDTHS: [usize; COLUMNS] = [9, 7, 19, 18, 8, 7, 7];
 
 impl Output {
     /// Prints to standard output, until `stop` is set and nobody takes what is printed.
     ///
     /// # Errors
     /// There is no descriptor left.
-    pub fn new(json: bool, names: Names, stop: Arc<AtomicBool>) -> io::Result<Output> {
+    pub fn new(json: bool, names: Names, rules: RuleNames, stop: Arc<AtomicBool>) -> io::Result<Output> {
         let out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
         let out = BufWriter::new(Patient { out, stop, until: None });
-        Ok(Output { out, json, names, widths: WIDTHS })
+        Ok(Output { out, json, names, rules, widths: WIDTHS })
     }
 
     /// True if the lines are JSON.
@@ -147,7 +155,7 @@ impl Output {
         if self.json {
             return Ok(());
         }
-        self.columns("TIME (UTC)", HEADS.map(str::to_string), "OPTIONS  RULE     TOKEN")
+        self.columns("TIME (UTC)", HEADS.map(str::to_string), "TOKEN")
     }
 
     /// Prints a record, which only JSON has.
@@ -155,8 +163,7 @@ impl Output {
     /// # Errors
     /// Standard output is closed.
     pub fn record(&mut self, record: &Record<'_>) -> io::Result<()> {
-        serde_json::to_writer(&mut self.out, record)?;
-        self.out.write_all(b"\n")
+        print_record(&mut self.out, record)
     }
 
     /// Prints one SYN.
@@ -164,23 +171,18 @@ impl Output {
     /// # Errors
     /// Standard output is closed.
     pub fn syn(&mut self, syn: &Syn) -> io::Result<()> {
-        let key = (syn.netns, syn.ifindex);
+        let key = (syn.netns_inode, syn.ifindex);
         let name = self.names.get(&key).cloned().unwrap_or_else(|| format!("#{}", syn.ifindex));
+        let rule_name = self.rules.get(syn.generation, syn.rule);
         if self.json {
-            return self.record(&Record::Syn { interface: &name, syn });
+            let record = Record::Syn { interface: &name, syn, rule_name };
+            return print_record(&mut self.out, &record);
         }
         let time = humantime::format_rfc3339_millis(syn.time).to_string();
         let verdict = match (syn.verdict, syn.dropped) {
             ("dropped", _) | (_, false) => syn.verdict.to_string(),
             (reason, true) => format!("{reason}!"),
         };
-        let cells = [
-            name,
-            verdict,
-            std::net::SocketAddr::new(syn.src, syn.sport).to_string(),
-            std::net::SocketAddr::new(syn.dst, syn.dport).to_string(),
-            format!("{:08x}", syn.isn),
-        ];
         let options = match syn.old_options_len == syn.new_options_len {
             true => syn.old_options_len.to_string(),
             false => format!("{}->{}", syn.old_options_len, syn.new_options_len),
@@ -188,26 +190,35 @@ impl Output {
         let rule = match (syn.rule, syn.verdict) {
             (0, "no_policy") => "-".to_string(),
             (0, _) => "default".to_string(),
-            (number, _) => number.to_string(),
+            (number, _) => rule_name.map_or_else(|| format!("#{number}"), str::to_string),
         };
+        let cells = [
+            name,
+            verdict,
+            std::net::SocketAddr::new(syn.src, syn.sport).to_string(),
+            std::net::SocketAddr::new(syn.dst, syn.dport).to_string(),
+            format!("{:08x}", syn.isn),
+            options,
+            rule,
+        ];
         let token = syn.token.map_or("-".to_string(), |token| token.to_string());
         if self.grow(&cells) {
             self.heads()?;
         }
         // 2026-11-21T07:36:54.123Z: a person who watches knows the day, and what needs more reads JSON.
-        self.columns(&time[11..23], cells, &format!("{options:<7}  {rule:<7}  {token}"))
+        self.columns(&time[11..23], cells, &token)
     }
 
     /// Makes room for the cells. True if there was too little.
-    fn grow(&mut self, cells: &[String; 5]) -> bool {
+    fn grow(&mut self, cells: &[String; COLUMNS]) -> bool {
         let before = self.widths;
         for (cell, width) in cells.iter().zip(&mut self.widths) {
-            *width = (*width).max(cell.len());
+            *width = (*width).max(cell.chars().count());
         }
         self.widths != before
     }
 
-    fn columns(&mut self, first: &str, cells: [String; 5], rest: &str) -> io::Result<()> {
+    fn columns(&mut self, first: &str, cells: [String; COLUMNS], rest: &str) -> io::Result<()> {
         write!(self.out, "{first:<12}")?;
         for (cell, width) in cells.iter().zip(self.widths) {
             write!(self.out, "  {cell:<width$}")?;
@@ -233,6 +244,11 @@ impl Output {
     pub fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }
+}
+
+fn print_record(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, record)?;
+    out.write_all(b"\n")
 }
 
 /// The counters in one line: those that are not zero, and always the stamped ones.

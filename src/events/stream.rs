@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::reader::Reader;
 use super::show::{Output, Record};
-use super::watch::{Change, Watch};
+use super::watch::Watch;
 use crate::clock;
 use crate::counters::Counters;
 use crate::is_closed_pipe;
@@ -118,18 +118,11 @@ fn report_changes(output: &mut Output, watch: &mut Watch<'_>) -> Result<()> {
     }
     output.rename(watch.names());
     for (interface, change) in changes {
-        let event = match &change {
-            Change::Renamed(name) => format!("renamed to {name}"),
-            Change::Gone => {
-                "removed, or moved to another network namespace, and our filter with it".to_string()
-            }
-            Change::Detached => "our filter was removed by somebody else".to_string(),
-        };
         if output.is_json() {
-            output.record(&Record::Interface { interface: &interface, event: &event })?;
+            output.record(&Record::Interface { interface: &interface, change: &change })?;
         } else {
             output.flush()?;
-            note!("{interface}: {event}");
+            note!("{interface}: {change}");
         }
     }
     Ok(())

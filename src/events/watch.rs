@@ -1,12 +1,14 @@
 //! Notices when an interface that we are attached to is renamed or disappears, or when somebody removes our
 //! filter. The kernel's notices only say that it is time to look; what is there then is what counts.
 
+use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
+use serde::Serialize;
 
 use super::show::Names;
 use crate::hooks::clsact::Hooks;
@@ -18,7 +20,8 @@ const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_TC: u32 = 4;
 
 /// What happened to an interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", content = "new_name", rename_all = "snake_case")]
 pub enum Change {
     /// It has another name now.
     Renamed(String),
@@ -26,6 +29,18 @@ pub enum Change {
     Gone,
     /// It is there, but our filter is not.
     Detached,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Change::Renamed(name) => write!(f, "renamed to {name}"),
+            Change::Gone => {
+                f.write_str("removed, or moved to another network namespace, and our filter with it")
+            }
+            Change::Detached => f.write_str("our filter was removed by somebody else"),
+        }
+    }
 }
 
 /// Interfaces of one network namespace that are watched.

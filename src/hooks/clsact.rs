@@ -11,12 +11,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions, ProgramInfo};
 use libbpf_rs::{MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook};
 use nix::errno::Errno;
+use serde::Serialize;
 
 use super::netlink::{Filter, Link, Netlink, Side};
 use crate::guard::program as guard;
 use crate::netns::Netns;
-use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, messages};
+use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, config_among, messages};
 use crate::state::{Lock, State};
+use crate::types::Config;
 
 /// The number of the empty egress chain that we put on a clsact qdisc that we make, and by which it is known to
 /// be ours: it ends with the qdisc, and nobody else has a reason to make it. "NT" as in the option's ExID.
@@ -40,6 +42,15 @@ pub struct Loaded {
     pub loaded_at: Duration,
     /// The instance whose maps it uses; none if its pins are gone.
     pub instance: Option<String>,
+    /// Ids of its maps.
+    map_ids: Vec<u32>,
+}
+
+impl Loaded {
+    /// What it was told; nothing if another version of netoken has loaded it.
+    pub fn config(&self) -> Option<Config> {
+        config_among(&self.map_ids)
+    }
 }
 
 /// A filter of ours.
@@ -82,7 +93,8 @@ impl Role {
 }
 
 /// What became of the clsact qdisc.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "qdisc", content = "qdisc_filters", rename_all = "snake_case")]
 pub enum Qdisc {
     /// There was none.
     Absent,
@@ -119,7 +131,8 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
             let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
             // One whose pins are gone is ours if it has our maps.
             let ours = instance.is_some() || has_maps(&program.map_ids, maps);
-            ours.then_some((program.id, Loaded { role, loaded_at: program.load_time, instance }))
+            let (loaded_at, map_ids) = (program.load_time, program.map_ids);
+            ours.then_some((program.id, Loaded { role, loaded_at, instance, map_ids }))
         })
         .collect())
 }
@@ -239,6 +252,8 @@ pub struct Attachment {
     pub filter: Filter,
     /// What of ours was there before, and still can be put back.
     previous: Vec<(Filter, OwnedFd)>,
+    /// What the program was told that was there before.
+    pub previous_config: Option<Config>,
     /// We made the clsact qdisc for it.
     pub made_qdisc: bool,
 }
@@ -299,11 +314,10 @@ impl<'a> Hooks<'a> {
             // Unless somebody uses it already.
             self.destroy_clsact(lock, link).ok();
         }
-        let (filter, previous) = attached?;
-        Ok(Attachment { filter, previous, made_qdisc })
+        Ok(Attachment { made_qdisc, ..attached? })
     }
 
-    /// Returns where the filter stands, and what of ours was there before.
+    /// The same on a clsact qdisc that is there.
     fn attach_filter(
         &mut self,
         link: &Link,
@@ -311,9 +325,10 @@ impl<'a> Hooks<'a> {
         program: BorrowedFd<'_>,
         place: Place,
         front: Option<u16>,
-    ) -> Result<(Filter, Vec<(Filter, OwnedFd)>)> {
+    ) -> Result<Attachment> {
         let ours = self.attached(link, instance)?;
         let previous = hold_programs(&ours)?;
+        let previous_config = ours.first().and_then(|ours| ours.loaded.config());
         let in_place = ours.iter().find(|ours| {
             place.priority.is_none_or(|priority| priority == ours.filter.priority)
                 && place.handle.is_none_or(|handle| handle == ours.filter.handle)
@@ -345,7 +360,7 @@ impl<'a> Hooks<'a> {
         for old in ours.iter().filter(|old| !same(&old.filter)) {
             self.remove_filter(link, &old.filter)?;
         }
-        Ok((filter, previous))
+        Ok(Attachment { filter, previous, previous_config, made_qdisc: false })
     }
 
     /// The priority in front of every filter that is there; none if there are none, which lets the kernel choose. Its

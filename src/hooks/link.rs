@@ -7,8 +7,9 @@ use nix::net::if_::if_nametoindex;
 use super::netlink::Link;
 use crate::program::LinkHeader;
 
-/// How much a name may differ from one that exists to be offered as what was meant.
-const NEAR: f64 = 0.6;
+/// So many letters of which one may be wrong, missing, too many or exchanged with its neighbour in a name that is offered
+/// as what was meant. By likeness in per cent, short names would be near to nearly all others.
+const LETTERS_A_SLIP: usize = 3;
 
 /// Finds an interface by its name in the network namespace of the calling thread, where `links` were listed.
 ///
@@ -20,10 +21,13 @@ pub fn find_link<'a>(links: &'a [Link], name: &str, netns: &str) -> Result<&'a L
     if let Some(link) = links.iter().find(|link| link.name == name || Some(link.index) == index) {
         return Ok(link);
     }
-    let mut near: Vec<(f64, &str)> =
-        links.iter().map(|link| (strsim::jaro_winkler(name, &link.name), link.name.as_str())).collect();
-    near.sort_by(|a, b| b.0.total_cmp(&a.0));
-    near.retain(|(likeness, _)| *likeness >= NEAR);
+    let slips_max = (name.chars().count() / LETTERS_A_SLIP).max(1);
+    let mut near: Vec<(usize, &str)> = links
+        .iter()
+        .map(|link| (strsim::damerau_levenshtein(name, &link.name), link.name.as_str()))
+        .filter(|(slips, _)| *slips <= slips_max)
+        .collect();
+    near.sort_by_key(|(slips, _)| *slips);
     let names = |list: Vec<&str>| list.join(", ");
     let hint = if near.is_empty() {
         format!("there are: {}", names(links.iter().map(|link| link.name.as_str()).take(10).collect()))
@@ -61,7 +65,7 @@ mod tests {
     use super::*;
 
     fn link(name: &str, layer: LinkLayerType) -> Link {
-        Link { index: 1, name: name.into(), mtu_bytes: 1500, layer }
+        Link { index: 1, name: name.into(), mtu_bytes: 1500, layer, is_up: true }
     }
 
     #[test]
@@ -76,6 +80,25 @@ mod tests {
         assert!(message.contains("did you mean eth0") && message.contains("'blue'"), "{message}");
         let message = find_link(&links, "xyz", "").unwrap_err().to_string();
         assert!(message.contains("there are: lo, eth0, wlan0"), "{message}");
+    }
+
+    #[test]
+    fn only_a_slip_is_taken_for_another_name() {
+        for (typed, there, is_near) in [
+            ("eht0", "eth0", true),
+            ("eth", "eth0", true),
+            ("eth00", "eth0", true),
+            ("wlp3s1", "wlp3s0", true),
+            ("wlp4s1", "wlp3s0", true),
+            ("eth0", "enp3s0", false),
+            ("eth0", "veth7a3b", false),
+            ("wlan0", "lan", false),
+            ("veth12ab", "veth34cd", false),
+        ] {
+            let message = find_link(&[link(there, LinkLayerType::Ether)], typed, "").unwrap_err().to_string();
+            let hint = if is_near { "did you mean" } else { "there are" };
+            assert!(message.contains(hint), "{typed} for {there}: {message}");
+        }
     }
 
     #[test]

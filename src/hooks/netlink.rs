@@ -9,7 +9,7 @@ use netlink_packet_core::{
     NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkLayerType, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
 use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
@@ -25,6 +25,8 @@ pub struct Link {
     pub mtu_bytes: u32,
     /// Its ARPHRD type.
     pub layer: LinkLayerType,
+    /// It may send: IFF_UP, which an administrator sets.
+    pub is_up: bool,
 }
 
 /// Which side of clsact a filter is on.
@@ -286,7 +288,8 @@ pub fn link(message: &LinkMessage) -> Option<Link> {
         _ => None,
     });
     let layer = message.header.link_layer_type;
-    Some(Link { index: message.header.index, name, mtu_bytes: mtu.unwrap_or(0xffff), layer })
+    let is_up = message.header.flags.contains(LinkFlags::Up);
+    Some(Link { index: message.header.index, name, mtu_bytes: mtu.unwrap_or(0xffff), layer, is_up })
 }
 
 fn kind(message: &TcMessage) -> &str {

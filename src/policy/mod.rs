@@ -201,13 +201,18 @@ impl Policy {
 
     /// One line for a person: how many rules, and the default.
     pub fn summary(&self) -> String {
-        let default = self.default.as_ref().map_or("no default".to_string(), |d| format!("default: {d}"));
-        match self.rules.len() {
-            0 if self.default.is_none() => "no rule and no default: nothing is stamped".to_string(),
-            0 => default,
-            1 => format!("1 rule, {default}"),
-            n => format!("{n} rules, {default}"),
-        }
+        summary(self.rules.len(), self.default.as_ref().map(Decision::to_string).as_deref())
+    }
+}
+
+/// The same of a policy that is not at hand.
+fn summary(rules: usize, default: Option<&str>) -> String {
+    let said = default.map_or("no default".to_string(), |default| format!("default: {default}"));
+    match rules {
+        0 if default.is_none() => "no rule and no default: nothing is stamped".to_string(),
+        0 => said,
+        1 => format!("1 rule, {said}"),
+        n => format!("{n} rules, {said}"),
     }
 }
 

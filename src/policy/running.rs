@@ -10,11 +10,13 @@
 //! generation in use are there whenever a process is killed.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::compile::{Naming, Refused, compile};
@@ -22,7 +24,7 @@ use super::install::{DEFAULT_HITS, HITS_MAX};
 use super::names::Names;
 use super::read::{self, Options, Progress};
 use super::write::to_toml;
-use super::{Policy, Values};
+use super::{Decision, Policy, Values, summary};
 use crate::program::Maps;
 use crate::state::Instance;
 
@@ -41,11 +43,40 @@ pub struct Running {
     pub source: String,
 }
 
+/// A policy that is in use, without its rules; as `--json` prints it.
+#[derive(Debug, Serialize)]
+#[serde(tag = "type", rename = "policy")]
+pub struct Outline {
+    /// Whose it is.
+    pub instance: String,
+    /// Number of its generation.
+    pub generation: u64,
+    /// When it was loaded, RFC 3339 in UTC with seconds.
+    pub loaded: String,
+    /// The file that it is from, or what else it is.
+    pub source: String,
+    /// How many rules it has.
+    pub rules: usize,
+    /// What happens where no rule matches.
+    pub default: Option<String>,
+}
+
+impl fmt::Display for Outline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let summary = summary(self.rules, self.default.as_deref());
+        write!(f, "{summary}; from {}, loaded {}", self.source, self.loaded)
+    }
+}
+
+/// What the file of a [`Memory`] ends in.
+const JSON: &str = "json";
+
 /// What is remembered beside the rules.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Memory {
     loaded: String,
     source: String,
+    default: Option<String>,
     /// The highest number of a hit counter that was ever given.
     highest: u32,
     /// In the order of the rules.
@@ -100,6 +131,7 @@ pub fn load(
     let next = Memory {
         loaded: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         source: source.to_string(),
+        default: policy.default.as_ref().map(Decision::to_string),
         highest,
         hits: policy.rules.iter().map(|rule| rule.name.to_string()).zip(hits).collect(),
         ..Memory::of_names(policy)
@@ -141,7 +173,7 @@ fn give_numbers(policy: &Policy, before: &Memory) -> Result<(Vec<u32>, u32, Vec<
 impl Memory {
     fn paths(instance: &Instance, generation: u64) -> (PathBuf, PathBuf) {
         let path = |kind| instance.policy_dir.join(format!("{generation}.{kind}"));
-        (path("toml"), path("json"))
+        (path("toml"), path(JSON))
     }
 
     fn read(instance: &Instance, generation: u64) -> Option<Memory> {
@@ -204,12 +236,7 @@ pub fn read(instance: &Instance, maps: &Maps) -> Result<Running> {
     };
     let generation = generation.number;
     let (toml, _) = Memory::paths(instance, generation);
-    let lost = || {
-        format!(
-            "reading what is remembered of the policy of instance '{}'; load it again to mend that",
-            instance.name
-        )
-    };
+    let lost = || lost(instance);
     let memory = Memory::read(instance, generation).with_context(lost)?;
     let text = fs::read_to_string(&toml).with_context(lost)?;
     let names = Names::known(&memory.interfaces, &memory.cgroups);
@@ -222,6 +249,76 @@ pub fn read(instance: &Instance, maps: &Maps) -> Result<Running> {
         loaded: humantime::parse_rfc3339(&memory.loaded).with_context(lost)?,
         source: memory.source,
     })
+}
+
+fn lost(instance: &Instance) -> String {
+    format!(
+        "reading what is remembered of the policy of instance '{}'; load it again to mend that",
+        instance.name
+    )
+}
+
+impl Running {
+    /// The same without the rules.
+    pub fn outline(&self, instance: &str) -> Outline {
+        Outline {
+            instance: instance.to_string(),
+            generation: self.generation,
+            loaded: humantime::format_rfc3339_seconds(self.loaded).to_string(),
+            source: self.source.clone(),
+            rules: self.policy.rules.len(),
+            default: self.policy.default.as_ref().map(Decision::to_string),
+        }
+    }
+}
+
+/// The outline of the policy in use, or nothing if none was ever put into use. Needs no lock, and does not read the rules.
+///
+/// # Errors
+/// The files about it are gone.
+pub fn outline(instance: &Instance, maps: &Maps) -> Result<Option<Outline>> {
+    #[derive(Deserialize)]
+    struct Remembered {
+        loaded: String,
+        source: String,
+        default: Option<String>,
+        hits: Vec<IgnoredAny>,
+    }
+    let number = || Ok::<_, anyhow::Error>(maps.generation()?.map(|generation| generation.number));
+    let (mut generation, mut tries) = (number()?, 0..10);
+    while let Some(before) = generation {
+        let (_, json) = Memory::paths(instance, before);
+        let read = || -> Result<Remembered> { Ok(serde_json::from_str(&fs::read_to_string(json)?)?) };
+        let remembered = read();
+        generation = number()?;
+        // Another one was loaded meanwhile, and has removed the files of this one.
+        if remembered.is_err() && generation != Some(before) && tries.next().is_some() {
+            continue;
+        }
+        let Remembered { loaded, source, default, hits } = remembered.with_context(|| lost(instance))?;
+        let instance = instance.name.clone();
+        return Ok(Some(Outline {
+            instance,
+            generation: before,
+            loaded,
+            source,
+            rules: hits.len(),
+            default,
+        }));
+    }
+    Ok(None)
+}
+
+/// The names of the rules of a generation, in their order, from the policy directory of its instance; nothing if they are
+/// not remembered any more.
+pub fn rule_names(policy_dir: &Path, generation: u64) -> Option<Vec<Box<str>>> {
+    #[derive(Deserialize)]
+    struct Names {
+        hits: Vec<(Box<str>, IgnoredAny)>,
+    }
+    let text = fs::read_to_string(policy_dir.join(format!("{generation}.{JSON}"))).ok()?;
+    let names: Names = serde_json::from_str(&text).ok()?;
+    Some(names.hits.into_iter().map(|(name, _)| name).collect())
 }
 
 /// What became of a name that a policy uses since it was loaded.

@@ -1,6 +1,8 @@
 //! `--json`: every line is one object of a known type, and has the keys that its readers rely on.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
@@ -19,15 +21,20 @@ fn keys(kind: &str) -> Result<String> {
     Ok(match kind {
         "attached" => "interface priority handle replaced made_qdisc".to_string(),
         "syn" => {
-            "interface time netns ifindex src sport dst dport isn verdict dropped rule token old_options_len \
+            "interface time netns_inode ifindex src sport dst dport isn verdict dropped rule rule_name token old_options_len \
                   new_options_len"
                 .to_string()
         }
         "totals" => format!("syns not_sent lost {VERDICTS}"),
-        "interface" => "interface event".to_string(),
-        "hook" => "netns interface hook program handle priority instance since filters_before".to_string(),
+        "interface" => "interface event new_name".to_string(),
+        "hook" => {
+            "netns netns_inode interface hook program handle priority instance since filters_before \
+                   option_kind exid sample"
+                .to_string()
+        }
+        "policy" => "instance generation loaded source rules default".to_string(),
         "counters" => format!("instance syns not_sent {VERDICTS}"),
-        "removed" => "interface filters qdisc".to_string(),
+        "removed" => "interface filters qdisc qdisc_filters".to_string(),
         other => bail!("a type that nobody knows: {other}"),
     })
 }
@@ -42,8 +49,15 @@ fn checked<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Vec<Value>> {
             object.as_object().into_iter().flatten().map(|(key, _)| key.as_str()).collect();
         let keys = keys(kind)?;
         let mut wants: BTreeSet<&str> = keys.split_whitespace().chain(["type"]).collect();
-        if kind == "removed" && !has.contains("qdisc") {
-            wants.remove("qdisc"); // only with --destroy
+        for (key, is_there) in [
+            // Only with --destroy.
+            ("qdisc", has.contains("qdisc")),
+            ("qdisc_filters", object["qdisc"] == "in_use"),
+            ("new_name", object["event"] == "renamed"),
+        ] {
+            if !is_there {
+                wants.remove(key);
+            }
         }
         ensure_eq!(has, wants, "the keys of {line}");
         objects.push(object);
@@ -89,7 +103,9 @@ pub fn attach_prints_one_object_a_line() -> Result<()> {
     let totals = of(&objects, "totals");
     let last = totals.last().context("no totals")?;
     ensure!(last["stamped"] == 3 && last["syns"] == 3 && last["lost"] == 0, "{last:#?}");
-    ensure_eq!(of(&objects, "interface").len(), 1, "interface records");
+    let changes = of(&objects, "interface");
+    ensure!(changes.len() == 1 && changes[0]["event"] == "renamed", "{changes:#?}");
+    ensure!(changes[0]["interface"] == "c0" && changes[0]["new_name"] == "c7", "{changes:#?}");
     Ok(())
 }
 
@@ -114,6 +130,12 @@ pub fn query_prints_one_object_a_line() -> Result<()> {
     let counters = of(&objects, "counters");
     ensure!(counters.len() == 1 && counters[0]["instance"] == "blue", "{objects:#?}");
     ensure!(counters[0]["stamped"] == 2, "{objects:#?}");
+    ensure!(hook["option_kind"] == 253 && hook["exid"] == 0x4e54 && hook["sample"] == 1, "{hook:#?}");
+    let netns = fs::metadata(format!("/run/netns/{}", world.ns))?.ino();
+    ensure_eq!(hook["netns_inode"], netns, "the inode number of the namespace");
+    let policies = of(&objects, "policy");
+    ensure!(policies.len() == 1 && policies[0]["instance"] == "blue", "{objects:#?}");
+    ensure!(policies[0]["rules"] == 0 && policies[0]["default"] == "stamp 4e45544f4b454e31", "{policies:#?}");
     ensure!(said.err.is_empty(), "{said:#?}");
 
     // The table says the same.
@@ -148,12 +170,15 @@ pub fn detach_and_destroy_print_one_object_a_line() -> Result<()> {
 
     sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
     let object = removed("--destroy")?;
-    ensure!(object["qdisc"].as_str().is_some_and(|qdisc| qdisc.contains("somebody else")), "{object:#?}");
+    ensure_eq!(object["qdisc"], "foreign", "{object:#?}");
     sh(&format!("tc -n {} qdisc del dev c0 clsact", world.ns))?;
 
     world.ok("-i c0 --attach --quiet")?;
     sh(&format!("tc -n {} filter add dev c0 ingress bpf da bytecode '1,6 0 0 4294967295,'", world.ns))?;
     let object = removed("--destroy")?;
-    ensure!(object["qdisc"].as_str().is_some_and(|qdisc| qdisc.contains("in use")), "{object:#?}");
+    ensure!(object["qdisc"] == "in_use" && object["qdisc_filters"] == 1, "{object:#?}");
+
+    sh(&format!("tc -n {} filter del dev c0 ingress; tc -n {0} chain add dev c0 ingress chain 7", world.ns))?;
+    ensure_eq!(removed("--destroy")?["qdisc"], "has_chains", "with a chain of somebody else");
     Ok(())
 }

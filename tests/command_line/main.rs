@@ -16,6 +16,8 @@ mod look;
 mod names;
 mod output;
 mod policy;
+mod progress;
+mod query;
 mod rights;
 mod rules;
 mod said;
@@ -31,24 +33,17 @@ mod world;
 use std::process::ExitCode;
 
 use libtest_mimic::Trial;
-use support::Need;
-
-/// Each case under the name of its function.
-macro_rules! cases {
-    ($needs:expr; $($module:ident: $($function:ident)*;)*) => {
-        vec![$($(support::case(
-            concat!(stringify!($module), "::", stringify!($function)),
-            $needs,
-            $module::$function,
-        ),)*)*]
-    };
-}
+use support::{Need, cases};
 
 fn main() -> ExitCode {
     let mut cases = everywhere();
     cases.extend(with_python());
     cases.extend(with_tcpdump());
     cases.extend(with_root());
+    cases.extend(cases![&[Need::RealTime]; progress: a_person_who_waits_sees_how_far_it_is;]);
+    cases.extend(cases![&[Need::Root, Need::Tool("ip"), Need::Tool("ethtool"), Need::RealTime];
+        progress: a_load_says_how_far_it_is_to_people_only;
+    ]);
     cases.extend(cases![&[Need::Root, Need::Tool("setpriv"), Need::BufferLimit];
         stream: a_stream_that_cannot_begin_leaves_all_as_it_was;
     ]);
@@ -89,9 +84,12 @@ fn with_root() -> Vec<Trial> {
     cases![needs;
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
             a_query_where_nothing_is_attached;
-        rules: counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
-            the_kernel_says_which_rule_decides_and_why sighup_loads_the_file_again
+        rules: the_example_can_be_used_as_it_says counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
+            the_kernel_says_which_rule_decides_and_why sighup_loads_the_file_again the_stream_shows_rules_by_their_names
             watch_notices_every_way_of_changing_a_file;
+        query: the_policy_and_what_programs_were_told_are_shown instances_without_filters_are_shown
+            one_instance_can_be_asked_for an_instance_that_is_not_whole_does_not_hide_the_others
+            an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
             without_the_right_to_look_nothing_is_said_or_changed;

@@ -14,6 +14,8 @@ use crate::said::{Said, netoken, said};
 use crate::support::ensure_eq;
 use crate::world::World;
 
+const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/policy.toml");
+
 /// A directory for files of a case, gone when it is dropped.
 fn dir() -> Result<tempfile::TempDir> {
     Ok(tempfile::tempdir()?)
@@ -82,9 +84,8 @@ pub fn all_errors_are_shown_in_one_run_with_their_lines() -> Result<()> {
 }
 
 pub fn a_good_file_is_checked_without_rights_and_warnings_are_told() -> Result<()> {
-    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/policy.toml");
-    let found = netoken(&["policy", "check", "--shapes", example])?.code(0)?;
-    ensure!(found.out.contains("5 rules") && found.out.contains("mark/0xf0"), "{found:#?}");
+    let found = netoken(&["policy", "check", "--shapes", EXAMPLE])?.code(0)?;
+    ensure!(found.out.contains("6 rules") && found.out.contains("mark/0xf0"), "{found:#?}");
 
     let dir = dir()?;
     let text = stamp("wide", "dst = '10.0.0.0/8'", "a") + &stamp("narrow", "dst = '10.1.0.0/16'", "b");
@@ -107,7 +108,7 @@ pub fn a_good_file_is_checked_without_rights_and_warnings_are_told() -> Result<(
         command = Command::new("setpriv");
         command.args(["--bounding-set", "-all", "--inh-caps", "-all", "--ambient-caps", "-all", NETOKEN]);
     }
-    said(command.args(["policy", "check", example]))?.code(0)?;
+    said(command.args(["policy", "check", EXAMPLE]))?.code(0)?;
     Ok(())
 }
 
@@ -231,6 +232,23 @@ pub fn the_kernel_says_which_rule_decides_and_why() -> Result<()> {
     Ok(())
 }
 
+pub fn the_example_can_be_used_as_it_says() -> Result<()> {
+    let world = World::new()?;
+    let attach = format!("-i c0 --attach --quiet --policy {EXAMPLE}");
+    let refused = world.fails(&attach)?;
+    ensure!(refused.contains("netoken key new edge"), "{refused}");
+    world.lab.ok("key new edge")?;
+    world.ok(&attach)?;
+    let decides = |syn: &str, expected: &str| -> Result<()> {
+        let answer = world.lab.ok(&format!("policy test {syn}"))?;
+        ensure!(answer.contains(expected), "{syn}: '{expected}' expected in\n{answer}");
+        Ok(())
+    };
+    decides("--src 10.17.1.1 --dst 192.0.2.9 --port 22", "rule 6 'tenant 17' decides")?;
+    decides("--src 10.17.1.1 --dst 192.0.2.9 --port 22", "-> stamp tag 17 with key 'edge' bound to server")?;
+    decides("--src 10.17.1.1 --src-port 2000 --dst 192.0.2.9 --port 443", "rule 5 'web of partners' decides")
+}
+
 /// A streaming process with a policy file, and a first token that is stamped.
 fn stream(world: &World, path: &Path, flags: &str) -> Result<Running> {
     let args = world.args(&format!("-i c0 --attach {flags} --policy {}", path.display()));
@@ -245,6 +263,37 @@ fn token(text: &str) -> String {
 
 fn expect(world: &World, text: &str) -> Result<()> {
     world.expect_token(&text.repeat(16), "the token after a reload")
+}
+
+/// Also while the numbers of the rules change: an event goes by the policy that decided.
+pub fn the_stream_shows_rules_by_their_names() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    let kept = stamp("kept \"ä\"", "port = 9", "kept");
+    let path = write(dir.path(), "p.toml", &kept)?;
+    let next = stamp("in front", "dst = '192.0.2.1'", "x") + &kept + &stamp("behind", "port = 10", "y");
+    let next = write(dir.path(), "next.toml", &next)?;
+    for (flags, shown, last) in [
+        ("", "  kept \"ä\"  ", "  default  "),
+        ("--json", r#""rule_name":"kept \"ä\"""#, r#""rule_name":null"#),
+    ] {
+        let args = world.args(&format!("-i c0 --attach {flags} --policy {}", path.display()));
+        let mut stream = Running::start(&mut world.lab.netoken(&args))?;
+        stream.wait_for("the attach", |line| line.contains("attached") || line.contains("replaced"))?;
+        for policy in [&path, &next, &path] {
+            world.lab.ok(&format!("policy load {}", policy.display()))?;
+            world.syns(1)?;
+            stream.wait_for(&format!("the name with {}", policy.display()), |line| {
+                line.contains("10.77.0.2") && line.contains(shown)
+            })?;
+        }
+        world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+        world.syns(1)?;
+        stream.wait_for("the default", |line| line.contains("10.77.0.2") && line.contains(last))?;
+        stream.signal(Signal::SIGTERM)?;
+        ensure_eq!(stream.end()?.0, Some(0), "exit code");
+    }
+    Ok(())
 }
 
 pub fn sighup_loads_the_file_again() -> Result<()> {

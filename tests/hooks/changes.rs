@@ -104,9 +104,7 @@ pub fn changes_are_json_lines_too() -> Result<()> {
     ensure_eq!(code, Some(1), "the exit code; it said {lines:#?}");
     let out: Vec<&str> = lines.iter().map(String::as_str).filter(|line| line.starts_with('{')).collect();
     let events = records(&out.join("\n"), "interface")?;
-    let last = events.last().is_some_and(|event| {
-        event["interface"].is_string() && event["event"].as_str().is_some_and(|what| what.contains("removed"))
-    });
+    let last = events.last().is_some_and(|event| event["interface"].is_string() && event["event"] == "gone");
     ensure!(last, "{out:#?}");
     Ok(())
 }

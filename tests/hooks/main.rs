@@ -24,18 +24,9 @@ mod world;
 
 use std::process::ExitCode;
 
-use support::Need;
+use support::{Need, cases};
 
-/// Each case under the name of its function.
-macro_rules! cases {
-    ($($module:ident: $($function:ident)*;)*) => {
-        vec![$($(support::case(
-            concat!(stringify!($module), "::", stringify!($function)),
-            &[Need::Root, Need::Tool("ip"), Need::Tool("tc"), Need::Tool("ethtool")],
-            $module::$function,
-        ),)*)*]
-    };
-}
+const NEEDS: [Need; 4] = [Need::Root, Need::Tool("ip"), Need::Tool("tc"), Need::Tool("ethtool")];
 
 fn main() -> ExitCode {
     // One case runs a part of itself in a process of its own: this one.
@@ -49,7 +40,7 @@ fn main() -> ExitCode {
         };
     }
     // The longest comes first, so that the others run beside it.
-    support::run(cases![
+    support::run(cases![&NEEDS;
         rounds: two_hundred_rounds_of_commands_leave_nothing two_hundred_rounds_in_one_process_leave_nothing;
         replace: an_interface_may_be_given_in_three_ways an_alternative_name_will_do and_more_than_once
             attaching_twice_keeps_policy_counters_and_place

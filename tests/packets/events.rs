@@ -123,7 +123,6 @@ fn check(event: &Event, packet: &Packet, expected: &Expected) -> Result<()> {
     ensure_eq!(event.token, expected.token, "{what}: token");
     ensure_eq!(event.old_options_len_bytes, expected.old_len, "{what}: old length");
     ensure_eq!(event.new_options_len_bytes, expected.new_len, "{what}: new length");
-    ensure_eq!(event.pad, [0; 4], "{what}: padding");
     ensure_eq!(event.netns_ino, NETNS_INO, "{what}: network namespace");
     ensure_eq!(event.ifindex, 1, "{what}: interface (loopback runs the tests)");
 
@@ -184,6 +183,32 @@ pub fn an_event_says_what_happened() -> Result<()> {
             let time_ns = events[0].time_ns;
             ensure!((before..=after).contains(&time_ns), "{}: {before} {time_ns} {after}", expected.name());
             check(&events[0], &packet, &expected)?;
+        }
+        Ok(())
+    })
+}
+
+/// The number of a rule means something only with its policy.
+pub fn an_event_says_which_policy_decided() -> Result<()> {
+    on_one_cpu(|| {
+        let mut bench = Bench::load(Settings::default())?;
+        bench.program.maps.set_reader(true)?;
+        let map = MapHandle::try_from(&bench.program.maps.events)?;
+        let log = Log::default();
+        let buffer = log.open(&map)?;
+        let no_default = "[[rule]]\nname = 'other'\ndst = '203.0.113.0/24'\naction = 'skip'\n";
+        for (policy, generation) in [
+            (None, 0),
+            (Some(POLICY), 1),
+            (Some("default = { action = 'skip' }"), 2),
+            (Some(no_default), 0),
+            (Some(POLICY), 4),
+        ] {
+            policy.map_or(Ok(()), |policy| bench.set_policy(policy))?;
+            bench.run(&syn().build(), How::default())?;
+            let events = log.take(&buffer)?;
+            ensure_eq!(events.len(), 1, "events with {policy:?}");
+            ensure_eq!(events[0].generation, generation, "the generation of {policy:?}");
         }
         Ok(())
     })

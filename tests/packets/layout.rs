@@ -56,6 +56,7 @@ pub fn an_event_has_its_fields_where_they_are_documented() -> Result<()> {
         ("dropped", offset_of!(Event, dropped), 73),
         ("old_options_len_bytes", offset_of!(Event, old_options_len_bytes), 74),
         ("new_options_len_bytes", offset_of!(Event, new_options_len_bytes), 75),
+        ("generation", offset_of!(Event, generation), 76),
     ] {
         ensure_eq!(is, documented, "offset of {what}");
     }

@@ -24,18 +24,7 @@ mod table;
 use std::process::ExitCode;
 
 use libtest_mimic::Trial;
-use support::Need;
-
-/// Each case under the name of its function.
-macro_rules! cases {
-    ($needs:expr; $($module:ident: $($function:ident)*;)*) => {
-        vec![$($(support::case(
-            concat!(stringify!($module), "::", stringify!($function)),
-            $needs,
-            $module::$function,
-        ),)*)*]
-    };
-}
+use support::{Need, cases};
 
 fn main() -> ExitCode {
     // For machines without a compiler, which get it from there: NETOKEN_TEST_COMPILED.
@@ -78,7 +67,7 @@ fn everywhere() -> Vec<Trial> {
         faults: a_helper_that_fails_leaves_the_packet_as_it_came
             a_helper_that_fails_drops_where_the_policy_says_so a_restore_that_fails_drops_the_packet
             a_fault_off_the_way_changes_nothing;
-        events: an_event_says_what_happened without_a_reader_syns_are_counted_but_make_no_event
+        events: an_event_says_what_happened an_event_says_which_policy_decided without_a_reader_syns_are_counted_but_make_no_event
             what_is_not_a_syn_makes_no_event
             one_of_ten_syns_makes_an_event_and_all_are_counted;
         keyed: kernel_and_library_make_the_same_token slots_change_at_their_edges_and_wrap

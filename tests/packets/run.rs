@@ -1,7 +1,7 @@
 //! Runs the classifier on one frame with BPF_PROG_TEST_RUN, and tells what it did: the return value, the
 //! bytes, and which counter moved. What it should have done is in [`crate::oracle`].
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_sys::{bpf_prog_test_run_opts, bpf_test_run_opts};
@@ -96,7 +96,7 @@ impl Bench {
 
     /// Runs a frame; at most one counter moved, by one.
     pub fn run(&mut self, frame: &[u8], how: How) -> Result<Outcome> {
-        let (action, out) = test_run(&self.program, frame, how)?;
+        let (action, out) = test_run(self.program.as_fd(), frame, how)?;
         let dropped = match action {
             PASS => false,
             DROP => true,
@@ -196,7 +196,8 @@ fn one_moved(before: &Counters, now: &Counters) -> Result<Option<Verdict>> {
     }
 }
 
-fn test_run(program: &Program, frame: &[u8], how: How) -> Result<(u32, Vec<u8>)> {
+/// Runs a program on a frame; returns what it returned, and the frame that came out.
+pub fn test_run(program: BorrowedFd<'_>, frame: &[u8], how: How) -> Result<(u32, Vec<u8>)> {
     let mut ctx = [0u32; CTX_WORDS];
     ctx[CTX_IFINDEX] = how.ifindex;
     ctx[CTX_DATA_END] = how.linear;
@@ -218,7 +219,7 @@ fn test_run(program: &Program, frame: &[u8], how: How) -> Result<(u32, Vec<u8>)>
     };
     // SAFETY: `opts` is a whole structure whose size says so; the three buffers outlive the call, and their
     // sizes stand beside them. The kernel reads two of them and writes at most `data_size_out` bytes of `out`.
-    let result = unsafe { bpf_prog_test_run_opts(program.as_fd().as_raw_fd(), &mut opts) };
+    let result = unsafe { bpf_prog_test_run_opts(program.as_raw_fd(), &mut opts) };
     if result != 0 {
         return Err(std::io::Error::from_raw_os_error(-result)).with_context(|| {
             format!("running {} bytes in the kernel with {how:?}\n  in {}", frame.len(), Hex(frame))

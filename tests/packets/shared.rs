@@ -2,7 +2,7 @@
 //! Held against the vectors and the library.
 
 use std::mem::offset_of;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -20,6 +20,7 @@ use serde_json::Value;
 
 use crate::keyed::{flow_of, random_packet, random_secret, ring};
 use crate::mutate::{Random, seed};
+use crate::run::{How, test_run};
 use crate::support::{ensure_eq, share_of};
 
 const VECTORS: &str = include_str!("../data/token-vectors.json");
@@ -105,19 +106,8 @@ impl Shared {
             .find(|found| found.name() == program)
             .with_context(|| format!("no program {program}"))?;
         let frame = [&[0; ORDER_OFF], order].concat();
-        let mut out = vec![0u8; frame.len()];
-        let mut options = libbpf_sys::bpf_test_run_opts {
-            sz: size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t,
-            data_in: frame.as_ptr().cast(),
-            data_size_in: frame.len() as u32,
-            data_out: out.as_mut_ptr().cast(),
-            data_size_out: out.len() as u32,
-            repeat: 1,
-            ..Default::default()
-        };
-        // SAFETY: the buffers outlive the call, and their sizes are given.
-        let error = unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_fd().as_raw_fd(), &mut options) };
-        ensure!(error == 0 && options.retval == 0, "error {error}, the program returned {}", options.retval);
+        let (returned, mut out) = test_run(program.as_fd(), &frame, How::default())?;
+        ensure!(returned == 0, "the program returned {returned}");
         Ok(out.split_off(ORDER_OFF))
     }
 

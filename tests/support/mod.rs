@@ -144,6 +144,20 @@ macro_rules! ensure_eq {
 #[allow(unused_imports)]
 pub(crate) use ensure_eq;
 
+/// Each case under the name of its function.
+#[allow(unused_macros)]
+macro_rules! cases {
+    ($needs:expr; $($module:ident: $($function:ident)*;)*) => {
+        vec![$($($crate::support::case(
+            concat!(stringify!($module), "::", stringify!($function)),
+            $needs,
+            $module::$function,
+        ),)*)*]
+    };
+}
+#[allow(unused_imports)]
+pub(crate) use cases;
+
 /// Bytes as a hex dump of one line.
 #[allow(dead_code)]
 pub struct Hex<'a>(pub &'a [u8]);

@@ -88,7 +88,7 @@ pub(super) fn run(args: &TestArgs) -> Result<()> {
     let syn = args.syn()?;
     let (policy, answer) = match &args.file {
         Some(file) => {
-            let checked = read(file, args.allow_missing, &Progress::new())?;
+            let checked = read(file, args.allow_missing, &Progress::new(args.common.json))?;
             let compiled =
                 compile(&checked.policy, Naming { instance: &args.common.instance, ..Naming::none() }, &[])
                     .map_err(|refused| refuse(&checked.refuse(&refused)))?;

@@ -33,7 +33,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
     if let Some(netns) = &args.netns {
         Netns::open(netns)?.enter()?;
     }
-    let checked = read(&args.file, args.allow_missing, &Progress::new())?;
+    let checked = read(&args.file, args.allow_missing, &Progress::new(false))?;
     let compiled =
         compile(&checked.policy, Naming::none(), &[]).map_err(|error| refuse(&checked.refuse(&error)))?;
     let tell = || -> io::Result<()> {

@@ -41,7 +41,7 @@ struct Difference {
 
 pub(super) fn run(args: &DiffArgs) -> Result<()> {
     args.common.enter()?;
-    let checked = read(&args.file, args.allow_missing, &Progress::new())?;
+    let checked = read(&args.file, args.allow_missing, &Progress::new(args.common.json))?;
     privileges::check("reading the policy in use")?;
     let (state, lock) = args.common.open()?;
     let instance = state.instance(&args.common.instance);

@@ -102,7 +102,7 @@ pub(super) fn run(args: PolicyArgs) -> Result<()> {
 
 fn load(args: &LoadArgs) -> Result<()> {
     args.common.enter()?;
-    let progress = Progress::new();
+    let progress = Progress::new(args.common.json);
     let checked = read(&args.file, args.allow_missing, &progress)?;
     privileges::check(&format!("loading the policy {}", args.file.display()))?;
     let (state, _lock) = args.common.open()?;
@@ -225,8 +225,17 @@ impl Progress {
     const PATIENCE: Duration = Duration::from_millis(300);
     const PAUSE: Duration = Duration::from_millis(100);
 
-    pub fn new() -> Progress {
-        let is_on = io::stderr().is_terminal();
+    /// With `json` the one who waits is a program.
+    pub fn new(json: bool) -> Progress {
+        Progress::if_wanted(!json && io::stderr().is_terminal())
+    }
+
+    /// For what nobody waits for.
+    pub fn none() -> Progress {
+        Progress::if_wanted(false)
+    }
+
+    fn if_wanted(is_on: bool) -> Progress {
         Progress { shown: Mutex::new((Instant::now() + Progress::PATIENCE, false)), is_on }
     }
 

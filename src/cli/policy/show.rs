@@ -28,17 +28,6 @@ pub(super) struct ShowArgs {
     common: Common,
 }
 
-/// The policy as a whole, as `--json` prints it.
-#[derive(Serialize)]
-#[serde(tag = "type", rename = "policy")]
-struct PolicyLine<'a> {
-    instance: &'a str,
-    generation: u64,
-    loaded: String,
-    source: &'a str,
-    rules: usize,
-}
-
 /// A rule, as `--json` prints it; the default has number 0 and no name.
 #[derive(Serialize)]
 #[serde(tag = "type", rename = "rule")]
@@ -73,21 +62,11 @@ pub(super) fn run(args: &ShowArgs) -> Result<()> {
 fn tell(args: &ShowArgs, running: &Running, hits: &[Hits], clock: &Clock) -> Result<()> {
     let names = Names::default();
     let mut out = io::BufWriter::new(io::stdout().lock());
-    let policy = PolicyLine {
-        instance: &args.common.instance,
-        generation: running.generation,
-        loaded: humantime::format_rfc3339_seconds(running.loaded).to_string(),
-        source: &running.source,
-        rules: running.policy.rules.len(),
-    };
+    let policy = running.outline(&args.common.instance);
     if args.common.json {
         writeln!(out, "{}", serde_json::to_string(&policy)?)?;
     } else {
-        writeln!(
-            out,
-            "instance '{}': {} rules from {}, loaded {}, generation {}\n",
-            policy.instance, policy.rules, policy.source, policy.loaded, policy.generation
-        )?;
+        writeln!(out, "instance '{}': {policy}, generation {}\n", policy.instance, policy.generation)?;
         writeln!(out, "{:>7} {:>12}  {:<20}  WHAT", "RULE", "HITS", "LAST (UTC)")?;
     }
     let rules = (1..).zip(&running.policy.rules).zip(&hits[1..]);

@@ -21,7 +21,9 @@ use super::split::Pieces;
 use super::values::{Prefix, Range, merge_prefixes};
 use super::{Decision, Place, Policy, Rule};
 
+mod decision;
 mod fields;
+mod lists;
 
 /// Told how far something is: what is done, how much of how much.
 pub type Progress<'a> = &'a (dyn Fn(&str, usize, usize) + Sync);

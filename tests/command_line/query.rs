@@ -1,0 +1,159 @@
+//! What `--query` shows, and what `--attach` says beside that it has attached.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::look::records;
+use crate::said::said;
+use crate::support::{ensure_eq, sh};
+use crate::world::World;
+
+fn query(world: &World, args: &str) -> Result<String> {
+    world.ok(&format!("--query {args}"))
+}
+
+fn expect(text: &str, words: &[&str]) -> Result<()> {
+    for word in words {
+        ensure!(text.contains(word), "'{word}' expected in\n{text}");
+    }
+    Ok(())
+}
+
+pub fn the_policy_and_what_programs_were_told_are_shown() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("p.toml");
+    fs::write(&path, "[[rule]]\nname = 'a'\nport = 9\naction = 'skip'\n")?;
+    let shown = path.display().to_string();
+    world.ok("-i c0 --attach --quiet")?;
+    let by_default = query(&world, "")?;
+    expect(&by_default, &["  policy: default: stamp 4e45544f4b454e31; from the command line, loaded 20"])?;
+    for word in ["option kind", "ExID", "events for"] {
+        ensure!(!by_default.contains(word), "'{word}' is as if nothing was said:\n{by_default}");
+    }
+
+    world
+        .ok(&format!("-i c1 --attach --quiet --policy {shown} --option-kind 254 --exid 0x1234 --sample 7"))?;
+    let said = query(&world, "")?;
+    let told = format!("c1 in {}: option kind 254, ExID 0x1234, events for one of 7 SYNs\n", world.ns);
+    expect(&said, &[&told, &format!("  policy: 1 rule, no default; from {shown}, loaded 20")])?;
+    ensure!(!said.contains(&format!("c0 in {}: option", world.ns)), "c0 was told nothing:\n{said}");
+
+    let said = query(&world, "--json")?;
+    for hook in records(&said, "hook")? {
+        let told = if hook["interface"] == "c1" { (254, 0x1234, 7) } else { (253, 0x4e54, 1) };
+        let is = (&hook["option_kind"], &hook["exid"], &hook["sample"]);
+        ensure!(*is.0 == told.0 && *is.1 == told.1 && *is.2 == told.2, "{told:?} expected: {hook}");
+    }
+    let policies = records(&said, "policy")?;
+    ensure!(policies.len() == 1 && policies[0]["instance"] == "default", "{said}");
+    ensure!(policies[0]["rules"] == 1 && policies[0]["default"].is_null(), "{said}");
+    ensure!(policies[0]["source"] == shown && policies[0]["generation"] == 2, "{said}");
+    // `policy show` says the same of it.
+    ensure_eq!(records(&world.lab.ok("policy show --json")?, "policy")?, policies, "the policy");
+    Ok(())
+}
+
+pub fn instances_without_filters_are_shown() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet --instance left --token 1111111111111111")?;
+    world.syns(3)?;
+    world.ok("-i c0 --detach --instance left")?;
+    let alone = said(&mut world.lab.netoken(&world.args("--query")))?.code(0)?;
+    expect(&alone.err, &["not attached to any interface"])?;
+    let line =
+        "instance 'left', no filter here: 3 SYNs, 3 stamped\n  policy: default: stamp 1111111111111111";
+    ensure!(alone.out.starts_with(line), "{alone:#?}");
+
+    world.ok("-i c0 --attach --quiet")?;
+    let both = query(&world, "")?;
+    expect(&both, &["instance 'default': 0 SYNs", line])?;
+    let both = query(&world, "--json")?;
+    ensure_eq!(records(&both, "counters")?.len(), 2, "counters in {both}");
+    // Who asks for an interface wants to know of that.
+    let one = query(&world, "-i c0")?;
+    ensure!(!one.contains("'left'") && one.contains("'default'"), "{one}");
+    Ok(())
+}
+
+pub fn one_instance_can_be_asked_for() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    world.ok("-i c0 --attach --quiet --instance blue")?;
+    let all = records(&query(&world, "--json")?, "hook")?;
+    ensure_eq!(all.len(), 2, "hooks of all instances");
+    for name in ["default", "blue"] {
+        for iface in ["", "-i c0"] {
+            let said = query(&world, &format!("--json --instance {name} {iface}"))?;
+            for kind in ["hook", "counters", "policy"] {
+                let found = records(&said, kind)?;
+                ensure!(found.len() == 1 && found[0]["instance"] == name, "{kind} of {name}: {said}");
+            }
+        }
+    }
+    let no_such = world.fails("--query --instance none")?;
+    expect(&no_such, &["instance 'none': there is none", "--attach --instance none"])?;
+    let no_such = world.fails("--query --instance none -i c0")?;
+    expect(&no_such, &["on c0 with instance 'none': there are none", "--instance none --attach"])?;
+    world.ok("-i c0 --detach --instance blue")?;
+    expect(&query(&world, "--instance blue")?, &["instance 'blue', no filter here: 0 SYNs"])
+}
+
+/// As an attach leaves it that was killed.
+pub fn an_instance_that_is_not_whole_does_not_hide_the_others() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    world.ok("-i c0 --attach --quiet --instance cut")?;
+    world.ok("-i c0 --detach --instance cut")?;
+    fs::remove_file(world.lab.run.join("bpf/cut/policies"))?;
+    let shown = said(&mut world.lab.netoken(&world.args("--query")))?.code(0)?;
+    expect(&shown.out, &["instance 'default': 0 SYNs"])?;
+    expect(&shown.err, &["instance 'cut'", "'policies'", "--attach or --destroy mends it"])?;
+    world.ok("-i c0 --attach --quiet --instance cut")?;
+    expect(&query(&world, "")?, &["instance 'cut': 0 SYNs"])
+}
+
+pub fn an_interface_that_is_down_is_told() -> Result<()> {
+    let world = World::new()?;
+    let attach =
+        |flags: &str| said(&mut world.lab.netoken(&world.args(&format!("-i c0 --attach --quiet {flags}"))));
+    let up = attach("")?.code(0)?;
+    ensure!(!up.err.contains("is down"), "{up:#?}");
+    sh(&format!("ip -n {} link set c0 down", world.ns))?;
+    for flags in ["", "--json"] {
+        let down = attach(flags)?.code(0)?;
+        let notes = down.err.lines().filter(|line| line.starts_with("c0 is down: ")).count();
+        ensure!(notes == 1, "{down:#?}");
+        // The advice is good.
+        let advice = down.err.lines().find_map(|line| line.strip_prefix("c0 is down: ")?.split_once(": "));
+        sh(advice.context("no advice")?.1)?;
+        ensure!(!attach(flags)?.err.contains("is down"), "{advice:?} did not help");
+        sh(&format!("ip -n {} link set c0 down", world.ns))?;
+    }
+    Ok(())
+}
+
+pub fn a_setting_that_an_attach_changes_is_told() -> Result<()> {
+    let world = World::new()?;
+    for (flags, change) in [
+        ("--exid 0x1234 --sample 7", None),
+        ("--exid 0x1234 --sample 7", None),
+        ("--exid 0x1234", Some("--sample from 7 to 1")),
+        ("--option-kind 254", Some("--option-kind from 253 to 254, --exid from 0x1234 to 0x4e54")),
+        ("", Some("--option-kind from 254 to 253")),
+        ("", None),
+    ] {
+        let attached =
+            said(&mut world.lab.netoken(&world.args(&format!("-i c0 --attach --quiet {flags}"))))?.code(0)?;
+        let told: Vec<&str> = attached.err.lines().filter(|line| line.contains("changed")).collect();
+        let expected = change.map(|change| format!("c0: this attach changed {change}"));
+        ensure_eq!(told, Vec::from_iter(expected.as_deref()), "what '{flags}' said: {attached:#?}");
+    }
+    // One of another instance is not replaced.
+    let other =
+        said(&mut world.lab.netoken(&world.args("-i c0 --attach --quiet --sample 3 --instance blue")))?;
+    ensure!(!other.err.contains("changed"), "{other:#?}");
+    Ok(())
+}
