@@ -10,6 +10,7 @@ mod lab;
 mod links;
 mod losses;
 mod measures;
+mod peers;
 mod policies;
 mod receivers;
 mod reloads;
@@ -93,6 +94,7 @@ fn main() -> ExitCode {
         losses::cases(),
         streams::cases(),
         guard::cases(),
+        peers::cases(),
         measures::cases(),
     ];
     support::run(cases.into_iter().flatten().collect())
