@@ -326,15 +326,29 @@ static __noinline void send_event(void *ctx, struct netoken_guard_event *event, 
 	bpf_perf_event_output(ctx, &guard_events, BPF_F_CURRENT_CPU, event, sizeof(*event));
 }
 
+/* In the answer of judge_packet(), beside the verdict. */
+#define JUDGED_DROP (1U << 8)
+#define JUDGED_MARK (1U << 9)
+#define JUDGED_ROW_SHIFT 16
+
 static __always_inline void count_packet(void *ctx, const enum hook hook,
-					 struct guard_scratch *scratch, __u32 verdict, bool drop)
+					 struct guard_scratch *scratch, __u32 judged)
 {
-	struct netoken_counter *counter = bpf_map_lookup_elem(&guard_counters, &verdict);
+	__u32 zero = 0, verdict = judged & 0xff, at;
+	struct netoken_guard_counters *counters = bpf_map_lookup_elem(&guard_counters, &zero);
 	struct netoken_guard_event *event = &scratch->event;
+	struct netoken_counter *counter;
+	bool drop = judged & JUDGED_DROP;
 	__u64 before;
 
-	if (!counter)
+	barrier_var(verdict);
+	if (!counters || verdict >= GUARD_COUNT)
 		return;
+	at = (judged >> JUDGED_ROW_SHIFT) * GUARD_COUNT + verdict;
+	barrier_var(at);
+	if (at < GUARD_ROWS * GUARD_COUNT)
+		counters->rows[at]++;
+	counter = &counters->verdicts[verdict];
 	before = counter->packets;
 	counter->packets = before + 1;
 	counter->dropped += drop;
@@ -360,10 +374,6 @@ find_rule(const struct netoken_guard_table *table, const struct guard_scratch *s
 	return &table->rules[at];
 }
 
-/* In the answer of judge_packet(), beside the verdict. */
-#define JUDGED_DROP (1U << 8)
-#define JUDGED_MARK (1U << 9)
-
 /*
  * Decides about the packet in the scratch. Not static, so that the verifier looks at it once and
  * not for every way in which a packet can be found; so it takes only numbers, and works for both
@@ -373,7 +383,7 @@ __noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
 {
 	const struct netoken_guard_table *table;
 	const struct netoken_guard_rule *rule;
-	__u32 zero = 0, verdict;
+	__u32 zero = 0, verdict, judged;
 	struct guard_scratch *scratch = this_guard_scratch();
 	void *generation = bpf_map_lookup_elem(&guard_rules, &zero);
 
@@ -390,13 +400,14 @@ __noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
 	verdict = judge(scratch, table, rule, shape, packet_len);
 	scratch->event.rule = rule->id;
 	scratch->event.mode = rule->mode;
+	judged = verdict | (__u32)rule->row << JUDGED_ROW_SHIFT;
 	if (rule->mode == MODE_DROP && is_refused(verdict))
-		return verdict | JUDGED_DROP;
+		return judged | JUDGED_DROP;
 	if (rule->mode != MODE_MARK)
-		return verdict;
+		return judged;
 	scratch->mark = is_refused(verdict) ? rule->mark_refused : rule->mark_valid;
 	scratch->mark_mask = rule->mark_mask;
-	return verdict | JUDGED_MARK;
+	return judged | JUDGED_MARK;
 }
 
 /* What to do with a packet of that shape. */
@@ -410,7 +421,7 @@ static __always_inline int guard(void *ctx, const enum hook hook, struct guard_s
 	judged = judge_packet(shape, packet_len(ctx, hook));
 	if (judged & JUDGED_MARK)
 		mark_packet(ctx, hook, scratch->mark, scratch->mark_mask);
-	count_packet(ctx, hook, scratch, judged & 0xff, judged & JUDGED_DROP);
+	count_packet(ctx, hook, scratch, judged);
 	return judged & JUDGED_DROP ? drop_packet(hook) : pass_packet(hook);
 }
 

@@ -121,8 +121,8 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__type(key, __u32);
-	__type(value, struct netoken_counter);
-	__uint(max_entries, GUARD_COUNT);
+	__type(value, struct netoken_guard_counters);
+	__uint(max_entries, 1);
 } guard_counters SEC(".maps");
 
 struct {

@@ -21,13 +21,16 @@ enum netoken_guard_size {
 	/* Tokens that have been accepted: how many stand in one bucket, and buckets. */
 	SEEN_WAYS = 8,
 	SEEN_BUCKETS = 65536,
+	/* Rows of counters: the first for what no rule is about, and one for each rule of two
+	 * tables, so that a rule that comes does not count where one that goes still does. */
+	GUARD_ROWS = 1 + 2 * 32,
 	/* Prefixes around one another that may all have expired before a lookup gives up. */
 	GUARD_EXPIRED_MAX = 4,
 };
 
 /*
- * The one outcome of one packet that could open a connection. It indexes `guard_counters` and is
- * the event's `verdict`. Numbers are never given away twice: retire one, do not reuse it.
+ * The one outcome of one packet that could open a connection. It indexes the counters and is the
+ * event's `verdict`. Numbers are never given away twice: retire one, do not reuse it.
  */
 enum netoken_guard_verdict {
 	GUARD_NONE = 0, /* opens nothing, never counted */
@@ -53,7 +56,7 @@ enum netoken_guard_verdict {
 	GUARD_BAD_MAC = 19,
 	GUARD_REPLAYED = 20,
 	GUARD_SEEN_FULL = 21,
-	GUARD_COUNT, /* the size of `guard_counters`, not a verdict */
+	GUARD_COUNT, /* how many there are, not a verdict */
 };
 
 enum netoken_guard_mode {
@@ -85,7 +88,8 @@ struct netoken_guard_rule {
 	__u32 mark_valid;
 	__u32 mark_refused;
 	__u32 mark_mask;
-	__u8 pad2[4];
+	__u8 row; /* of its counters */
+	__u8 pad2[3];
 	__be16 tags_be[GUARD_TAGS_MAX];
 	__u64 statics[GUARD_STATICS_MAX]; /* as the bytes stand in the packet */
 };
@@ -96,7 +100,8 @@ struct netoken_guard_table {
 	__u8 generation; /* of the source prefixes */
 	__u8 has_exempt;
 	__u8 has_blocked;
-	__u8 pad[9];
+	__u8 pad;
+	__u64 number; /* counts the tables that were put into use; 0: nothing is remembered of it */
 	struct netoken_guard_match matches[GUARD_MATCHES_MAX];
 	struct netoken_guard_rule rules[GUARD_RULES_MAX];
 };
@@ -113,6 +118,12 @@ struct netoken_source {
 	__u64 expires_ns; /* Unix time; 0 is never */
 	__u32 prefixlen;  /* of its key */
 	__u8 pad[4];
+};
+
+/* Of one CPU. */
+struct netoken_guard_counters {
+	struct netoken_counter verdicts[GUARD_COUNT];
+	__u64 rows[GUARD_ROWS * GUARD_COUNT]; /* packets, by row and verdict */
 };
 
 struct netoken_guard_event {
@@ -137,6 +148,8 @@ _Static_assert(sizeof(struct netoken_guard_table) ==
 	       "netoken_guard_table has hidden padding");
 _Static_assert(sizeof(struct netoken_source_key) == 24, "netoken_source_key has hidden padding");
 _Static_assert(sizeof(struct netoken_source) == 16, "netoken_source has hidden padding");
+/* What a per-CPU map holds for one key: PCPU_MIN_UNIT_SIZE of include/linux/percpu.h. */
+_Static_assert(sizeof(struct netoken_guard_counters) <= 32768, "netoken_guard_counters is too big");
 _Static_assert(sizeof(struct netoken_guard_event) == 80, "netoken_guard_event has hidden padding");
 
 #endif

@@ -3,6 +3,7 @@
 pub mod args;
 mod attach;
 mod detach;
+mod difference;
 mod guard;
 mod key;
 mod policy;

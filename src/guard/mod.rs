@@ -1,18 +1,20 @@
 //! The guard: what checks the tokens of connections that come in.
 //!
 //! [`rules`] is the file that says what is protected, [`program`] loads the program and gives it the rules,
-//! [`counters`] reads what became of packets, [`events`] what became of one. Where it is attached is in
+//! [`running`] remembers them, [`write`] writes them down, [`counters`] reads what became of packets, [`events`] what became of one. Where it is attached is in
 //! [`crate::hooks`]; what it decides is in `src/bpf/guard.h`.
 
 pub mod counters;
 pub mod events;
 pub mod program;
 pub mod rules;
+pub mod running;
+pub mod write;
 
 /// The types and constants that the guard and Rust share, read out of the compiled program's BTF.
 pub mod types {
     pub use crate::guard_skel::types::{
-        netoken_accept as Accept, netoken_config as Config, netoken_counter as Counter,
+        netoken_accept as Accept, netoken_config as Config, netoken_guard_counters as Counters,
         netoken_guard_event as Event, netoken_guard_match as Match, netoken_guard_mode as Mode,
         netoken_guard_rule as Rule, netoken_guard_size as Size, netoken_guard_table as Table,
         netoken_guard_verdict as Verdict, netoken_live as Live, netoken_source as Source,

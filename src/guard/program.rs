@@ -72,7 +72,7 @@ pub struct GuardMaps {
     pub exempt: MapHandle,
     /// By generation: sources that are refused.
     pub blocked: MapHandle,
-    /// Per CPU, by verdict.
+    /// Array of one, per CPU.
     pub counters: MapHandle,
     /// Perf event array.
     pub events: MapHandle,
@@ -208,11 +208,16 @@ impl GuardMaps {
         Ok(Some(table))
     }
 
-    /// Puts rules and lists into use. A packet sees the old ones or these.
+    /// Puts rules and lists into use, without remembering anything of them: see [`super::running::load`].
     ///
     /// # Errors
     /// The kernel refused; what is in use is then unchanged.
     pub fn set_rules(&self, rules: &Rules) -> Result<()> {
+        self.install(rules, 0, &[])
+    }
+
+    /// Puts rules and lists into use. A packet sees the old ones or these. `rows` are where the rules are counted.
+    pub(super) fn install(&self, rules: &Rules, number: u64, rows: &[u8]) -> Result<()> {
         let numbers: RingNumbers = rules
             .rings()
             .into_iter()
@@ -225,7 +230,9 @@ impl GuardMaps {
         {
             set_list(map, generation, list).with_context(|| format!("filling the list of {name} sources"))?;
         }
-        let table = rules.table(generation, |ring| numbers[&ring]);
+        let mut table = rules.table(generation, |ring| numbers[&ring]);
+        table.number = number;
+        table.rules.iter_mut().zip(rows).for_each(|(rule, row)| rule.row = *row);
         let next = create(MapType::Array, "guard_table", size_of::<u32>(), size_of::<Table>(), 1, 0)?;
         // SAFETY: plain data without padding.
         let bytes = unsafe { plain::as_bytes(&table) };

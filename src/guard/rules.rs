@@ -89,7 +89,7 @@ fn all_bits() -> u32 {
 }
 
 /// A source prefix on a list.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Listed {
     /// Which sources.
     pub src: Prefix,

@@ -60,7 +60,10 @@ fn example(family: Family) -> Result<()> {
     let address = format!("address  {}:", host(world.client_addr(family), 0).trim_end_matches(":0"));
     let expect = |said: &str, lines: &[&str]| {
         ensure!(said.starts_with(&address), "{said}");
-        lines.iter().try_for_each(|line| Ok(ensure!(said.contains(line), "no '{line}' in {said}")))
+        for line in lines {
+            ensure!(said.contains(line), "no '{line}' in {said}");
+        }
+        Ok::<_, anyhow::Error>(())
     };
     let said = ask(&world, family)?;
     expect(&said, &["token    none\n", "verdict  missing\n"])?;

@@ -100,7 +100,7 @@ impl Job<'_> {
     /// Rules come before the program: it must not see a packet without them.
     fn prepare(&self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
         match rules {
-            Some(rules) => set_rules(maps, rules, keys),
+            Some(rules) => set_rules(self.instance, maps, rules, &self.args.source(), keys),
             None if maps.table()?.is_none() => bail!(
                 "attaching the guard: instance '{}' has no rules yet; say which with --rules FILE",
                 self.instance.name

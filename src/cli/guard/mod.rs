@@ -1,14 +1,14 @@
 //! `netoken guard`: puts the guard on interfaces, gives it its rules, and says what it does.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{ArgGroup, ValueEnum};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::args::{Scope, exid, handle, instance};
-use crate::guard::counters::GuardCounters;
+use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::rules::Rules;
 use crate::hooks::clsact::{Loaded, Role, loaded_programs};
@@ -21,6 +21,7 @@ mod attach;
 mod query;
 mod remove;
 mod rules;
+mod show;
 mod watch;
 
 const EXAMPLES: &str = "\
@@ -28,6 +29,8 @@ Examples:
   netoken guard --check --rules guard.toml                  is the file right? needs no rights
   netoken guard --iface eth0 --attach --rules guard.toml    let only SYNs with a right token in
   netoken guard --load --rules guard.toml                   other rules, in one step, where it is attached
+  netoken guard --show                                      the rules that run, and what each has counted
+  netoken guard --diff guard.toml                           what loading that would change
   netoken guard --query                                     where it is attached, and what it has counted
   netoken guard --watch                                     what comes in, as it comes, until Ctrl-C
   netoken guard --iface eth0 --destroy                      remove it, and its clsact qdisc if nobody else uses it
@@ -38,10 +41,10 @@ Begin with mode = \"observe\": everything is counted as if it were enforced, and
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES, arg_required_else_help = true)]
 #[command(group = ArgGroup::new("guard_mode").required(true).args([
-    "attach", "load", "check", "query", "watch", "detach", "destroy",
+    "attach", "load", "check", "show", "diff", "query", "watch", "detach", "destroy",
 ]))]
 #[command(group = ArgGroup::new("guard_attaching").multiple(true)
-    .conflicts_with_all(["load", "check", "query", "watch", "detach", "destroy"])
+    .conflicts_with_all(["load", "check", "show", "diff", "query", "watch", "detach", "destroy"])
     .args(["hook", "sample", "priority", "handle", "option_kind", "exid"]))]
 pub(super) struct GuardArgs {
     /// Interface to act on; may be given more than once
@@ -59,6 +62,14 @@ pub(super) struct GuardArgs {
     /// Check the rules, and do nothing
     #[arg(long, requires = "rules", conflicts_with = "iface", help_heading = "What to do")]
     check: bool,
+
+    /// Show the rules that run, what each has counted, and how long the lists are
+    #[arg(long, conflicts_with = "iface", help_heading = "What to do")]
+    show: bool,
+
+    /// Show what loading a file would change
+    #[arg(long, value_name = "FILE", conflicts_with = "iface", help_heading = "What to do")]
+    diff: Option<PathBuf>,
 
     /// Show where it is attached, and what it has counted
     #[arg(long, help_heading = "What to do")]
@@ -79,7 +90,7 @@ pub(super) struct GuardArgs {
 
     /// File that says what is protected, what is accepted there, and which sources are exempt or blocked [default:
     /// the rules that run]
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["query", "watch", "detach", "destroy"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["show", "diff", "query", "watch", "detach", "destroy"])]
     rules: Option<PathBuf>,
 
     /// Where to attach
@@ -119,6 +130,10 @@ pub(super) struct GuardArgs {
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
+
+    /// With --show: print the rules and lists as a file
+    #[arg(long, requires = "show", conflicts_with = "json")]
+    toml: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -160,6 +175,30 @@ enum Record<'a> {
         #[serde(skip_serializing_if = "Option::is_none")]
         lost: Option<u64>,
     },
+    GuardRules {
+        instance: &'a str,
+        /// Counts what was put into use.
+        number: u64,
+        loaded: String,
+        source: &'a str,
+        rules: usize,
+        exempt: usize,
+        /// Of those, how many have ended.
+        exempt_expired: usize,
+        blocked: usize,
+        blocked_expired: usize,
+    },
+    GuardRule {
+        /// Its place, from 1.
+        rule: usize,
+        name: &'a str,
+        /// What it says, in one line.
+        says: String,
+        /// Packets that it decided about, since it has its name.
+        seen: u64,
+        #[serde(flatten)]
+        verdicts: Verdicts<'a>,
+    },
     Guarded {
         #[serde(flatten)]
         seen: &'a Seen,
@@ -173,9 +212,32 @@ enum Record<'a> {
     },
 }
 
+/// Packets by verdict, with a field for each.
+struct Verdicts<'a>(&'a Row);
+
+impl Verdicts<'_> {
+    fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        VERDICTS.iter().map(|(number, name)| (*name, self.0[*number as usize]))
+    }
+}
+
+impl Serialize for Verdicts<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter())
+    }
+}
+
 fn print_json(record: &Record<'_>) -> Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{}", serde_json::to_string(record)?).context("writing to standard output")
+}
+
+impl GuardArgs {
+    /// The file of the rules, as it is remembered.
+    fn source(&self) -> String {
+        let file = self.rules.as_deref().unwrap_or(Path::new(""));
+        std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf()).display().to_string()
+    }
 }
 
 pub(super) fn run(args: GuardArgs) -> Result<()> {
@@ -197,7 +259,13 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
         return attach::attach(&args, &scope, rules.as_ref());
     }
     if let (true, Some(rules)) = (args.load, &rules) {
-        return rules::load(&scope, rules);
+        return rules::load(&scope, rules, &args.source());
+    }
+    if args.show {
+        return show::show(&scope, args.toml);
+    }
+    if let Some(file) = &args.diff {
+        return show::diff(&scope, file);
     }
     if args.query {
         return query::query(&scope);

@@ -7,11 +7,12 @@ use crate::cli::args::Scope;
 use crate::clock;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
+use crate::guard::running;
 use crate::hooks::clsact::Role;
 use crate::keys::file::KeyDir;
 use crate::keys::{self, Key};
 use crate::privileges;
-use crate::state::State;
+use crate::state::{Instance, State};
 
 /// The instance's keys, which must suffice for the rules; nothing if it has no key directory.
 pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> Result<Option<Vec<Key>>> {
@@ -30,14 +31,20 @@ pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> R
     Ok(dir.exists().then_some(keys))
 }
 
-/// Gives an instance its keys, its slots and its rules.
-pub(super) fn set_rules(maps: &GuardMaps, rules: &Rules, keys: Option<&[Key]>) -> Result<()> {
+/// Gives an instance its keys, its slots and its rules, which are from the file `source`.
+pub(super) fn set_rules(
+    instance: &Instance,
+    maps: &GuardMaps,
+    rules: &Rules,
+    source: &str,
+    keys: Option<&[Key]>,
+) -> Result<()> {
     keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
     clock::publish(&maps.clock, rules.slots)?;
-    maps.set_rules(rules)
+    running::load(instance, maps, rules, source)
 }
 
-pub(super) fn load(scope: &Scope, rules: &Rules) -> Result<()> {
+pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
     let doing = format!("loading rules into instance '{}'", scope.instance);
     privileges::check(&doing)?;
     let keys = load_keys(&doing, &scope.instance, Some(rules))?;
@@ -54,7 +61,7 @@ pub(super) fn load(scope: &Scope, rules: &Rules) -> Result<()> {
         if rules.marks() && programs.iter().any(|p| p.role == Role::GuardXdp) {
             bail!("{doing}: {NO_MARKS}");
         }
-        set_rules(&GuardMaps::open(&instance.pins)?, rules, keys.as_deref())
+        set_rules(&instance, &GuardMaps::open(&instance.pins)?, rules, source, keys.as_deref())
     })();
     state.remove_if_empty(lock)?;
     loaded?;

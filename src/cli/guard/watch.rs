@@ -30,11 +30,7 @@ pub(super) fn watch(scope: &Scope) -> Result<()> {
     }
     let maps = GuardMaps::open(&instance.pins)?;
     // Another one than that of the stamp, whose events have a reader of their own.
-    let reading = Instance {
-        name: format!("{}.guard", instance.name),
-        pins: instance.pins.clone(),
-        policy_dir: instance.policy_dir.clone(),
-    };
+    let reading = Instance { name: format!("{}.guard", instance.name), ..state.instance(&scope.instance) };
     let _reading = state.lock_reader(&reading)?;
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);

@@ -1,0 +1,140 @@
+//! Writes rules down: whole, as a file that reads back as the same rules, and a rule in one line for people.
+
+use std::fmt::Display;
+
+use super::rules::{Listed, Mode, Rule, Rules};
+use crate::policy::write::quoted;
+use crate::token::keyed::Slots;
+
+/// The rules as a file. What a person wrote around them (comments, files of lists) is not kept.
+pub fn to_toml(rules: &Rules) -> String {
+    let Rules { slots, rules, exempt, blocked } = rules;
+    let mut text = slots.map_or(String::new(), |slots| format!("slots = {}\n", slots_text(slots)));
+    for (name, list) in [("exempt", exempt), ("blocked", blocked)] {
+        if !list.is_empty() {
+            let entries: Vec<String> =
+                list.iter().map(|listed| format!("    {},\n", entry(listed))).collect();
+            text.push_str(&format!("{name} = [\n{}]\n", entries.concat()));
+        }
+    }
+    for rule in rules {
+        text.push_str(&format!("\n[[rule]]\nname = {}\n", quoted(&rule.name)));
+        for (key, value) in parts(rule) {
+            text.push_str(&format!("{key} = {value}\n"));
+        }
+    }
+    text
+}
+
+/// How long slots are, and how many are accepted, as a file says it.
+pub fn slots_text(slots: Slots) -> String {
+    format!("{{ length = {}, behind = {}, ahead = {} }}", slots.length_s(), slots.behind(), slots.ahead())
+}
+
+/// Everything that a rule says but its name, in one line.
+pub fn line(rule: &Rule) -> String {
+    let parts: Vec<String> = parts(rule).iter().map(|(key, value)| format!("{key} {value}")).collect();
+    parts.join(", ").replace('"', "")
+}
+
+/// An entry of a list as a person reads it.
+pub fn listed_line(listed: &Listed) -> String {
+    let until = listed.until.map(|time| format!(" until {}", humantime::format_rfc3339(time)));
+    format!("{}{}", listed.src, until.unwrap_or_default())
+}
+
+fn entry(listed: &Listed) -> String {
+    match listed.until {
+        None => quoted(&listed.src.to_string()),
+        Some(time) => {
+            format!("{{ src = \"{}\", until = \"{}\" }}", listed.src, humantime::format_rfc3339(time))
+        }
+    }
+}
+
+/// What a rule says, by its keys in the file; what it leaves to the default is left out.
+fn parts(rule: &Rule) -> Vec<(&'static str, String)> {
+    // Taken apart by name: a field that comes has to be written.
+    let Rule { name: _, dst, ports, mode, keys, binds, tags, tokens, may_repeat } = rule;
+    let mut parts = vec![("dst", many(dst))];
+    if ports[..] != [(0, u16::MAX)] {
+        let range = |(first, last): &(u16, u16)| match first == last {
+            true => first.to_string(),
+            false => format!("\"{first}-{last}\""),
+        };
+        parts.push(("port", list(ports.iter().map(range))));
+    }
+    match mode {
+        Mode::Observe => parts.push(("mode", "\"observe\"".to_string())),
+        Mode::Drop => parts.push(("mode", "\"drop\"".to_string())),
+        Mode::Mark(mark) => {
+            parts.push(("mode", "\"mark\"".to_string()));
+            let bits = format!(
+                "{{ valid = {:#x}, refused = {:#x}, mask = {:#x} }}",
+                mark.valid, mark.refused, mark.mask
+            );
+            parts.push(("mark", bits));
+        }
+    }
+    if !keys.is_empty() {
+        parts.push(("keys", many(keys)));
+        parts.push(("binds", many(binds)));
+    }
+    if !tags.is_empty() {
+        parts.push(("tags", list(tags.iter().map(u16::to_string))));
+    }
+    if !tokens.is_empty() {
+        parts.push(("tokens", many(tokens)));
+    }
+    if *may_repeat {
+        parts.push(("may_repeat", "true".to_string()));
+    }
+    parts
+}
+
+/// Values that are text in the file.
+fn many<T: Display>(values: &[T]) -> String {
+    list(values.iter().map(|value| quoted(&value.to_string())))
+}
+
+fn list(values: impl Iterator<Item = String>) -> String {
+    let values: Vec<String> = values.collect();
+    match &values[..] {
+        [one] => one.clone(),
+        _ => format!("[{}]", values.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn what_is_written_reads_back_the_same() {
+        let strange = "\
+            exempt = [{ src = '::/0', until = '2026-12-01T00:00:00.5Z' }]\n\
+            [[rule]]\nname = \"a \\\"b\\\" \\\\ \\n ä\"\ndst = '10.0.0.0/8'\nmode = 'mark'\n\
+            mark = { valid = 1, refused = 4294967295 }\ntokens = ['0000000000000001', 'ffffffffffffffff']\n\
+            port = [0, '65535', '7-9']\nkeys = ['a', 'b']\nbinds = ['flow', 'isn']\ntags = [0, 65535]\n\
+            may_repeat = true\n";
+        let strange = Rules::from_toml(strange, Path::new(".")).unwrap();
+        for rules in [Rules::from_file(Path::new("examples/guard.toml")).unwrap(), strange] {
+            let text = to_toml(&rules);
+            let back = Rules::from_toml(&text, Path::new("/nonexistent"));
+            assert_eq!(back.unwrap_or_else(|error| panic!("{error:#}\n{text}")), rules, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_person_reads_a_rule_in_one_line() {
+        let rules = Rules::from_file(Path::new("examples/guard.toml")).unwrap();
+        assert_eq!(
+            line(&rules.rules[0]),
+            "dst [192.0.2.10/32, 2001:db8:1::/64], port [443, 8000-8099], mode drop, keys edge, binds [server, flow], \
+             tags [17, 18]"
+        );
+        assert_eq!(listed_line(&rules.blocked[1]), "2001:db8:bad::/48 until 2026-12-01T00:00:00Z");
+    }
+}
