@@ -4,6 +4,7 @@ mod connects;
 mod devices;
 mod fastopen;
 mod guard;
+mod guard_changes;
 mod keyed;
 #[path = "../support/lab.rs"]
 mod lab;
@@ -94,6 +95,7 @@ fn main() -> ExitCode {
         losses::cases(),
         streams::cases(),
         guard::cases(),
+        guard_changes::cases(),
         peers::cases(),
         measures::cases(),
     ];

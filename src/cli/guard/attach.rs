@@ -12,7 +12,7 @@ use crate::guard::rules::Rules;
 use crate::hooks::clsact::{Attachment, Hooks, Loaded, Place, attached, loaded_programs, remove_unused};
 use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink, Side};
-use crate::hooks::xdp::{XdpAttachment, attach_xdp, detach_xdp, undo_xdp};
+use crate::hooks::xdp::{Allowed, XdpAttachment, attach_xdp, detach_xdp, undo_xdp};
 use crate::keys::Key;
 use crate::netns::Netns;
 use crate::privileges;
@@ -140,8 +140,8 @@ impl Job<'_> {
         let name = &self.instance.name;
         let mut hooks = Hooks::open_side(self.state, Side::Ingress)?;
         if kind == Kind::Xdp {
-            let or_generic = self.args.hook == HookArg::Xdp;
-            let done = attach_xdp(self.state, lock, link, name, program.as_fd(), or_generic)?;
+            let allowed = Allowed { generic: self.args.hook == HookArg::Xdp, force: self.args.force };
+            let done = attach_xdp(self.state, lock, link, name, program.as_fd(), allowed)?;
             self.done.push((link.clone(), Done::Xdp(Box::new(program), done)));
             if hooks.detach(lock, link, name)? > 0 {
                 hooks.destroy_clsact(lock, link)?;
@@ -171,13 +171,21 @@ impl Job<'_> {
 
     fn tell(&self, scope: &Scope) -> Result<()> {
         for (link, done) in &self.done {
-            let (hook, replaced, why) = match done {
-                Done::Tc(done) => ("clsact ingress", done.replaced(), None),
-                Done::Xdp(_, done) => (hook_name(done.mode), done.replaced(), done.why_generic.as_deref()),
+            let (hook, replaced, why, pushed_out) = match done {
+                Done::Tc(done) => ("clsact ingress", done.replaced(), None, None),
+                Done::Xdp(_, done) => (
+                    hook_name(done.mode),
+                    done.replaced(),
+                    done.why_generic.as_deref(),
+                    done.pushed_out.as_ref(),
+                ),
             };
             if scope.json {
-                print_json(&Record::GuardAttached { interface: &link.name, hook, replaced })?;
+                print_json(&Record::GuardAttached { interface: &link.name, hook, replaced, pushed_out })?;
                 continue;
+            }
+            if let Some(foreign) = pushed_out {
+                note!("pushed out of XDP of {}: {foreign}; it does not come back by itself", link.name);
             }
             let how = if replaced { "replaced in place on" } else { "attached to" };
             let why = why.map_or(String::new(), |why| format!(" (natively the driver refused: {why})"));

@@ -12,7 +12,7 @@ use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::rules::Rules;
 use crate::hooks::clsact::{Loaded, Role, loaded_programs};
-use crate::hooks::xdp::Mode;
+use crate::hooks::xdp::{Foreign, Mode};
 use crate::netns::Netns;
 use crate::program::DEFAULT_KIND;
 use crate::state::State;
@@ -45,7 +45,7 @@ Begin with mode = \"observe\": everything is counted as if it were enforced, and
 ]))]
 #[command(group = ArgGroup::new("guard_attaching").multiple(true)
     .conflicts_with_all(["load", "check", "show", "diff", "query", "watch", "detach", "destroy"])
-    .args(["hook", "sample", "priority", "handle", "option_kind", "exid"]))]
+    .args(["hook", "force", "sample", "priority", "handle", "option_kind", "exid"]))]
 pub(super) struct GuardArgs {
     /// Interface to act on; may be given more than once
     #[arg(short, long = "iface", visible_alias = "interface", value_name = "NAME")]
@@ -96,6 +96,10 @@ pub(super) struct GuardArgs {
     /// Where to attach
     #[arg(long, value_enum, default_value_t = HookArg::Auto, help_heading = "With --attach")]
     hook: HookArg,
+
+    /// At XDP: push out somebody else's program, which does not come back with --detach
+    #[arg(long, help_heading = "With --attach")]
+    force: bool,
 
     /// Send one event for every N packets of the same verdict and CPU; counters always count all
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "With --attach",
@@ -154,6 +158,9 @@ enum Record<'a> {
         interface: &'a str,
         hook: &'a str,
         replaced: bool,
+        /// Somebody else's XDP program that was there.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pushed_out: Option<&'a Foreign>,
     },
     GuardHook {
         /// Name of the network namespace; empty for the one that the command ran in.
