@@ -1,11 +1,13 @@
 //! The guard: what checks the tokens of connections that come in.
 //!
-//! [`rules`] is the file that says what is protected, [`program`] loads the program and gives it the rules,
+//! [`rules`] is what it is told, read from a file; [`program`] loads the program and gives it the rules,
 //! [`counters`] reads what became of packets, [`events`] what became of one. Where it is attached is in
 //! [`crate::hooks`]; what it decides is in `src/bpf/guard.h`.
 
+mod compile;
 pub mod counters;
 pub mod events;
+mod file;
 pub mod program;
 pub mod rules;
 

@@ -10,7 +10,8 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use plain::Plain;
 
-use super::rules::{Listed, RingNumbers, Rules};
+use super::compile::RingNumbers;
+use super::rules::{Listed, Rules};
 use super::types::{Config, Live, Size, Source, SourceKey, Table};
 use crate::clock;
 use crate::guard_skel::GuardSkelBuilder;
