@@ -17,7 +17,7 @@ pub mod types {
         netoken_accept as Accept, netoken_config as Config, netoken_counter as Counter,
         netoken_guard_event as Event, netoken_guard_match as Match, netoken_guard_mode as Mode,
         netoken_guard_rule as Rule, netoken_guard_size as Size, netoken_guard_table as Table,
-        netoken_guard_verdict as Verdict, netoken_live as Live, netoken_source as Source,
-        netoken_source_key as SourceKey,
+        netoken_guard_verdict as Verdict, netoken_live as Live, netoken_peer as Peer,
+        netoken_peer_key as PeerKey, netoken_source as Source, netoken_source_key as SourceKey,
     };
 }
