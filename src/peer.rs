@@ -12,7 +12,7 @@
 //! ```
 //!
 //! A token that has not been checked proves nothing: either a guard stands in front, or [`Peer::check`] says whether
-//! it is right.
+//! it is right. Where a guard scrubs tokens, the SYN has none any more; [`Peers`] asks the guard.
 
 use std::fmt;
 use std::io;
@@ -24,6 +24,7 @@ use anyhow::{Context, Result};
 use libc::{IPPROTO_TCP, TCP_SAVE_SYN, TCP_SAVED_SYN};
 use socket2::{Domain, Protocol, Socket, Type};
 
+pub use self::guarded::{Guarded, Peers};
 use crate::decode::options::{Found, Shape};
 use crate::decode::syn::read_syn;
 use crate::guard::counters::verdict_name;
@@ -262,5 +263,6 @@ impl Peer {
     }
 }
 
+mod guarded;
 #[cfg(test)]
 mod tests;

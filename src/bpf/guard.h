@@ -11,6 +11,7 @@
 
 #include "guard_maps.h"
 #include "guard_parse.h"
+#include "guard_scrub.h"
 #include "token.h"
 
 /* No rule: an index that none has. */
@@ -403,6 +404,8 @@ __noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
 	judged = verdict | (__u32)rule->row << JUDGED_ROW_SHIFT;
 	if (rule->mode == MODE_DROP && is_refused(verdict))
 		return judged | JUDGED_DROP;
+	if (rule->scrub && verdict == GUARD_VALID)
+		note_peer(scratch);
 	if (rule->mode != MODE_MARK)
 		return judged;
 	scratch->mark = is_refused(verdict) ? rule->mark_refused : rule->mark_valid;

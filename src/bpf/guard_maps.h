@@ -118,6 +118,14 @@ struct {
 	__uint(max_entries, SEEN_BUCKETS);
 } guard_seen SEC(".maps");
 
+/* Only accepted SYNs come in, so that a flood without tokens pushes nobody out. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct netoken_peer_key);
+	__type(value, struct netoken_peer);
+	__uint(max_entries, GUARD_PEERS_MAX);
+} guard_peers SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__type(key, __u32);

@@ -26,6 +26,8 @@ enum netoken_guard_size {
 	GUARD_ROWS = 1 + 2 * 32,
 	/* Prefixes around one another that may all have expired before a lookup gives up. */
 	GUARD_EXPIRED_MAX = 4,
+	/* Accepted SYNs that are kept for the application, of which the oldest give way. */
+	GUARD_PEERS_MAX = 65536,
 };
 
 /*
@@ -88,8 +90,9 @@ struct netoken_guard_rule {
 	__u32 mark_valid;
 	__u32 mark_refused;
 	__u32 mark_mask;
-	__u8 row; /* of its counters */
-	__u8 pad2[3];
+	__u8 row;   /* of its counters */
+	__u8 scrub; /* tokens do not reach the host */
+	__u8 pad2[2];
 	__be16 tags_be[GUARD_TAGS_MAX];
 	__u64 statics[GUARD_STATICS_MAX]; /* as the bytes stand in the packet */
 };
@@ -126,6 +129,26 @@ struct netoken_guard_counters {
 	__u64 rows[GUARD_ROWS * GUARD_COUNT]; /* packets, by row and verdict */
 };
 
+/*
+ * Who opened a connection, for the application, which does not see a token that was scrubbed: the
+ * flow as it was on the wire, in front of any translation of addresses.
+ */
+struct netoken_peer_key {
+	__u8 saddr[ADDR_LEN]; /* as in netoken_flow */
+	__u8 daddr[ADDR_LEN];
+	__be16 sport_be;
+	__be16 dport_be;
+	__u8 family; /* 4 or 6 */
+	__u8 pad[3];
+};
+
+struct netoken_peer {
+	__u64 time_ns; /* CLOCK_MONOTONIC, of the last SYN */
+	__u8 token[TOKEN_LEN];
+	__u32 verdict; /* enum netoken_guard_verdict, so far always GUARD_VALID */
+	__u32 rule;    /* its place in the file, from 1 */
+};
+
 struct netoken_guard_event {
 	__u64 time_ns; /* CLOCK_MONOTONIC */
 	__u32 netns_ino;
@@ -150,6 +173,8 @@ _Static_assert(sizeof(struct netoken_source_key) == 24, "netoken_source_key has 
 _Static_assert(sizeof(struct netoken_source) == 16, "netoken_source has hidden padding");
 /* What a per-CPU map holds for one key: PCPU_MIN_UNIT_SIZE of include/linux/percpu.h. */
 _Static_assert(sizeof(struct netoken_guard_counters) <= 32768, "netoken_guard_counters is too big");
+_Static_assert(sizeof(struct netoken_peer_key) == 40, "netoken_peer_key has hidden padding");
+_Static_assert(sizeof(struct netoken_peer) == 24, "netoken_peer has hidden padding");
 _Static_assert(sizeof(struct netoken_guard_event) == 80, "netoken_guard_event has hidden padding");
 
 #endif

@@ -10,7 +10,8 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use plain::Plain;
 
-use super::rules::{Listed, RingNumbers, Rules};
+use super::compile::RingNumbers;
+use super::rules::{Listed, Rules};
 use super::types::{Config, Live, Size, Source, SourceKey, Table};
 use crate::clock;
 use crate::guard_skel::GuardSkelBuilder;
@@ -72,6 +73,8 @@ pub struct GuardMaps {
     pub exempt: MapHandle,
     /// By generation: sources that are refused.
     pub blocked: MapHandle,
+    /// By flow: accepted connections of rules that scrub, and the tokens that opened them.
+    pub peers: MapHandle,
     /// Array of one, per CPU.
     pub counters: MapHandle,
     /// Perf event array.
@@ -125,6 +128,7 @@ impl GuardProgram {
             pin_below(dir, &mut maps.guard_exempt)?;
             pin_below(dir, &mut maps.guard_blocked)?;
             pin_below(dir, &mut maps.guard_seen)?;
+            pin_below(dir, &mut maps.guard_peers)?;
             pin_below(dir, &mut maps.guard_counters)?;
             pin_below(dir, &mut maps.guard_events)?;
             pin_below(dir, &mut maps.guard_live)?;
@@ -151,6 +155,7 @@ impl GuardProgram {
                 rules: own(&skel.maps.guard_rules)?,
                 exempt: own(&skel.maps.guard_exempt)?,
                 blocked: own(&skel.maps.guard_blocked)?,
+                peers: own(&skel.maps.guard_peers)?,
                 counters: own(&skel.maps.guard_counters)?,
                 events: own(&skel.maps.guard_events)?,
                 live: own(&skel.maps.guard_live)?,
@@ -181,6 +186,7 @@ impl GuardMaps {
             rules: open("guard_rules")?,
             exempt: open("guard_exempt")?,
             blocked: open("guard_blocked")?,
+            peers: open("guard_peers")?,
             counters: open("guard_counters")?,
             events: open("guard_events")?,
             live: open("guard_live")?,
