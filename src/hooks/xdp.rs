@@ -207,7 +207,12 @@ pub fn attach_xdp(
     if let Some((mode, id)) = running {
         let old = libbpf_rs::Program::fd_from_id(id).context("keeping the running program")?;
         // In the same mode: both at once is not possible, and in between there would be none.
-        change(link.index, Some(program), Some(old.as_fd()), mode).context(what)?;
+        change(link.index, Some(program), Some(old.as_fd()), mode).with_context(|| match &foreign {
+            None => what,
+            Some((_, foreign)) => format!(
+                "{what}, in the place of {foreign}; if a BPF link holds that, end the process that holds the link"
+            ),
+        })?;
         let pushed_out = foreign.map(|(_, foreign)| foreign);
         return Ok(XdpAttachment { mode, why_generic: None, pushed_out, previous: Some(old) });
     }

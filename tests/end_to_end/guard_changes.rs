@@ -1,12 +1,13 @@
 //! Changing a guard that is at work: its rules and keys under load, what it shows of them, and somebody else's program
 //! in its place.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use libbpf_rs::ObjectBuilder;
 use libtest_mimic::Trial;
 use serde_json::Value;
 
@@ -45,6 +46,7 @@ pub fn cases() -> Vec<Trial> {
     let clang = with("clang");
     cases.push(case("guard: somebody else's XDP program stays", &clang, foreign_stays));
     cases.push(case("guard: --force pushes out somebody else's XDP program, and says so", &clang, forced));
+    cases.push(case("guard: --force cannot push out a program that a BPF link holds", &clang, held));
     cases.push(case("guard: --show counts by rule, and --diff says what would change", NET, shows));
     cases
 }
@@ -146,11 +148,17 @@ fn reload(load: &Load<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Puts a program on the server's interface that lets everything pass, and returns how that looks.
-fn attach_foreign(world: &World, mode: &str) -> Result<String> {
+/// Compiles a program that lets everything pass.
+fn compile_foreign(world: &World) -> Result<PathBuf> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/end_to_end/foreign_xdp.bpf.c");
     let object = world.lab.run.join("foreign_xdp.o");
     sh(&format!("clang -O2 -g -target bpf -c {} -o {}", source.display(), object.display()))?;
+    Ok(object)
+}
+
+/// Puts it on the server's interface, and returns how that looks.
+fn attach_foreign(world: &World, mode: &str) -> Result<String> {
+    let object = compile_foreign(world)?;
     sh(&format!("ip -n {} link set dev {IN} {mode} object {} section xdp", world.server, object.display()))?;
     let there = link(world)?;
     ensure!(there.contains("prog/xdp"), "{there}");
@@ -225,6 +233,29 @@ fn forced() -> Result<()> {
     world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
     ensure_eq!(link(&world)?, before, "somebody else's program");
     Ok(())
+}
+
+fn held() -> Result<()> {
+    let world = World::new(true)?;
+    let object = compile_foreign(&world)?;
+    let object = ObjectBuilder::default().open_file(object)?.load().context("loading a program")?;
+    let link = world.lab.within(&world.server, || {
+        let ifindex = nix::net::if_::if_nametoindex(IN)?;
+        let program = object.progs_mut().next().context("no program in the object")?;
+        program.attach_xdp(ifindex.cast_signed()).context("attaching it by a link")
+    })?;
+    let before = self::link(&world)?;
+    let rules = rules(&world, "drop", STATIC)?;
+    let attach = format!("guard {} --attach --hook xdp --force --rules {rules}", place(&world));
+    let output = world.lab.run(&attach)?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(
+        output.status.code() == Some(1) && said.contains("end the process that holds the link"),
+        "{said}"
+    );
+    ensure_eq!(self::link(&world)?, before, "somebody else's program");
+    drop(link);
+    world.lab.ok(&attach).map(drop)
 }
 
 /// The rules that `guard --show --json` prints, by their names.
