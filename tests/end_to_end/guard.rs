@@ -18,7 +18,8 @@ use crate::world::{FAMILIES, Family, Hook, IN, OFFLOADS, OUT, World};
 use crate::{NET, case, with};
 
 /// How the guard is asked for, and what it must then be.
-const HOOKS: [(&str, &str); 3] = [("auto", "xdp native"), ("xdp", "xdp native"), ("tc", "clsact ingress")];
+pub const HOOKS: [(&str, &str); 3] =
+    [("auto", "xdp native"), ("xdp", "xdp native"), ("tc", "clsact ingress")];
 
 const DESTINATIONS: &str = "dst = ['10.0.0.0/8', 'fd00::/8']";
 
@@ -57,13 +58,13 @@ pub fn cases() -> Vec<Trial> {
     cases
 }
 
-fn write(world: &World, name: &str, text: &str) -> Result<String> {
+pub fn write(world: &World, name: &str, text: &str) -> Result<String> {
     let path = world.lab.run.with_extension(name);
     std::fs::write(&path, text)?;
     Ok(path.display().to_string())
 }
 
-fn rules(world: &World, mode: &str, accepts: &str) -> Result<String> {
+pub fn rules(world: &World, mode: &str, accepts: &str) -> Result<String> {
     write(
         world,
         "guard.toml",
@@ -71,7 +72,7 @@ fn rules(world: &World, mode: &str, accepts: &str) -> Result<String> {
     )
 }
 
-const STATIC: &str = "tokens = '4e45544f4b454e31'";
+pub const STATIC: &str = "tokens = '4e45544f4b454e31'";
 const KEYED: &str = "keys = 'edge'";
 
 /// What a policy of the client says to stamp keyed tokens.
@@ -80,18 +81,18 @@ fn keyed_policy(world: &World) -> Result<String> {
     write(world, "policy.toml", "default = { action = 'stamp', token = { tag = 17, key = 'edge' } }")
 }
 
-fn place(world: &World) -> String {
+pub fn place(world: &World) -> String {
     format!("--netns {} --iface {IN}", world.server)
 }
 
-fn attach(world: &World, hook: &str, rules: &str) -> Result<Value> {
+pub fn attach(world: &World, hook: &str, rules: &str) -> Result<Value> {
     let said =
         world.lab.ok(&format!("guard {} --attach --hook {hook} --json --rules {rules}", place(world)))?;
     serde_json::from_str(&said).with_context(|| format!("reading {said}"))
 }
 
 /// One record of `guard --query`.
-fn query(world: &World, kind: &str) -> Result<Value> {
+pub fn query(world: &World, kind: &str) -> Result<Value> {
     let text = world.lab.ok(&format!("guard {} --query --json", place(world)))?;
     for line in text.lines() {
         let record: Value = serde_json::from_str(line)?;

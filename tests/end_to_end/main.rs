@@ -13,6 +13,7 @@ mod measures;
 mod policies;
 mod receivers;
 mod reloads;
+mod scrubs;
 mod segment;
 mod senders;
 mod skbs;
@@ -93,6 +94,7 @@ fn main() -> ExitCode {
         losses::cases(),
         streams::cases(),
         guard::cases(),
+        scrubs::cases(),
         measures::cases(),
     ];
     support::run(cases.into_iter().flatten().collect())
