@@ -33,6 +33,8 @@ enum reach {
 	REACH_PORT,
 };
 
+#define TOKENS_UNKNOWN (~0U)
+
 /* What is known of one packet. One for each CPU is enough: an ingress hook is not entered from
  * within itself. */
 struct guard_scratch {
@@ -44,8 +46,15 @@ struct guard_scratch {
 	__u32 reach;	     /* enum reach */
 	__u32 mark;	     /* what a rule wants of the mark of the skb */
 	__u32 mark_mask;
-	__u32 tokens;	 /* in the options */
+	__u32 tokens;	 /* in the options; TOKENS_UNKNOWN until these were looked at */
 	__u32 token_off; /* of the first one's option */
+	__u64 to_blank;	 /* bit by byte of the options: is a part of a token */
+	/* Of the one table that decides about the packet: its rule, and which lists it has. */
+	struct netoken_guard_rule rule;
+	__u8 generation;
+	__u8 has_exempt;
+	__u8 has_blocked;
+	__u8 pad[5];
 	/* Slack for the verifier, which sees only that an offset is below 64. */
 	__u8 options[TCP_OPTIONS_MAX + 40];
 };

@@ -39,7 +39,7 @@ enum netoken_guard_verdict {
 	GUARD_UNPROTECTED = 1,
 	GUARD_VALID = 2,
 	GUARD_EXEMPT = 3,
-	/* From here on refused: in mode `drop` it is dropped. */
+	/* From here to GUARD_SEEN_FULL refused: in mode `drop` it is dropped. */
 	GUARD_BLOCKED = 4,
 	GUARD_MISSING = 5,
 	GUARD_MALFORMED = 6,
@@ -58,6 +58,11 @@ enum netoken_guard_verdict {
 	GUARD_BAD_MAC = 19,
 	GUARD_REPLAYED = 20,
 	GUARD_SEEN_FULL = 21,
+	/* In mode `scrub` nothing is refused. */
+	GUARD_SCRUBBED = 22,
+	GUARD_CLEAN = 23,
+	/* Dropped in every mode. */
+	GUARD_NOT_SCRUBBED = 24,
 	GUARD_COUNT, /* how many there are, not a verdict */
 };
 
@@ -65,6 +70,7 @@ enum netoken_guard_mode {
 	MODE_OBSERVE = 0,
 	MODE_MARK = 1,
 	MODE_DROP = 2,
+	MODE_SCRUB = 3, /* no check, only no tokens behind it */
 };
 
 /* One prefix and one range of ports, and the rule that protects them. The first match decides. */
@@ -160,8 +166,9 @@ struct netoken_guard_event {
 	__u8 token[TOKEN_LEN]; /* the first one in the packet; zero when there is none */
 	__u8 verdict;	       /* enum netoken_guard_verdict */
 	__u8 dropped;
-	__u8 mode; /* enum netoken_guard_mode, if there is a rule */
-	__u8 pad[5];
+	__u8 mode;     /* enum netoken_guard_mode, if there is a rule */
+	__u8 scrubbed; /* its tokens did not reach the host */
+	__u8 pad[4];
 };
 
 _Static_assert(sizeof(struct netoken_guard_match) == 40, "netoken_guard_match has hidden padding");

@@ -72,6 +72,7 @@ impl Rule {
             Mode::Observe => RawMode::MODE_OBSERVE,
             Mode::Mark(_) => RawMode::MODE_MARK,
             Mode::Drop => RawMode::MODE_DROP,
+            Mode::Scrub => RawMode::MODE_SCRUB,
         }
     }
 
@@ -95,6 +96,7 @@ impl Rule {
             mark_valid: mark.valid,
             mark_refused: mark.refused,
             mark_mask: mark.mask,
+            scrub: self.scrub.into(),
             ..Default::default()
         };
         for (to, tag) in raw.tags_be.iter_mut().zip(&self.tags) {

@@ -45,7 +45,9 @@ pub struct Seen {
     pub verdict: &'static str,
     /// True if it was dropped.
     pub dropped: bool,
-    /// `observe`, `mark` or `drop`; none if no rule matches.
+    /// True if its tokens did not reach the host.
+    pub scrubbed: bool,
+    /// `observe`, `mark`, `drop` or `scrub`; none if no rule matches.
     pub mode: Option<&'static str>,
     /// Number of the rule, from 1; 0 is none.
     pub rule: u32,
@@ -63,6 +65,7 @@ fn mode_name(mode: u32) -> &'static str {
         Mode::MODE_OBSERVE => "observe",
         Mode::MODE_MARK => "mark",
         Mode::MODE_DROP => "drop",
+        Mode::MODE_SCRUB => "scrub",
         _ => "unknown",
     }
 }
@@ -90,6 +93,7 @@ impl Seen {
             isn: flow.isn,
             verdict: verdict_name(event.verdict.into()),
             dropped: event.dropped != 0,
+            scrubbed: event.scrubbed != 0,
             mode: (event.rule != 0).then(|| mode_name(event.mode.into())),
             rule: event.rule,
             token: (event.token != [0; 8]).then_some(Token(event.token)),

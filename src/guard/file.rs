@@ -71,6 +71,7 @@ struct RuleFile {
     #[serde(default)]
     tokens: OneOrMany<Token>,
     may_repeat: Option<bool>,
+    scrub: Option<bool>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -79,6 +80,7 @@ enum ModeFile {
     Observe,
     Mark,
     Drop,
+    Scrub,
 }
 
 #[derive(Deserialize)]
@@ -202,6 +204,7 @@ impl RuleFile {
         let mode = match (self.mode, self.mark) {
             (ModeFile::Observe, None) => Mode::Observe,
             (ModeFile::Drop, None) => Mode::Drop,
+            (ModeFile::Scrub, None) => Mode::Scrub,
             (ModeFile::Mark, Some(mark)) => Mode::Mark(mark),
             (ModeFile::Mark, None) => {
                 bail!(
@@ -212,7 +215,17 @@ impl RuleFile {
         };
         let (keys, tokens) = (self.keys.into_vec(), self.tokens.into_vec());
         let tags = self.tags.into_vec();
-        if keys.is_empty() && tokens.is_empty() {
+        let says_what = !keys.is_empty() || !tokens.is_empty() || !tags.is_empty();
+        if mode == Mode::Scrub {
+            if says_what || self.binds.is_some() || self.may_repeat.is_some() {
+                bail!("mode 'scrub' checks no token; leave away what is accepted, or choose another mode");
+            }
+            if self.scrub == Some(false) {
+                bail!(
+                    "mode 'scrub' does nothing but that; leave 'scrub = false' away, or choose another mode"
+                );
+            }
+        } else if keys.is_empty() && tokens.is_empty() {
             bail!("it accepts nothing; name key rings with 'keys', or static tokens with 'tokens'");
         }
         if keys.is_empty() && (!tags.is_empty() || self.binds.is_some() || self.may_repeat.is_some()) {
@@ -226,7 +239,8 @@ impl RuleFile {
             bail!("'binds' names nothing; there are flow, server and isn");
         }
         let may_repeat = self.may_repeat.unwrap_or_default();
-        Ok(Rule { name: self.name, dst, ports, mode, keys, binds, tags, tokens, may_repeat })
+        let scrub = self.scrub.unwrap_or(mode == Mode::Scrub);
+        Ok(Rule { name: self.name, dst, ports, mode, keys, binds, tags, tokens, may_repeat, scrub })
     }
 }
 
@@ -353,14 +367,16 @@ mod tests {
     const RULE: &str =
         "[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\nmode = 'drop'\ntokens = '0000000000000001'\n";
 
+    const SCRUB: &str = "[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\nmode = 'scrub'\n";
+
     #[test]
     fn the_example_is_read_whole() {
         let rules = Rules::from_file(Path::new("examples/guard.toml")).unwrap();
-        assert_eq!(rules.summary(), "3 rules, 1 prefix exempt, 2 prefixes blocked");
+        assert_eq!(rules.summary(), "4 rules, 1 prefix exempt, 2 prefixes blocked");
         let table = rules.table(1, |_| 3);
         assert_eq!((table.generation, table.has_exempt, table.has_blocked), (1, 1, 1));
         assert_eq!(table.rules[0].accept.rings, 8);
-        assert_eq!(table.matches_count, 4 + 1 + 1);
+        assert_eq!(table.matches_count, 4 + 1 + 1 + 1);
     }
 
     #[test]
@@ -378,6 +394,9 @@ mod tests {
             ),
             (&RULE.replace("'drop'", "'mark'"), "needs to know the marks"),
             (&format!("{RULE}mark = {{ valid = 1, refused = 2 }}"), "mode 'mark' only"),
+            (&RULE.replace("'drop'", "'scrub'"), "mode 'scrub' checks no token"),
+            (&format!("{SCRUB}may_repeat = true"), "mode 'scrub' checks no token"),
+            (&format!("{SCRUB}scrub = false"), "leave 'scrub = false' away"),
             (&format!("{RULE}port = 65536"), "'65536' is no port"),
             (&format!("{RULE}port = '9-8'"), "ends before it begins"),
             (&format!("{RULE}port = []"), "names no port"),

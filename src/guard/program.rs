@@ -56,11 +56,20 @@ pub struct Settings {
     pub option_kind: u8,
     /// Experiment identifier, host order.
     pub exid: u16,
+    /// Steps at which a test makes the program believe that it failed, [`crate::types::Fault`]; 0 otherwise.
+    pub faults: u32,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { kind: Kind::Tc, sample: 1, netns_ino: 0, option_kind: DEFAULT_KIND, exid: DEFAULT_EXID }
+        Settings {
+            kind: Kind::Tc,
+            sample: 1,
+            netns_ino: 0,
+            option_kind: DEFAULT_KIND,
+            exid: DEFAULT_EXID,
+            faults: 0,
+        }
     }
 }
 
@@ -119,6 +128,7 @@ impl GuardProgram {
             netns_ino: settings.netns_ino,
             exid: settings.exid,
             option_kind: settings.option_kind,
+            faults: settings.faults,
             ..Default::default()
         };
         data.has_tai = kernel.has_tai.into();

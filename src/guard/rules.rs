@@ -45,6 +45,8 @@ pub struct Rule {
     pub tokens: Vec<Token>,
     /// A keyed token is good for more than one flow, as long as its slot is accepted.
     pub may_repeat: bool,
+    /// Tokens of SYNs that go on do not reach the host.
+    pub scrub: bool,
 }
 
 /// What happens to a SYN that is refused.
@@ -56,6 +58,8 @@ pub enum Mode {
     Mark(Mark),
     /// It goes no further.
     Drop,
+    /// Nothing is refused: tokens are not checked, only scrubbed.
+    Scrub,
 }
 
 /// What the bits of `mask` in an skb's mark become.

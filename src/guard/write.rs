@@ -55,7 +55,7 @@ fn entry(listed: &Listed) -> String {
 /// What a rule says, by its keys in the file; what it leaves to the default is left out.
 fn parts(rule: &Rule) -> Vec<(&'static str, String)> {
     // Taken apart by name: a field that comes has to be written.
-    let Rule { name: _, dst, ports, mode, keys, binds, tags, tokens, may_repeat } = rule;
+    let Rule { name: _, dst, ports, mode, keys, binds, tags, tokens, may_repeat, scrub } = rule;
     let mut parts = vec![("dst", many(dst))];
     if ports[..] != [(0, u16::MAX)] {
         let range = |(first, last): &(u16, u16)| match first == last {
@@ -67,6 +67,7 @@ fn parts(rule: &Rule) -> Vec<(&'static str, String)> {
     match mode {
         Mode::Observe => parts.push(("mode", "\"observe\"".to_string())),
         Mode::Drop => parts.push(("mode", "\"drop\"".to_string())),
+        Mode::Scrub => parts.push(("mode", "\"scrub\"".to_string())),
         Mode::Mark(mark) => {
             parts.push(("mode", "\"mark\"".to_string()));
             let bits = format!(
@@ -88,6 +89,10 @@ fn parts(rule: &Rule) -> Vec<(&'static str, String)> {
     }
     if *may_repeat {
         parts.push(("may_repeat", "true".to_string()));
+    }
+    // In mode `scrub` that goes without saying.
+    if *scrub && *mode != Mode::Scrub {
+        parts.push(("scrub", "true".to_string()));
     }
     parts
 }
@@ -118,7 +123,8 @@ mod tests {
             [[rule]]\nname = \"a \\\"b\\\" \\\\ \\n ä\"\ndst = '10.0.0.0/8'\nmode = 'mark'\n\
             mark = { valid = 1, refused = 4294967295 }\ntokens = ['0000000000000001', 'ffffffffffffffff']\n\
             port = [0, '65535', '7-9']\nkeys = ['a', 'b']\nbinds = ['flow', 'isn']\ntags = [0, 65535]\n\
-            may_repeat = true\n";
+            may_repeat = true\nscrub = true\n\
+            [[rule]]\nname = 'b'\ndst = '::/0'\nmode = 'scrub'\n";
         let strange = Rules::from_toml(strange, Path::new(".")).unwrap();
         for rules in [Rules::from_file(Path::new("examples/guard.toml")).unwrap(), strange] {
             let text = to_toml(&rules);
@@ -129,12 +135,16 @@ mod tests {
 
     #[test]
     fn a_person_reads_a_rule_in_one_line() {
-        let rules = Rules::from_file(Path::new("examples/guard.toml")).unwrap();
+        let text = "\
+            blocked = [{ src = '2001:db8:bad::/48', until = '2026-12-01T00:00:00Z' }]\n\
+            [[rule]]\nname = 'a'\ndst = ['192.0.2.10', '2001:db8:1::/64']\nport = [443, '8000-8099']\nmode = 'drop'\n\
+            keys = 'edge'\nbinds = ['server', 'flow']\ntags = [17, 18]\nscrub = true\n";
+        let rules = Rules::from_toml(text, Path::new(".")).unwrap();
         assert_eq!(
             line(&rules.rules[0]),
             "dst [192.0.2.10/32, 2001:db8:1::/64], port [443, 8000-8099], mode drop, keys edge, binds [server, flow], \
-             tags [17, 18]"
+             tags [17, 18], scrub true"
         );
-        assert_eq!(listed_line(&rules.blocked[1]), "2001:db8:bad::/48 until 2026-12-01T00:00:00Z");
+        assert_eq!(listed_line(&rules.blocked[0]), "2001:db8:bad::/48 until 2026-12-01T00:00:00Z");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
@@ -15,9 +16,13 @@ use crate::guard::types::{Peer as Value, PeerKey};
 use crate::privileges;
 use crate::state::State;
 use crate::token::Token;
+use crate::token::keyed::Parts;
 
 // SAFETY: integers and arrays of them, without hidden padding, which guard_types.h asserts.
 unsafe impl Plain for Value {}
+
+const DOING: &str = "asking the guard about a connection";
+const REMEDY: &str = "attach it with: netoken guard --iface NAME --attach --rules FILE";
 
 const _: () = assert!(size_of::<PeerKey>() == 40 && size_of::<Value>() == 24);
 
@@ -25,7 +30,6 @@ const _: () = assert!(size_of::<PeerKey>() == 40 && size_of::<Value>() == 24);
 #[derive(Debug)]
 pub struct Peers {
     map: MapHandle,
-    instance: String,
 }
 
 /// What a guard knows of a connection.
@@ -41,6 +45,13 @@ pub struct Guarded {
     pub time: SystemTime,
 }
 
+impl Guarded {
+    /// The tag of its token; only a keyed token has one, so ask where the rule accepts nothing else.
+    pub fn tag(&self) -> u16 {
+        Parts::from(self.token).tag
+    }
+}
+
 impl Peers {
     /// Opens what the guard of `instance` keeps. That needs root; what is open stays usable when the process gives
     /// its rights up, from Linux 5.19 on also where unprivileged BPF is turned off.
@@ -51,15 +62,20 @@ impl Peers {
         let doing = format!("opening what the guard of instance '{instance}' knows of connections");
         privileges::check(&doing)?;
         let Some(state) = State::find().with_context(|| doing.clone())? else {
-            bail!(
-                "{doing}: there is no guard on this host; attach it with: netoken guard --iface NAME --attach"
-            );
+            bail!("{doing}: there is no guard on this host; {REMEDY}");
         };
-        let path = state.instance(instance).pins.join("guard_peers");
-        let map = MapHandle::from_pinned_path(path).with_context(|| {
-            format!("{doing}: it has no guard; attach it with: netoken guard --iface NAME --attach --instance {instance}")
-        })?;
-        Ok(Peers { map, instance: instance.to_string() })
+        Peers::open_below(&state.instance(instance).pins).with_context(|| doing)
+    }
+
+    /// The same, of the instance whose maps are pinned in this directory.
+    ///
+    /// # Errors
+    /// The process may not open it, or there is no guard.
+    pub fn open_below(pins: &Path) -> Result<Peers> {
+        let path = pins.join("guard_peers");
+        let map = MapHandle::from_pinned_path(&path)
+            .with_context(|| format!("opening the map {}; if it is not there, {REMEDY}", path.display()))?;
+        Ok(Peers { map })
     }
 
     /// What the guard knows of this connection; nothing if it did not let it in by a token that it scrubs. It goes by
@@ -70,16 +86,15 @@ impl Peers {
     /// # Errors
     /// It is not a connected TCP socket, or the kernel refused.
     pub fn of(&self, stream: &impl AsFd) -> Result<Option<Guarded>> {
-        let doing = || format!("asking the guard of instance '{}' about a connection", self.instance);
         let socket = SockRef::from(stream);
         let key =
             (|| Some(key(socket.peer_addr().ok()?.as_socket()?, socket.local_addr().ok()?.as_socket()?)))();
-        let key = key.context("that is no connected socket").with_context(doing)?;
+        let key = key.context("that is no connected socket").context(DOING)?;
         // SAFETY: plain data without hidden padding, which guard_types.h asserts.
         let key = unsafe { plain::as_bytes(&key) };
-        let Some(bytes) = self.map.lookup(key, MapFlags::ANY).with_context(doing)? else { return Ok(None) };
+        let Some(bytes) = self.map.lookup(key, MapFlags::ANY).context(DOING)? else { return Ok(None) };
         let mut value = Value::default();
-        value.copy_from_bytes(&bytes).ok().context("an entry of a strange size").with_context(doing)?;
+        value.copy_from_bytes(&bytes).ok().context("an entry of a strange size").context(DOING)?;
         Ok(Some(Guarded {
             token: Token(value.token),
             verdict: verdict_name(value.verdict),

@@ -15,6 +15,7 @@ mod peers;
 mod policies;
 mod receivers;
 mod reloads;
+mod scrubs;
 mod segment;
 mod senders;
 mod skbs;
@@ -97,6 +98,7 @@ fn main() -> ExitCode {
         guard::cases(),
         guard_changes::cases(),
         peers::cases(),
+        scrubs::cases(),
         measures::cases(),
     ];
     support::run(cases.into_iter().flatten().collect())

@@ -11,6 +11,7 @@ mod oracle;
 mod packet;
 mod replay;
 mod run;
+mod scrub;
 #[path = "../support/mod.rs"]
 mod support;
 mod table;
@@ -38,6 +39,9 @@ fn main() -> ExitCode {
         forged: a_million_forged_syns_and_none_is_accepted;
         replay: a_token_is_good_for_one_flow_and_its_retransmissions the_bind_mode_leaves_something_free
             a_full_bucket_refuses_and_forgets_in_time;
+        scrub: the_checksum_is_that_of_a_packet_without_a_token a_checksum_that_is_left_to_the_device_stays
+            a_whole_checksum_that_looks_partial_is_mended at_the_edge_of_trust_nothing_is_refused
+            what_cannot_be_scrubbed_is_dropped the_application_can_ask_who_it_was;
         lists: exempt_and_blocked_sources_by_their_longest_prefix an_entry_that_has_expired_shows_what_is_around_it
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it;
     ])

@@ -80,6 +80,7 @@ impl Job<'_> {
                     netns_ino,
                     option_kind: self.args.option_kind,
                     exid: self.args.exid.unwrap_or(DEFAULT_EXID),
+                    faults: 0,
                 };
                 let program = GuardProgram::load(settings, Some(&self.instance.pins))?;
                 if !ready {
