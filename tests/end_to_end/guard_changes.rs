@@ -1,13 +1,11 @@
 //! Changing a guard that is at work: its rules and keys under load, what it shows of them, and somebody else's program
 //! in its place.
 
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use libbpf_rs::ObjectBuilder;
 use libtest_mimic::Trial;
 use serde_json::Value;
 
@@ -16,7 +14,7 @@ use crate::lab::{kernel_counter, wait_until};
 use crate::sockets::{Listener, exchange, expect_dropped};
 use crate::support::{ensure_eq, sh, share_of};
 use crate::world::{FAMILIES, Family, IN, World};
-use crate::{NET, case, with};
+use crate::{NET, case, sys};
 
 /// How many times rules are loaded while connections are opened, in each family.
 const LOADS: usize = 250;
@@ -43,10 +41,9 @@ pub fn cases() -> Vec<Trial> {
             ));
         }
     }
-    let clang = with("clang");
-    cases.push(case("guard: somebody else's XDP program stays", &clang, foreign_stays));
-    cases.push(case("guard: --force pushes out somebody else's XDP program, and says so", &clang, forced));
-    cases.push(case("guard: --force cannot push out a program that a BPF link holds", &clang, held));
+    cases.push(case("guard: somebody else's XDP program stays", NET, foreign_stays));
+    cases.push(case("guard: --force pushes out somebody else's XDP program, and says so", NET, forced));
+    cases.push(case("guard: --force cannot push out a program that a BPF link holds", NET, held));
     cases.push(case("guard: --show counts by rule, and --diff says what would change", NET, shows));
     cases
 }
@@ -148,18 +145,9 @@ fn reload(load: &Load<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Compiles a program that lets everything pass.
-fn compile_foreign(world: &World) -> Result<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/end_to_end/foreign_xdp.bpf.c");
-    let object = world.lab.run.join("foreign_xdp.o");
-    sh(&format!("clang -O2 -g -target bpf -c {} -o {}", source.display(), object.display()))?;
-    Ok(object)
-}
-
-/// Puts it on the server's interface, and returns how that looks.
-fn attach_foreign(world: &World, mode: &str) -> Result<String> {
-    let object = compile_foreign(world)?;
-    sh(&format!("ip -n {} link set dev {IN} {mode} object {} section xdp", world.server, object.display()))?;
+/// Puts somebody else's program on the server's interface, and returns how that looks.
+fn attach_foreign(world: &World, flags: u32) -> Result<String> {
+    world.lab.within(&world.server, || sys::attach_xdp(IN, &sys::load_foreign_xdp()?, flags))?;
     let there = link(world)?;
     ensure!(there.contains("prog/xdp"), "{there}");
     Ok(there)
@@ -171,7 +159,7 @@ fn link(world: &World) -> Result<String> {
 
 fn foreign_stays() -> Result<()> {
     let world = World::new(true)?;
-    let before = attach_foreign(&world, "xdp")?;
+    let before = attach_foreign(&world, libbpf_sys::XDP_FLAGS_DRV_MODE)?;
     let rules = rules(&world, "drop", STATIC)?;
     let output = world.lab.run(&format!("guard {} --attach --hook xdp --rules {rules}", place(&world)))?;
     let said = String::from_utf8(output.stderr)?;
@@ -190,10 +178,12 @@ fn foreign_stays() -> Result<()> {
 }
 
 fn forced() -> Result<()> {
-    for (mode, shown) in [("xdpdrv", "xdp native"), ("xdpgeneric", "xdp generic")] {
+    for (flags, shown) in
+        [(libbpf_sys::XDP_FLAGS_DRV_MODE, "xdp native"), (libbpf_sys::XDP_FLAGS_SKB_MODE, "xdp generic")]
+    {
         let world = World::new(true)?;
         let empty = looks(&world)?;
-        let before = attach_foreign(&world, mode)?;
+        let before = attach_foreign(&world, flags)?;
         let listener = Listener::open(&world, Family::V4)?;
         let rules = rules(&world, "drop", STATIC)?;
         // What fails behind it puts theirs back.
@@ -224,7 +214,7 @@ fn forced() -> Result<()> {
     }
     // At TC nobody has to go, and nobody does.
     let world = World::new(true)?;
-    let before = attach_foreign(&world, "xdp")?;
+    let before = attach_foreign(&world, libbpf_sys::XDP_FLAGS_DRV_MODE)?;
     let rules = rules(&world, "drop", STATIC)?;
     let said = world
         .lab
@@ -237,13 +227,7 @@ fn forced() -> Result<()> {
 
 fn held() -> Result<()> {
     let world = World::new(true)?;
-    let object = compile_foreign(&world)?;
-    let object = ObjectBuilder::default().open_file(object)?.load().context("loading a program")?;
-    let link = world.lab.within(&world.server, || {
-        let ifindex = nix::net::if_::if_nametoindex(IN)?;
-        let program = object.progs_mut().next().context("no program in the object")?;
-        program.attach_xdp(ifindex.cast_signed()).context("attaching it by a link")
-    })?;
+    let link = world.lab.within(&world.server, || sys::link_xdp(IN, &sys::load_foreign_xdp()?))?;
     let before = self::link(&world)?;
     let rules = rules(&world, "drop", STATIC)?;
     let attach = format!("guard {} --attach --hook xdp --force --rules {rules}", place(&world));
