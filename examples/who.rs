@@ -9,7 +9,7 @@
 //! ```
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -70,7 +70,10 @@ pub fn answer(mut stream: TcpStream, judges: &Judges) -> Result<()> {
 }
 
 fn describe(stream: &TcpStream, judges: &Judges) -> Result<String> {
-    let mut text = format!("address  {}\n", stream.peer_addr()?);
+    let addr = stream.peer_addr().context("asking who connected")?;
+    // A socket for both families has IPv4 addresses mapped into IPv6.
+    let addr = SocketAddr::new(addr.ip().to_canonical(), addr.port());
+    let mut text = format!("address  {addr}\n");
     if let Some(guarded) = judges.guard.as_ref().map(|guard| guard.of(stream)).transpose()?.flatten() {
         text.push_str(&format!("token    {}\ntag      {}\n", guarded.token, guarded.tag()));
         text.push_str(&format!("verdict  {} by rule {} of the guard\n", guarded.verdict, guarded.rule));

@@ -64,7 +64,9 @@ impl Peers {
         let Some(state) = State::find().with_context(|| doing.clone())? else {
             bail!("{doing}: there is no guard on this host; {REMEDY}");
         };
-        Peers::open_below(&state.instance(instance).pins).with_context(|| doing)
+        open_map(&state.instance(instance).pins)
+            .map(|map| Peers { map })
+            .with_context(|| format!("{doing}: it has no guard; {REMEDY}"))
     }
 
     /// The same, of the instance whose maps are pinned in this directory.
@@ -72,9 +74,8 @@ impl Peers {
     /// # Errors
     /// The process may not open it, or there is no guard.
     pub fn open_below(pins: &Path) -> Result<Peers> {
-        let path = pins.join("guard_peers");
-        let map = MapHandle::from_pinned_path(&path)
-            .with_context(|| format!("opening the map {}; if it is not there, {REMEDY}", path.display()))?;
+        let map =
+            open_map(pins).with_context(|| format!("there is no guard in {}; {REMEDY}", pins.display()))?;
         Ok(Peers { map })
     }
 
@@ -102,6 +103,10 @@ impl Peers {
             time: Clock::now().at(value.time_ns),
         }))
     }
+}
+
+fn open_map(pins: &Path) -> Result<MapHandle> {
+    Ok(MapHandle::from_pinned_path(pins.join("guard_peers"))?)
 }
 
 /// As the guard saw the flow: IPv4 addresses are mapped into IPv6, and the family tells them apart.
