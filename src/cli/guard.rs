@@ -13,6 +13,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::args::{Scope, exid, handle, instance};
+use super::blocked::{print_alert, print_blocked, unblock_prefix};
 use super::table::table;
 use crate::clock;
 use crate::guard::counters::GuardCounters;
@@ -28,6 +29,7 @@ use crate::hooks::xdp::{self, Mode, XdpAttachment, attach_xdp, detach_xdp, undo_
 use crate::keys::file::KeyDir;
 use crate::keys::{self, Key};
 use crate::netns::Netns;
+use crate::policy::values::Prefix;
 use crate::privileges;
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND, LinkHeader, Program};
 use crate::state::{Instance, Lock, State};
@@ -39,6 +41,7 @@ Examples:
   netoken guard --load --rules guard.toml                   other rules, in one step, where it is attached
   netoken guard --query                                     where it is attached, and what it has counted
   netoken guard --watch                                     what comes in, as it comes, until Ctrl-C
+  netoken guard --unblock 192.0.2.7                         let in again what was blocked by itself
   netoken guard --iface eth0 --destroy                      remove it, and its clsact qdisc if nobody else uses it
 
 Begin with mode = \"observe\": everything is counted as if it were enforced, and nothing is dropped.";
@@ -47,10 +50,10 @@ Begin with mode = \"observe\": everything is counted as if it were enforced, and
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES, arg_required_else_help = true)]
 #[command(group = ArgGroup::new("guard_mode").required(true).args([
-    "attach", "load", "check", "query", "watch", "detach", "destroy",
+    "attach", "load", "check", "query", "watch", "unblock", "detach", "destroy",
 ]))]
 #[command(group = ArgGroup::new("guard_attaching").multiple(true)
-    .conflicts_with_all(["load", "check", "query", "watch", "detach", "destroy"])
+    .conflicts_with_all(["load", "check", "query", "watch", "unblock", "detach", "destroy"])
     .args(["hook", "sample", "priority", "handle", "option_kind", "exid"]))]
 pub(super) struct GuardArgs {
     /// Interface to act on; may be given more than once
@@ -77,6 +80,10 @@ pub(super) struct GuardArgs {
     #[arg(long, conflicts_with = "iface", help_heading = "What to do")]
     watch: bool,
 
+    /// Let in again what was blocked by itself of these sources or around them
+    #[arg(long, value_name = "PREFIX", conflicts_with = "iface", help_heading = "What to do")]
+    unblock: Option<Prefix>,
+
     /// Remove it; rules and counters stay for the next --attach
     #[arg(long, requires = "iface", help_heading = "What to do")]
     detach: bool,
@@ -88,7 +95,7 @@ pub(super) struct GuardArgs {
 
     /// File that says what is protected, what is accepted there, and which sources are exempt or blocked [default:
     /// the rules that run]
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["query", "watch", "detach", "destroy"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["query", "watch", "unblock", "detach", "destroy"])]
     rules: Option<PathBuf>,
 
     /// Where to attach
@@ -182,7 +189,7 @@ enum Record<'a> {
     },
 }
 
-fn print_json(record: &Record<'_>) -> Result<()> {
+pub(super) fn print_json(record: &impl Serialize) -> Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{}", serde_json::to_string(record)?).context("writing to standard output")
 }
@@ -213,6 +220,9 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
     }
     if args.watch {
         return watch(&scope);
+    }
+    if let Some(prefix) = args.unblock {
+        return unblock(&scope, prefix);
     }
     remove(&scope, args.destroy)
 }
@@ -560,8 +570,9 @@ fn query(scope: &Scope) -> Result<()> {
     instances.sort_unstable();
     instances.dedup();
     for instance in instances {
-        let counters = GuardCounters::read(&GuardMaps::open(&state.instance(instance).pins)?)?;
-        print_counters(scope, instance, &counters, None)?;
+        let maps = GuardMaps::open(&state.instance(instance).pins)?;
+        print_counters(scope, instance, &GuardCounters::read(&maps)?, None)?;
+        print_blocked(scope.json, instance, &maps)?;
     }
     Ok(())
 }
@@ -609,6 +620,9 @@ fn watch(scope: &Scope) -> Result<()> {
         for seen in reader.read(if ends { Duration::ZERO } else { POLL })? {
             print_seen(scope, &seen)?;
         }
+        for alert in reader.alerts() {
+            print_alert(scope.json, &instance.name, &alert)?;
+        }
         if ends || last.elapsed() >= PERIOD {
             last = Instant::now();
             let now = GuardCounters::read(&maps)?;
@@ -621,6 +635,15 @@ fn watch(scope: &Scope) -> Result<()> {
             return Ok(());
         }
     }
+}
+
+fn unblock(scope: &Scope, prefix: Prefix) -> Result<()> {
+    let doing = format!("unblocking {prefix} in instance '{}'", scope.instance);
+    privileges::check(&doing)?;
+    let state = State::find()?.filter(|state| state.instance(&scope.instance).pins.exists());
+    let Some(state) = state else { bail!("{doing}: there is no such instance") };
+    let maps = GuardMaps::open(&state.instance(&scope.instance).pins).with_context(|| doing.clone())?;
+    unblock_prefix(scope.json, &scope.instance, &maps, prefix)
 }
 
 fn print_seen(scope: &Scope, seen: &Seen) -> Result<()> {
