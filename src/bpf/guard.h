@@ -9,6 +9,7 @@
 #ifndef NETOKEN_GUARD_H
 #define NETOKEN_GUARD_H
 
+#include "guard_block.h"
 #include "guard_maps.h"
 #include "guard_parse.h"
 #include "guard_scrub.h"
@@ -242,8 +243,10 @@ static __always_inline __u32 judge_token(struct guard_scratch *scratch,
 	if (scratch->tokens > 1)
 		return GUARD_DUPLICATE;
 	for (__u32 i = 0; i < GUARD_STATICS_MAX; i++) {
-		if (i < rule->statics_count && rule->statics[i] == token)
+		if (i < rule->statics_count && rule->statics[i] == token) {
+			scratch->is_static = true;
 			return GUARD_VALID;
+		}
 	}
 	if (!rule->accept.rings)
 		return GUARD_WRONG_STATIC;
@@ -296,6 +299,14 @@ static __always_inline __u32 judge_shape(enum shape shape, __u32 packet_len)
 	}
 }
 
+/* Whether it matters that a source may be blocked for what it did before. The lists decide alone,
+ * and a keyed token is one that nobody else can send from there. */
+static __always_inline bool is_watched(const struct guard_scratch *scratch, __u32 verdict)
+{
+	return verdict != GUARD_EXEMPT && verdict != GUARD_BLOCKED &&
+	       (verdict != GUARD_VALID || scratch->is_static);
+}
+
 static __always_inline __u32 judge(struct guard_scratch *scratch,
 				   const struct netoken_guard_rule *rule, enum shape shape,
 				   __u32 packet_len)
@@ -313,6 +324,9 @@ static __always_inline __u32 judge(struct guard_scratch *scratch,
 		verdict = judge_shape(shape, packet_len);
 	if (verdict == GUARD_NONE)
 		verdict = judge_token(scratch, rule);
+	if (scratch->has_auto_block && scratch->reach != REACH_NOTHING &&
+	    is_watched(scratch, verdict))
+		verdict = watch_source(verdict);
 	return verdict;
 }
 
@@ -391,14 +405,6 @@ static __always_inline void count_packet(void *ctx, const enum hook hook,
 	send_event(ctx, event, packet_ifindex(ctx, hook));
 }
 
-static __always_inline const struct netoken_guard_table *running_table(void)
-{
-	__u32 zero = 0;
-	void *generation = bpf_map_lookup_elem(&guard_rules, &zero);
-
-	return generation ? bpf_map_lookup_elem(generation, &zero) : NULL;
-}
-
 /*
  * Finds the rule for the packet in the scratch, and leaves there what is needed of the table, so
  * that one table decides even if it is replaced meanwhile. Not static, so that the verifier does
@@ -423,6 +429,8 @@ __noinline int find_rule(void)
 	scratch->generation = table->generation;
 	scratch->has_exempt = table->has_exempt;
 	scratch->has_blocked = table->has_blocked;
+	scratch->has_auto_block = table->auto_block.within_ns != 0;
+	scratch->has_alerts = table->alerts.within_ns != 0;
 	return true;
 }
 
@@ -454,6 +462,8 @@ __noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
 	scratch->event.rule = 0;
 	scratch->event.mode = MODE_OBSERVE;
 	scratch->event.scrubbed = 0;
+	scratch->severity = SEVERITY_NONE;
+	scratch->is_static = false;
 	scratch->tokens = TOKENS_UNKNOWN;
 	scratch->to_blank = 0;
 	*(__u64 *)scratch->event.token = 0;
@@ -466,6 +476,8 @@ __noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
 	scratch->event.rule = rule->id;
 	scratch->event.mode = rule->mode;
 	judged = verdict | (__u32)rule->row << JUDGED_ROW_SHIFT;
+	if (scratch->has_alerts && rule->mode != MODE_SCRUB && is_refused(verdict))
+		scratch->severity = raise_alarm();
 	if (rule->mode == MODE_DROP && is_refused(verdict))
 		return judged | JUDGED_DROP;
 	if (rule->mode == MODE_MARK) {
@@ -500,6 +512,8 @@ static __always_inline int guard(void *ctx, const enum hook hook, struct guard_s
 	if (judged & JUDGED_MARK)
 		mark_packet(ctx, hook, scratch->mark, scratch->mark_mask);
 	count_packet(ctx, hook, scratch, judged);
+	if (scratch->severity && guard_has_reader())
+		send_alert(ctx, scratch->severity, packet_ifindex(ctx, hook));
 	return judged & JUDGED_DROP ? drop_packet(hook) : pass_packet(hook);
 }
 

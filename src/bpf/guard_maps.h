@@ -20,7 +20,9 @@ const volatile struct {
 	enum netoken_guard_size size;
 	enum netoken_guard_verdict verdict;
 	enum netoken_guard_mode mode;
+	enum netoken_guard_severity severity;
 	struct netoken_guard_event event;
+	struct netoken_guard_alert alert;
 	struct netoken_guard_table table;
 	struct netoken_source_key source_key;
 	struct netoken_source source;
@@ -54,7 +56,12 @@ struct guard_scratch {
 	__u8 generation;
 	__u8 has_exempt;
 	__u8 has_blocked;
-	__u8 pad[5];
+	__u8 has_auto_block;
+	__u8 has_alerts;
+	__u8 is_static; /* a static token makes it valid */
+	__u8 pad[2];
+	__u32 severity; /* of the alert that it raises */
+	__u32 pad2;
 	/* Slack for the verifier, which sees only that an offset is below 64. */
 	__u8 options[TCP_OPTIONS_MAX + 40];
 };
@@ -127,6 +134,44 @@ struct {
 	__uint(max_entries, SEEN_BUCKETS);
 } guard_seen SEC(".maps");
 
+/* A source in the window that began with its first refused packet. */
+struct refused_source {
+	__u64 since_ns;
+	__u64 refused;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct netoken_source_key);
+	__type(value, struct refused_source);
+	__uint(max_entries, GUARD_REFUSED_MAX);
+} guard_refused SEC(".maps");
+
+/* Apart from those that are only counted, so that a flood from everywhere does not push them out.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct netoken_source_key);
+	__type(value, struct netoken_auto_blocked);
+	__uint(max_entries, GUARD_AUTO_BLOCKED_MAX);
+} guard_auto_blocked SEC(".maps");
+
+/* What the instance refused in this window. */
+struct guard_alarm {
+	struct bpf_spin_lock lock;
+	__u32 severity; /* that was alerted to already */
+	__u64 ends_ns;
+	__u64 refused;
+	__u64 next; /* so many are the next alert */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct guard_alarm);
+	__uint(max_entries, 1);
+} guard_alarms SEC(".maps");
+
 /* Only accepted SYNs come in, so that a flood without tokens pushes nobody out. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -160,6 +205,15 @@ static __always_inline struct guard_scratch *this_guard_scratch(void)
 	__u32 zero = 0;
 
 	return bpf_map_lookup_elem(&guard_scratches, &zero);
+}
+
+/* The rules in use; NULL if there never were any. */
+static __always_inline const struct netoken_guard_table *running_table(void)
+{
+	__u32 zero = 0;
+	void *generation = bpf_map_lookup_elem(&guard_rules, &zero);
+
+	return generation ? bpf_map_lookup_elem(generation, &zero) : NULL;
 }
 
 #endif

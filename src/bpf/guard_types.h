@@ -28,6 +28,11 @@ enum netoken_guard_size {
 	GUARD_EXPIRED_MAX = 4,
 	/* Accepted SYNs that are kept for the application, of which the oldest give way. */
 	GUARD_PEERS_MAX = 65536,
+	/* Source prefixes whose refused packets are counted, and those that are blocked for them.
+	 */
+	GUARD_REFUSED_MAX = 65536,
+	GUARD_AUTO_BLOCKED_MAX = 16384,
+	GUARD_SEVERITIES = 4,
 };
 
 /*
@@ -63,6 +68,8 @@ enum netoken_guard_verdict {
 	GUARD_CLEAN = 23,
 	/* Dropped in every mode. */
 	GUARD_NOT_SCRUBBED = 24,
+	/* Refused. */
+	GUARD_AUTO_BLOCKED = 25,
 	GUARD_COUNT, /* how many there are, not a verdict */
 };
 
@@ -71,6 +78,15 @@ enum netoken_guard_mode {
 	MODE_MARK = 1,
 	MODE_DROP = 2,
 	MODE_SCRUB = 3, /* no check, only no tokens behind it */
+};
+
+/* How many refused packets an alert tells of. */
+enum netoken_guard_severity {
+	SEVERITY_NONE = 0,
+	SEVERITY_LOW = 1,
+	SEVERITY_MEDIUM = 2,
+	SEVERITY_HIGH = 3,
+	SEVERITY_CRITICAL = 4,
 };
 
 /* One prefix and one range of ports, and the rule that protects them. The first match decides. */
@@ -103,6 +119,25 @@ struct netoken_guard_rule {
 	__u64 statics[GUARD_STATICS_MAX]; /* as the bytes stand in the packet */
 };
 
+/* When a source is blocked that is refused too often. */
+struct netoken_guard_auto_block {
+	__u64 within_ns; /* 0: never */
+	__u64 block_ns;
+	__u64 refused_max; /* one more within that time, and it is blocked */
+	/* What of its address is a source: masks as the bytes stand in the packet, and the
+	 * `prefixlen` of netoken_source_key. */
+	__u64 mask4[2];
+	__u64 mask6[2];
+	__u32 prefixlen4;
+	__u32 prefixlen6;
+};
+
+/* When an alert is raised. */
+struct netoken_guard_alerts {
+	__u64 within_ns;		 /* 0: never */
+	__u64 refused[GUARD_SEVERITIES]; /* so many, or more; rising; the highest number is never */
+};
+
 /* One generation of rules. User space fills a new one and swaps it in whole. */
 struct netoken_guard_table {
 	__u32 matches_count;
@@ -111,6 +146,8 @@ struct netoken_guard_table {
 	__u8 has_blocked;
 	__u8 pad;
 	__u64 number; /* counts the tables that were put into use; 0: nothing is remembered of it */
+	struct netoken_guard_auto_block auto_block;
+	struct netoken_guard_alerts alerts;
 	struct netoken_guard_match matches[GUARD_MATCHES_MAX];
 	struct netoken_guard_rule rules[GUARD_RULES_MAX];
 };
@@ -133,6 +170,23 @@ struct netoken_source {
 struct netoken_guard_counters {
 	struct netoken_counter verdicts[GUARD_COUNT];
 	__u64 rows[GUARD_ROWS * GUARD_COUNT]; /* packets, by row and verdict */
+};
+
+/* A source that was blocked for being refused too often. */
+struct netoken_auto_blocked {
+	__u64 until_ns; /* CLOCK_MONOTONIC */
+	__u64 refused;	/* packets, since it is blocked */
+};
+
+/* Beside netoken_guard_event in the same buffer, and shorter: by that they are told apart. */
+struct netoken_guard_alert {
+	__u64 time_ns; /* CLOCK_MONOTONIC */
+	__u32 netns_ino;
+	__u32 ifindex; /* where the last of them came in */
+	__u64 refused; /* packets of the instance, so far in this window */
+	__u64 within_ns;
+	__u8 severity; /* enum netoken_guard_severity */
+	__u8 pad[7];
 };
 
 /*
@@ -174,12 +228,15 @@ struct netoken_guard_event {
 _Static_assert(sizeof(struct netoken_guard_match) == 40, "netoken_guard_match has hidden padding");
 _Static_assert(sizeof(struct netoken_guard_rule) == 112, "netoken_guard_rule has hidden padding");
 _Static_assert(sizeof(struct netoken_guard_table) ==
-		       16 + GUARD_MATCHES_MAX * 40 + GUARD_RULES_MAX * 112,
+		       120 + GUARD_MATCHES_MAX * 40 + GUARD_RULES_MAX * 112,
 	       "netoken_guard_table has hidden padding");
 _Static_assert(sizeof(struct netoken_source_key) == 24, "netoken_source_key has hidden padding");
 _Static_assert(sizeof(struct netoken_source) == 16, "netoken_source has hidden padding");
 /* What a per-CPU map holds for one key: PCPU_MIN_UNIT_SIZE of include/linux/percpu.h. */
 _Static_assert(sizeof(struct netoken_guard_counters) <= 32768, "netoken_guard_counters is too big");
+_Static_assert(sizeof(struct netoken_guard_auto_block) == 64,
+	       "netoken_guard_auto_block has hidden padding");
+_Static_assert(sizeof(struct netoken_guard_alert) == 40, "netoken_guard_alert has hidden padding");
 _Static_assert(sizeof(struct netoken_peer_key) == 40, "netoken_peer_key has hidden padding");
 _Static_assert(sizeof(struct netoken_peer) == 24, "netoken_peer has hidden padding");
 _Static_assert(sizeof(struct netoken_guard_event) == 80, "netoken_guard_event has hidden padding");

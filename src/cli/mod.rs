@@ -2,6 +2,7 @@
 
 pub mod args;
 mod attach;
+mod blocked;
 mod detach;
 mod difference;
 mod guard;

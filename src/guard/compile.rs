@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::net::Ipv6Addr;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use super::rules::{Listed, Mark, Mode, Rule, Rules};
-use super::types::{Accept, Match, Mode as RawMode, Rule as RawRule, Size, Source, SourceKey, Table};
+use super::rules::{Alerts, AutoBlock, Listed, Mark, Mode, Rule, Rules};
+use super::types::{
+    Accept, Match, Mode as RawMode, RawAlerts, RawAutoBlock, Rule as RawRule, Size, Source, SourceKey, Table,
+};
 use crate::keys::RingName;
 use crate::token::Token;
 
@@ -20,6 +22,8 @@ impl Rules {
             generation,
             has_exempt: (!self.exempt.is_empty()).into(),
             has_blocked: (!self.blocked.is_empty()).into(),
+            auto_block: self.auto_block.map(AutoBlock::to_raw).unwrap_or_default(),
+            alerts: self.alerts.map(Alerts::to_raw).unwrap_or_default(),
             ..Default::default()
         };
         let mut matches = 0;
@@ -64,6 +68,34 @@ impl Rules {
             (key, Source { expires_ns, prefixlen, ..Default::default() })
         })
     }
+}
+
+impl AutoBlock {
+    fn to_raw(self) -> RawAutoBlock {
+        let prefixlen = |bits: u8| Size::SOURCE_FAMILY_BITS.0 + u32::from(bits);
+        RawAutoBlock {
+            within_ns: nanos(self.within),
+            block_ns: nanos(self.block_for),
+            refused_max: self.refused.into(),
+            mask4: words(mask(96 + self.v4_bits).octets()),
+            mask6: words(mask(self.v6_bits).octets()),
+            prefixlen4: prefixlen(96 + self.v4_bits),
+            prefixlen6: prefixlen(self.v6_bits),
+        }
+    }
+}
+
+impl Alerts {
+    fn to_raw(self) -> RawAlerts {
+        RawAlerts {
+            within_ns: nanos(self.within),
+            refused: self.refused.map(|refused| refused.unwrap_or(u64::MAX)),
+        }
+    }
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl Rule {

@@ -84,6 +84,8 @@ pub struct GuardMaps {
     pub blocked: MapHandle,
     /// By flow: accepted connections of rules that scrub, and the tokens that opened them.
     pub peers: MapHandle,
+    /// By source: those that are blocked because they were refused too often; see [`super::blocked`].
+    pub auto_blocked: MapHandle,
     /// Array of one, per CPU.
     pub counters: MapHandle,
     /// Perf event array.
@@ -139,6 +141,9 @@ impl GuardProgram {
             pin_below(dir, &mut maps.guard_blocked)?;
             pin_below(dir, &mut maps.guard_seen)?;
             pin_below(dir, &mut maps.guard_peers)?;
+            pin_below(dir, &mut maps.guard_refused)?;
+            pin_below(dir, &mut maps.guard_auto_blocked)?;
+            pin_below(dir, &mut maps.guard_alarms)?;
             pin_below(dir, &mut maps.guard_counters)?;
             pin_below(dir, &mut maps.guard_events)?;
             pin_below(dir, &mut maps.guard_live)?;
@@ -166,6 +171,7 @@ impl GuardProgram {
                 exempt: own(&skel.maps.guard_exempt)?,
                 blocked: own(&skel.maps.guard_blocked)?,
                 peers: own(&skel.maps.guard_peers)?,
+                auto_blocked: own(&skel.maps.guard_auto_blocked)?,
                 counters: own(&skel.maps.guard_counters)?,
                 events: own(&skel.maps.guard_events)?,
                 live: own(&skel.maps.guard_live)?,
@@ -197,6 +203,7 @@ impl GuardMaps {
             exempt: open("guard_exempt")?,
             blocked: open("guard_blocked")?,
             peers: open("guard_peers")?,
+            auto_blocked: open("guard_auto_blocked")?,
             counters: open("guard_counters")?,
             events: open("guard_events")?,
             live: open("guard_live")?,

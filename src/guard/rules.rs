@@ -2,7 +2,7 @@
 //! that says so is in [`super::file`], turning it into what the kernel stores in [`super::compile`].
 
 use std::collections::BTreeSet;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
 
@@ -22,6 +22,34 @@ pub struct Rules {
     pub exempt: Vec<Listed>,
     /// Sources whose SYNs are refused, whatever they carry.
     pub blocked: Vec<Listed>,
+    /// When a source is blocked by itself; never, if it is not said.
+    pub auto_block: Option<AutoBlock>,
+    /// When an alert is raised; never, if it is not said.
+    pub alerts: Option<Alerts>,
+}
+
+/// When a source is blocked that is refused too often.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AutoBlock {
+    /// Refused packets that a source may send.
+    pub refused: u32,
+    /// In this time.
+    pub within: Duration,
+    /// If it sends more, how long it is blocked.
+    pub block_for: Duration,
+    /// Leading bits of an IPv4 address that are one source.
+    pub v4_bits: u8,
+    /// The same of an IPv6 address.
+    pub v6_bits: u8,
+}
+
+/// How many refused packets of an instance raise an alert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alerts {
+    /// In this time.
+    pub within: Duration,
+    /// For each severity, from low to critical; those that are none are never raised.
+    pub refused: [Option<u64>; 4],
 }
 
 /// Some destinations, and what a SYN to them must have.

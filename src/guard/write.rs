@@ -2,14 +2,19 @@
 
 use std::fmt::Display;
 
-use super::rules::{Listed, Mode, Rule, Rules};
+use humantime::format_duration;
+
+use super::rules::{Alerts, AutoBlock, Listed, Mode, Rule, Rules};
 use crate::policy::write::quoted;
 use crate::token::keyed::Slots;
 
 /// The rules as a file. What a person wrote around them (comments, files of lists) is not kept.
 pub fn to_toml(rules: &Rules) -> String {
-    let Rules { slots, rules, exempt, blocked } = rules;
-    let mut text = slots.map_or(String::new(), |slots| format!("slots = {}\n", slots_text(slots)));
+    let Rules { slots: _, rules: of_file, exempt, blocked, auto_block: _, alerts: _ } = rules;
+    let mut text = String::new();
+    for (key, value) in settings(rules).into_iter().filter_map(|(key, value)| Some((key, value?))) {
+        text.push_str(&format!("{key} = {value}\n"));
+    }
     for (name, list) in [("exempt", exempt), ("blocked", blocked)] {
         if !list.is_empty() {
             let entries: Vec<String> =
@@ -17,7 +22,7 @@ pub fn to_toml(rules: &Rules) -> String {
             text.push_str(&format!("{name} = [\n{}]\n", entries.concat()));
         }
     }
-    for rule in rules {
+    for rule in of_file {
         text.push_str(&format!("\n[[rule]]\nname = {}\n", quoted(&rule.name)));
         for (key, value) in parts(rule) {
             text.push_str(&format!("{key} = {value}\n"));
@@ -26,9 +31,35 @@ pub fn to_toml(rules: &Rules) -> String {
     text
 }
 
-/// How long slots are, and how many are accepted, as a file says it.
-pub fn slots_text(slots: Slots) -> String {
+/// What a file says that is neither a rule nor a list, by its keys; nothing for what it leaves out.
+pub fn settings(rules: &Rules) -> [(&'static str, Option<String>); 3] {
+    [
+        ("slots", rules.slots.map(slots_text)),
+        ("auto_block", rules.auto_block.map(auto_block_text)),
+        ("alerts", rules.alerts.map(alerts_text)),
+    ]
+}
+
+fn slots_text(slots: Slots) -> String {
     format!("{{ length = {}, behind = {}, ahead = {} }}", slots.length_s(), slots.behind(), slots.ahead())
+}
+
+fn auto_block_text(auto_block: AutoBlock) -> String {
+    let AutoBlock { refused, within, block_for, v4_bits, v6_bits } = auto_block;
+    let (within, block_for) = (format_duration(within), format_duration(block_for));
+    format!(
+        "{{ refused = {refused}, within = \"{within}\", block_for = \"{block_for}\", v4_bits = {v4_bits}, v6_bits = \
+         {v6_bits} }}"
+    )
+}
+
+fn alerts_text(alerts: Alerts) -> String {
+    let Alerts { within, refused } = alerts;
+    let mut text = format!("{{ within = \"{}\"", format_duration(within));
+    for (name, refused) in ["low", "medium", "high", "critical"].iter().zip(refused) {
+        text.push_str(&refused.map_or(String::new(), |refused| format!(", {name} = {refused}")));
+    }
+    text + " }"
 }
 
 /// Everything that a rule says but its name, in one line.
@@ -119,6 +150,8 @@ mod tests {
     #[test]
     fn what_is_written_reads_back_the_same() {
         let strange = "\
+            auto_block = { refused = 7, within = '90s', block_for = '1h 1s', v6_bits = 48 }\n\
+            alerts = { within = '2s', medium = 3, critical = 4 }\n\
             exempt = [{ src = '::/0', until = '2026-12-01T00:00:00.5Z' }]\n\
             [[rule]]\nname = \"a \\\"b\\\" \\\\ \\n ä\"\ndst = '10.0.0.0/8'\nmode = 'mark'\n\
             mark = { valid = 1, refused = 4294967295 }\ntokens = ['0000000000000001', 'ffffffffffffffff']\n\

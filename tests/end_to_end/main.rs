@@ -1,5 +1,6 @@
 //! netoken and real TCP, in network namespaces: what a promise of the design looks like from the outside.
 
+mod blocks;
 mod connects;
 mod devices;
 mod fastopen;
@@ -99,6 +100,7 @@ fn main() -> ExitCode {
         guard_changes::cases(),
         peers::cases(),
         scrubs::cases(),
+        blocks::cases(),
         measures::cases(),
     ];
     support::run(cases.into_iter().flatten().collect())

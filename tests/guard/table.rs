@@ -333,8 +333,8 @@ pub fn every_verdict_has_a_packet() -> Result<()> {
         }
     }
     println!("{seen:?}");
-    // What was seen before is not to be told from a packet alone, see replay.rs; and see scrub.rs.
-    const ELSEWHERE: [&str; 3] = ["replayed", "seen_full", "not_scrubbed"];
+    // What was seen before is not to be told from a packet alone: see replay.rs and block.rs; and see scrub.rs.
+    const ELSEWHERE: [&str; 4] = ["replayed", "seen_full", "auto_blocked", "not_scrubbed"];
     for (_, verdict) in VERDICTS.iter().filter(|(_, name)| !ELSEWHERE.contains(name)) {
         let passes = ["valid", "exempt", "unprotected", "scrubbed", "clean"].contains(verdict);
         ensure!(seen.contains_key(&(*verdict, !passes)), "no packet was {verdict}");

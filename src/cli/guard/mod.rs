@@ -3,17 +3,21 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{ArgGroup, ValueEnum};
 use serde::{Serialize, Serializer};
 
 use super::args::{Scope, exid, handle, instance};
+use super::blocked::unblock_prefix;
 use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
+use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
 use crate::hooks::clsact::{Loaded, Role, loaded_programs};
 use crate::hooks::xdp::{Foreign, Mode};
 use crate::netns::Netns;
+use crate::policy::values::Prefix;
+use crate::privileges;
 use crate::program::DEFAULT_KIND;
 use crate::state::State;
 
@@ -33,6 +37,7 @@ Examples:
   netoken guard --diff guard.toml                           what loading that would change
   netoken guard --query                                     where it is attached, and what it has counted
   netoken guard --watch                                     what comes in, as it comes, until Ctrl-C
+  netoken guard --unblock 192.0.2.7                         let in again what was blocked by itself
   netoken guard --iface eth0 --destroy                      remove it, and its clsact qdisc if nobody else uses it
 
 Begin with mode = \"observe\": everything is counted as if it were enforced, and nothing is dropped.";
@@ -41,10 +46,10 @@ Begin with mode = \"observe\": everything is counted as if it were enforced, and
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES, arg_required_else_help = true)]
 #[command(group = ArgGroup::new("guard_mode").required(true).args([
-    "attach", "load", "check", "show", "diff", "query", "watch", "detach", "destroy",
+    "attach", "load", "check", "show", "diff", "query", "watch", "unblock", "detach", "destroy",
 ]))]
 #[command(group = ArgGroup::new("guard_attaching").multiple(true)
-    .conflicts_with_all(["load", "check", "show", "diff", "query", "watch", "detach", "destroy"])
+    .conflicts_with_all(["load", "check", "show", "diff", "query", "watch", "unblock", "detach", "destroy"])
     .args(["hook", "force", "sample", "priority", "handle", "option_kind", "exid"]))]
 pub(super) struct GuardArgs {
     /// Interface to act on; may be given more than once
@@ -79,6 +84,10 @@ pub(super) struct GuardArgs {
     #[arg(long, conflicts_with = "iface", help_heading = "What to do")]
     watch: bool,
 
+    /// Let in again what was blocked by itself of these sources or around them
+    #[arg(long, value_name = "PREFIX", conflicts_with = "iface", help_heading = "What to do")]
+    unblock: Option<Prefix>,
+
     /// Remove it; rules and counters stay for the next --attach
     #[arg(long, requires = "iface", help_heading = "What to do")]
     detach: bool,
@@ -90,7 +99,7 @@ pub(super) struct GuardArgs {
 
     /// File that says what is protected, what is accepted there, and which sources are exempt or blocked [default:
     /// the rules that run]
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["show", "diff", "query", "watch", "detach", "destroy"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["show", "diff", "query", "watch", "unblock", "detach", "destroy"])]
     rules: Option<PathBuf>,
 
     /// Where to attach
@@ -234,7 +243,7 @@ impl Serialize for Verdicts<'_> {
     }
 }
 
-fn print_json(record: &Record<'_>) -> Result<()> {
+pub(super) fn print_json(record: &impl Serialize) -> Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{}", serde_json::to_string(record)?).context("writing to standard output")
 }
@@ -280,7 +289,19 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
     if args.watch {
         return watch::watch(&scope);
     }
+    if let Some(prefix) = args.unblock {
+        return unblock(&scope, prefix);
+    }
     remove::remove(&scope, args.destroy)
+}
+
+fn unblock(scope: &Scope, prefix: Prefix) -> Result<()> {
+    let doing = format!("unblocking {prefix} in instance '{}'", scope.instance);
+    privileges::check(&doing)?;
+    let state = State::find()?.filter(|state| state.instance(&scope.instance).pins.exists());
+    let Some(state) = state else { bail!("{doing}: there is no such instance") };
+    let maps = GuardMaps::open(&state.instance(&scope.instance).pins).with_context(|| doing.clone())?;
+    unblock_prefix(scope.json, &scope.instance, &maps, prefix)
 }
 
 /// The loaded programs of an instance.

@@ -8,6 +8,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::{Record, hook_name, print_counters, print_json};
 use crate::cli::args::Scope;
+use crate::cli::blocked::print_blocked;
 use crate::cli::table::table;
 use crate::guard::counters::GuardCounters;
 use crate::guard::program::GuardMaps;
@@ -127,8 +128,9 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
     instances.sort_unstable();
     instances.dedup();
     for instance in instances {
-        let counters = GuardCounters::read(&GuardMaps::open(&state.instance(instance).pins)?)?;
-        print_counters(scope, instance, &counters, None)?;
+        let maps = GuardMaps::open(&state.instance(instance).pins)?;
+        print_counters(scope, instance, &GuardCounters::read(&maps)?, None)?;
+        print_blocked(scope.json, instance, &maps)?;
     }
     Ok(())
 }

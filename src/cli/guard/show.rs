@@ -13,7 +13,7 @@ use crate::cli::difference::{Difference, of_rules, tell};
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::{Listed, Rules};
 use crate::guard::running::{self, Running};
-use crate::guard::write::{line, listed_line, slots_text, to_toml};
+use crate::guard::write::{line, listed_line, settings, to_toml};
 use crate::privileges;
 use crate::state::State;
 
@@ -93,8 +93,10 @@ fn show_text(scope: &Scope, running: &Running) -> Result<()> {
             writeln!(out, "{name}: {} of {} have expired", expired(list), list.len())?;
         }
     }
-    if let Some(slots) = running.rules.slots {
-        writeln!(out, "slots = {}", slots_text(slots))?;
+    for (name, value) in settings(&running.rules) {
+        if let Some(value) = value {
+            writeln!(out, "{name} = {value}")?;
+        }
     }
     for ((rule, counts), number) in running.rules.rules.iter().zip(&running.counts).zip(1..) {
         writeln!(out, "\nrule {number} '{}': {}", rule.name, line(rule))?;
@@ -123,15 +125,16 @@ pub(super) fn diff(scope: &Scope, file: &Path) -> Result<()> {
 /// Of a long list only some, if `brief`.
 fn differences(before: &Rules, after: &Rules, brief: bool) -> Vec<Difference> {
     let mut found = of_rules(&before.rules, &after.rules, |rule| &rule.name, line);
-    // What a file leaves away stays.
-    if after.slots.is_some() && after.slots != before.slots {
-        let name = Some("slots".to_string());
-        found.push(Difference {
-            change: "changed",
-            name,
-            before: before.slots.map(slots_text),
-            after: after.slots.map(slots_text),
-        });
+    for ((name, before), (_, after)) in settings(before).into_iter().zip(settings(after)) {
+        let change = match (&before, &after) {
+            // The instance keeps what it has.
+            (_, None) if name == "slots" => continue,
+            (before, after) if before == after => continue,
+            (None, _) => "added",
+            (_, None) => "removed",
+            _ => "changed",
+        };
+        found.push(Difference { change, name: Some(name.to_string()), before, after });
     }
     for (name, before, after) in
         [("exempt", &before.exempt, &after.exempt), ("blocked", &before.blocked, &after.blocked)]
@@ -168,7 +171,10 @@ mod tests {
 
     #[test]
     fn what_changed_is_told_and_nothing_else() {
-        let before = rules("slots = {}\nblocked = ['192.0.2.0/24']", &["a", "b", "c"]);
+        let before = rules(
+            "slots = {}\nalerts = { within = '1s', low = 1 }\nblocked = ['192.0.2.0/24']",
+            &["a", "b", "c"],
+        );
         assert!(differences(&before, &before, true).is_empty());
         // Without slots the instance keeps what it has.
         assert!(
@@ -188,6 +194,7 @@ mod tests {
             "moved c Some(\"now rule 1\")".to_string(),
             format!("added x {rule}"),
             "changed slots Some(\"{ length = 8, behind = 1, ahead = 1 }\")".to_string(),
+            "removed alerts None".to_string(),
             "removed blocked None".to_string(),
             "added blocked Some(\"192.0.2.0/24 until 2026-12-01T00:00:00Z\")".to_string(),
         ];

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use super::{Record, of_instance, print_counters, print_json};
 use crate::cli::args::Scope;
+use crate::cli::blocked::print_alert;
 use crate::guard::counters::GuardCounters;
 use crate::guard::events::{Reader, Seen};
 use crate::guard::program::GuardMaps;
@@ -45,6 +46,9 @@ pub(super) fn watch(scope: &Scope) -> Result<()> {
         let ends = stop.load(Ordering::Relaxed);
         for seen in reader.read(if ends { Duration::ZERO } else { POLL })? {
             print_seen(scope, &seen)?;
+        }
+        for alert in reader.alerts() {
+            print_alert(scope.json, &instance.name, &alert)?;
         }
         if ends || last.elapsed() >= PERIOD {
             last = Instant::now();
