@@ -177,9 +177,9 @@ mod tests {
         );
         assert!(differences(&before, &before, true).is_empty());
         // Without slots the instance keeps what it has.
-        assert!(
-            differences(&before, &rules("blocked = ['192.0.2.0/24']", &["a", "b", "c"]), true).is_empty()
-        );
+        let silent =
+            rules("alerts = { within = '1s', low = 1 }\nblocked = ['192.0.2.0/24']", &["a", "b", "c"]);
+        assert!(differences(&before, &silent, true).is_empty());
         let after = rules(
             "slots = { length = 8 }\nblocked = [{ src = '192.0.2.0/24', until = '2026-12-01T00:00:00Z' }]",
             &["c", "a", "x"],
