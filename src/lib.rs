@@ -7,7 +7,7 @@
 //! [`guard`] is the other side: it checks the tokens of what comes in.
 //!
 //! Beside that, [`token::keyed`] makes and checks keyed tokens without any kernel, [`keys`] keeps what they are
-//! made with, and [`decode`] finds them in captures.
+//! made with, and [`decode`] finds them in captures. [`peer`] tells an application who opened a connection.
 
 #[macro_use]
 mod note;
@@ -22,6 +22,7 @@ pub mod hooks;
 pub mod kernel;
 pub mod keys;
 pub mod netns;
+pub mod peer;
 pub mod policy;
 pub mod privileges;
 pub mod program;

@@ -4,6 +4,7 @@
 //! /run/netoken/lock                     held by a command that changes something
 //! /run/netoken/bpf/<instance>/<map>     the pins of an instance
 //! /run/netoken/<instance>.policy/       what is remembered of its policy, see `policy::running`
+//! /run/netoken/<instance>.guard/        what is remembered of its guard, see `guard::running`
 //! /run/netoken/<instance>.reader        held by the process that reads the events; says which it is
 //! ```
 //!
@@ -66,6 +67,8 @@ pub struct Instance {
     pub pins: PathBuf,
     /// The directory of what is remembered of its policy, valid in this process.
     pub policy_dir: PathBuf,
+    /// The same of the rules of its guard.
+    pub guard_dir: PathBuf,
 }
 
 impl State {
@@ -193,6 +196,7 @@ impl State {
             name: name.to_string(),
             pins: self.below("bpf").join(name),
             policy_dir: self.below(&format!("{name}.policy")),
+            guard_dir: self.below(&format!("{name}.guard")),
         }
     }
 
@@ -287,9 +291,11 @@ impl Instance {
                 format!("removing the pin {:?} of instance '{}'", entry.file_name(), self.name)
             })?;
         }
-        if self.policy_dir.exists() {
-            fs::remove_dir_all(&self.policy_dir)
-                .with_context(|| format!("removing the policy of instance '{}'", self.name))?;
+        for (dir, what) in [(&self.policy_dir, "policy"), (&self.guard_dir, "guard's rules")] {
+            if dir.exists() {
+                fs::remove_dir_all(dir)
+                    .with_context(|| format!("removing the {what} of instance '{}'", self.name))?;
+            }
         }
         fs::remove_dir(&self.pins)
             .with_context(|| format!("removing the directory of instance '{}'", self.name))

@@ -9,8 +9,10 @@
 #ifndef NETOKEN_GUARD_H
 #define NETOKEN_GUARD_H
 
+#include "guard_block.h"
 #include "guard_maps.h"
 #include "guard_parse.h"
+#include "guard_scrub.h"
 #include "token.h"
 
 /* No rule: an index that none has. */
@@ -105,23 +107,22 @@ static __always_inline bool is_listed(void *prefixes, const struct netoken_flow 
 }
 
 /* Out of line, because few instances have lists. Says GUARD_NONE if the source is on none. */
-static __noinline __u32 check_source(const struct netoken_guard_table *table,
-				     const struct netoken_flow *flow)
+static __noinline __u32 check_source(const struct guard_scratch *scratch)
 {
 	__u32 generation;
 	void *prefixes;
 
-	if (!table || !flow)
+	if (!scratch)
 		return GUARD_BLOCKED;
-	generation = table->generation;
-	if (table->has_exempt) {
+	generation = scratch->generation;
+	if (scratch->has_exempt) {
 		prefixes = bpf_map_lookup_elem(&guard_exempt, &generation);
-		if (prefixes && is_listed(prefixes, flow))
+		if (prefixes && is_listed(prefixes, &scratch->event.flow))
 			return GUARD_EXEMPT;
 	}
-	if (table->has_blocked) {
+	if (scratch->has_blocked) {
 		prefixes = bpf_map_lookup_elem(&guard_blocked, &generation);
-		if (prefixes && is_listed(prefixes, flow))
+		if (prefixes && is_listed(prefixes, &scratch->event.flow))
 			return GUARD_BLOCKED;
 	}
 	return GUARD_NONE;
@@ -224,18 +225,28 @@ static __noinline __u32 check_keyed(const struct netoken_flow *flow,
 	}
 }
 
-static __always_inline __u32 judge_token(struct guard_scratch *scratch,
-					 const struct netoken_guard_rule *rule)
+/* The first token, as its bytes stand in the packet. */
+static __always_inline __u64 note_token(struct guard_scratch *scratch)
 {
 	__u64 off = below_64(scratch->token_off);
 	__u64 token = *(__u64 *)&scratch->options[off + OPTION_LEN - TOKEN_LEN];
 
 	*(__u64 *)scratch->event.token = token;
+	return token;
+}
+
+static __always_inline __u32 judge_token(struct guard_scratch *scratch,
+					 const struct netoken_guard_rule *rule)
+{
+	__u64 token = note_token(scratch);
+
 	if (scratch->tokens > 1)
 		return GUARD_DUPLICATE;
 	for (__u32 i = 0; i < GUARD_STATICS_MAX; i++) {
-		if (i < rule->statics_count && rule->statics[i] == token)
+		if (i < rule->statics_count && rule->statics[i] == token) {
+			scratch->is_static = true;
 			return GUARD_VALID;
+		}
 	}
 	if (!rule->accept.rings)
 		return GUARD_WRONG_STATIC;
@@ -251,14 +262,30 @@ static __always_inline bool is_mapped(const __u8 *addr)
 	return !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
 }
 
-static __always_inline __u32 judge_shape(const struct guard_scratch *scratch, enum shape shape,
-					 __u32 packet_len)
+/* Looks at the options of the packet in the scratch. Says GUARD_NONE if it has a token. Not static,
+ * so that the verifier looks at it once. */
+__noinline __u32 look_for_tokens(__u32 packet_len)
 {
-	__u32 tcp_len = scratch->tcp_len_bytes;
+	struct guard_scratch *scratch = this_guard_scratch();
+	__u32 tcp_len;
 
+	if (!scratch)
+		return GUARD_MALFORMED;
+	tcp_len = scratch->tcp_len_bytes;
+	if (tcp_len < TCP_HEADER_LEN ||
+	    scratch->l4_off + tcp_len > scratch->l3_off + scratch->ip_len_bytes ||
+	    scratch->l3_off + scratch->ip_len_bytes > packet_len)
+		return GUARD_MALFORMED;
+	if (!walk_list(tcp_len - TCP_HEADER_LEN, false))
+		return GUARD_MALFORMED;
+	return scratch->tokens ? GUARD_NONE : GUARD_MISSING;
+}
+
+static __always_inline __u32 judge_shape(enum shape shape, __u32 packet_len)
+{
 	switch (shape) {
 	case SHAPE_SYN:
-		break;
+		return look_for_tokens(packet_len);
 	case SHAPE_FRAGMENT:
 		return GUARD_FRAGMENT;
 	case SHAPE_DEEP:
@@ -270,17 +297,17 @@ static __always_inline __u32 judge_shape(const struct guard_scratch *scratch, en
 	default:
 		return GUARD_MALFORMED;
 	}
-	if (tcp_len < TCP_HEADER_LEN ||
-	    scratch->l4_off + tcp_len > scratch->l3_off + scratch->ip_len_bytes ||
-	    scratch->l3_off + scratch->ip_len_bytes > packet_len)
-		return GUARD_MALFORMED;
-	if (!walk_list(tcp_len - TCP_HEADER_LEN, false))
-		return GUARD_MALFORMED;
-	return scratch->tokens ? GUARD_NONE : GUARD_MISSING;
+}
+
+/* Whether it matters that a source may be blocked for what it did before. The lists decide alone,
+ * and a keyed token is one that nobody else can send from there. */
+static __always_inline bool is_watched(const struct guard_scratch *scratch, __u32 verdict)
+{
+	return verdict != GUARD_EXEMPT && verdict != GUARD_BLOCKED &&
+	       (verdict != GUARD_VALID || scratch->is_static);
 }
 
 static __always_inline __u32 judge(struct guard_scratch *scratch,
-				   const struct netoken_guard_table *table,
 				   const struct netoken_guard_rule *rule, enum shape shape,
 				   __u32 packet_len)
 {
@@ -290,14 +317,31 @@ static __always_inline __u32 judge(struct guard_scratch *scratch,
 	if (scratch->reach != REACH_NOTHING) {
 		if (flow->family == 6 && is_mapped(flow->saddr))
 			return GUARD_MALFORMED;
-		if (table->has_exempt | table->has_blocked)
-			verdict = check_source(table, flow);
+		if (scratch->has_exempt | scratch->has_blocked)
+			verdict = check_source(scratch);
 	}
 	if (verdict == GUARD_NONE)
-		verdict = judge_shape(scratch, shape, packet_len);
+		verdict = judge_shape(shape, packet_len);
 	if (verdict == GUARD_NONE)
 		verdict = judge_token(scratch, rule);
+	if (scratch->has_auto_block && scratch->reach != REACH_NOTHING &&
+	    is_watched(scratch, verdict))
+		verdict = watch_source(verdict);
 	return verdict;
+}
+
+/* What a rule says that only scrubs. The lists are about tokens, which it does not ask for. */
+static __always_inline __u32 judge_scrubbed(struct guard_scratch *scratch, enum shape shape,
+					    __u32 packet_len)
+{
+	__u32 verdict = judge_shape(shape, packet_len);
+
+	if (verdict == GUARD_MISSING)
+		return GUARD_CLEAN;
+	if (verdict != GUARD_NONE)
+		return verdict;
+	note_token(scratch);
+	return GUARD_SCRUBBED;
 }
 
 static __always_inline bool is_refused(__u32 verdict)
@@ -326,15 +370,30 @@ static __noinline void send_event(void *ctx, struct netoken_guard_event *event, 
 	bpf_perf_event_output(ctx, &guard_events, BPF_F_CURRENT_CPU, event, sizeof(*event));
 }
 
+/* In the answer of judge_packet(), beside the verdict. */
+#define JUDGED_DROP (1U << 8)
+#define JUDGED_MARK (1U << 9)
+#define JUDGED_SCRUB (1U << 10)
+#define JUDGED_ROW_SHIFT 16
+
 static __always_inline void count_packet(void *ctx, const enum hook hook,
-					 struct guard_scratch *scratch, __u32 verdict, bool drop)
+					 struct guard_scratch *scratch, __u32 judged)
 {
-	struct netoken_counter *counter = bpf_map_lookup_elem(&guard_counters, &verdict);
+	__u32 zero = 0, verdict = judged & 0xff, at;
+	struct netoken_guard_counters *counters = bpf_map_lookup_elem(&guard_counters, &zero);
 	struct netoken_guard_event *event = &scratch->event;
+	struct netoken_counter *counter;
+	bool drop = judged & JUDGED_DROP;
 	__u64 before;
 
-	if (!counter)
+	barrier_var(verdict);
+	if (!counters || verdict >= GUARD_COUNT)
 		return;
+	at = (judged >> JUDGED_ROW_SHIFT) * GUARD_COUNT + verdict;
+	barrier_var(at);
+	if (at < GUARD_ROWS * GUARD_COUNT)
+		counters->rows[at]++;
+	counter = &counters->verdicts[verdict];
 	before = counter->packets;
 	counter->packets = before + 1;
 	counter->dropped += drop;
@@ -346,23 +405,46 @@ static __always_inline void count_packet(void *ctx, const enum hook hook,
 	send_event(ctx, event, packet_ifindex(ctx, hook));
 }
 
-static __always_inline const struct netoken_guard_rule *
-find_rule(const struct netoken_guard_table *table, const struct guard_scratch *scratch)
+/*
+ * Finds the rule for the packet in the scratch, and leaves there what is needed of the table, so
+ * that one table decides even if it is replaced meanwhile. Not static, so that the verifier does
+ * not go on from every turn of the loops.
+ */
+__noinline int find_rule(void)
 {
-	const struct netoken_flow *flow = &scratch->event.flow;
+	struct guard_scratch *scratch = this_guard_scratch();
+	const struct netoken_guard_table *table = running_table();
+	const struct netoken_flow *flow;
 	__u32 at;
 
+	if (!scratch || !table)
+		return false;
+	flow = &scratch->event.flow;
 	at = scratch->reach == REACH_PORT ? match_port(table, flow)
 					  : match_less(table, flow, scratch->reach == REACH_ADDR);
 	barrier_var(at);
 	if (at >= GUARD_RULES_MAX)
-		return NULL;
-	return &table->rules[at];
+		return false;
+	scratch->rule = table->rules[at];
+	scratch->generation = table->generation;
+	scratch->has_exempt = table->has_exempt;
+	scratch->has_blocked = table->has_blocked;
+	scratch->has_auto_block = table->auto_block.within_ns != 0;
+	scratch->has_alerts = table->alerts.within_ns != 0;
+	return true;
 }
 
-/* In the answer of judge_packet(), beside the verdict. */
-#define JUDGED_DROP (1U << 8)
-#define JUDGED_MARK (1U << 9)
+/* What a rule that scrubs wants of a packet that goes on. */
+static __always_inline __u32 scrub_judged(struct guard_scratch *scratch, enum shape shape,
+					  __u32 verdict, __u32 packet_len)
+{
+	if (verdict == GUARD_VALID)
+		note_peer(scratch);
+	/* Of a source that is on a list nobody has looked further. */
+	if (scratch->tokens == TOKENS_UNKNOWN && shape == SHAPE_SYN)
+		look_for_tokens(packet_len);
+	return scratch->to_blank ? JUDGED_SCRUB : 0;
+}
 
 /*
  * Decides about the packet in the scratch. Not static, so that the verifier looks at it once and
@@ -371,32 +453,48 @@ find_rule(const struct netoken_guard_table *table, const struct guard_scratch *s
  */
 __noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
 {
-	const struct netoken_guard_table *table;
-	const struct netoken_guard_rule *rule;
-	__u32 zero = 0, verdict;
 	struct guard_scratch *scratch = this_guard_scratch();
-	void *generation = bpf_map_lookup_elem(&guard_rules, &zero);
+	const struct netoken_guard_rule *rule;
+	__u32 verdict, judged;
 
-	if (!scratch || !generation)
+	if (!scratch)
 		return GUARD_UNPROTECTED;
 	scratch->event.rule = 0;
 	scratch->event.mode = MODE_OBSERVE;
+	scratch->event.scrubbed = 0;
+	scratch->severity = SEVERITY_NONE;
+	scratch->is_static = false;
+	scratch->tokens = TOKENS_UNKNOWN;
+	scratch->to_blank = 0;
 	*(__u64 *)scratch->event.token = 0;
-	table = bpf_map_lookup_elem(generation, &zero);
-	rule = table ? find_rule(table, scratch) : NULL;
-	if (!table || !rule)
+	if (!find_rule())
 		return GUARD_UNPROTECTED;
 
-	verdict = judge(scratch, table, rule, shape, packet_len);
+	rule = &scratch->rule;
+	verdict = rule->mode == MODE_SCRUB ? judge_scrubbed(scratch, shape, packet_len)
+					   : judge(scratch, rule, shape, packet_len);
 	scratch->event.rule = rule->id;
 	scratch->event.mode = rule->mode;
+	judged = verdict | (__u32)rule->row << JUDGED_ROW_SHIFT;
+	if (scratch->has_alerts && rule->mode != MODE_SCRUB && is_refused(verdict))
+		scratch->severity = raise_alarm();
 	if (rule->mode == MODE_DROP && is_refused(verdict))
-		return verdict | JUDGED_DROP;
-	if (rule->mode != MODE_MARK)
-		return verdict;
-	scratch->mark = is_refused(verdict) ? rule->mark_refused : rule->mark_valid;
-	scratch->mark_mask = rule->mark_mask;
-	return verdict | JUDGED_MARK;
+		return judged | JUDGED_DROP;
+	if (rule->mode == MODE_MARK) {
+		scratch->mark = is_refused(verdict) ? rule->mark_refused : rule->mark_valid;
+		scratch->mark_mask = rule->mark_mask;
+		judged |= JUDGED_MARK;
+	}
+	if (rule->scrub)
+		judged |= scrub_judged(scratch, shape, verdict, packet_len);
+	return judged;
+}
+
+/* What the host must not see it does not get: the sender tries again. */
+static __always_inline __u32 scrub(void *ctx, const enum hook hook, struct guard_scratch *scratch)
+{
+	scratch->event.scrubbed = hook == HOOK_XDP ? scrub_xdp(ctx) : scrub_tc(ctx);
+	return scratch->event.scrubbed;
 }
 
 /* What to do with a packet of that shape. */
@@ -408,9 +506,14 @@ static __always_inline int guard(void *ctx, const enum hook hook, struct guard_s
 	if (shape == SHAPE_OTHER)
 		return pass_packet(hook);
 	judged = judge_packet(shape, packet_len(ctx, hook));
+	if (judged & JUDGED_SCRUB && !scrub(ctx, hook, scratch))
+		judged = judged >> JUDGED_ROW_SHIFT << JUDGED_ROW_SHIFT | GUARD_NOT_SCRUBBED |
+			 JUDGED_DROP;
 	if (judged & JUDGED_MARK)
 		mark_packet(ctx, hook, scratch->mark, scratch->mark_mask);
-	count_packet(ctx, hook, scratch, judged & 0xff, judged & JUDGED_DROP);
+	count_packet(ctx, hook, scratch, judged);
+	if (scratch->severity && guard_has_reader())
+		send_alert(ctx, scratch->severity, packet_ifindex(ctx, hook));
 	return judged & JUDGED_DROP ? drop_packet(hook) : pass_packet(hook);
 }
 

@@ -20,7 +20,9 @@ const volatile struct {
 	enum netoken_guard_size size;
 	enum netoken_guard_verdict verdict;
 	enum netoken_guard_mode mode;
+	enum netoken_guard_severity severity;
 	struct netoken_guard_event event;
+	struct netoken_guard_alert alert;
 	struct netoken_guard_table table;
 	struct netoken_source_key source_key;
 	struct netoken_source source;
@@ -33,6 +35,8 @@ enum reach {
 	REACH_PORT,
 };
 
+#define TOKENS_UNKNOWN (~0U)
+
 /* What is known of one packet. One for each CPU is enough: an ingress hook is not entered from
  * within itself. */
 struct guard_scratch {
@@ -44,8 +48,20 @@ struct guard_scratch {
 	__u32 reach;	     /* enum reach */
 	__u32 mark;	     /* what a rule wants of the mark of the skb */
 	__u32 mark_mask;
-	__u32 tokens;	 /* in the options */
+	__u32 tokens;	 /* in the options; TOKENS_UNKNOWN until these were looked at */
 	__u32 token_off; /* of the first one's option */
+	__u64 to_blank;	 /* bit by byte of the options: is a part of a token */
+	/* Of the one table that decides about the packet: its rule, and which lists it has. */
+	struct netoken_guard_rule rule;
+	__u8 generation;
+	__u8 has_exempt;
+	__u8 has_blocked;
+	__u8 has_auto_block;
+	__u8 has_alerts;
+	__u8 is_static; /* a static token makes it valid */
+	__u8 pad[2];
+	__u32 severity; /* of the alert that it raises */
+	__u32 pad2;
 	/* Slack for the verifier, which sees only that an offset is below 64. */
 	__u8 options[TCP_OPTIONS_MAX + 40];
 };
@@ -118,11 +134,57 @@ struct {
 	__uint(max_entries, SEEN_BUCKETS);
 } guard_seen SEC(".maps");
 
+/* A source in the window that began with its first refused packet. */
+struct refused_source {
+	__u64 since_ns;
+	__u64 refused;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct netoken_source_key);
+	__type(value, struct refused_source);
+	__uint(max_entries, GUARD_REFUSED_MAX);
+} guard_refused SEC(".maps");
+
+/* Apart from those that are only counted, so that a flood from everywhere does not push them out.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct netoken_source_key);
+	__type(value, struct netoken_auto_blocked);
+	__uint(max_entries, GUARD_AUTO_BLOCKED_MAX);
+} guard_auto_blocked SEC(".maps");
+
+/* What the instance refused in this window. */
+struct guard_alarm {
+	struct bpf_spin_lock lock;
+	__u32 severity; /* that was alerted to already */
+	__u64 ends_ns;
+	__u64 refused;
+	__u64 next; /* so many are the next alert */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct guard_alarm);
+	__uint(max_entries, 1);
+} guard_alarms SEC(".maps");
+
+/* Only accepted SYNs come in, so that a flood without tokens pushes nobody out. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct netoken_peer_key);
+	__type(value, struct netoken_peer);
+	__uint(max_entries, GUARD_PEERS_MAX);
+} guard_peers SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__type(key, __u32);
-	__type(value, struct netoken_counter);
-	__uint(max_entries, GUARD_COUNT);
+	__type(value, struct netoken_guard_counters);
+	__uint(max_entries, 1);
 } guard_counters SEC(".maps");
 
 struct {
@@ -143,6 +205,15 @@ static __always_inline struct guard_scratch *this_guard_scratch(void)
 	__u32 zero = 0;
 
 	return bpf_map_lookup_elem(&guard_scratches, &zero);
+}
+
+/* The rules in use; NULL if there never were any. */
+static __always_inline const struct netoken_guard_table *running_table(void)
+{
+	__u32 zero = 0;
+	void *generation = bpf_map_lookup_elem(&guard_rules, &zero);
+
+	return generation ? bpf_map_lookup_elem(generation, &zero) : NULL;
 }
 
 #endif

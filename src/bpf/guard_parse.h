@@ -255,6 +255,7 @@ __noinline int walk_list(__u32 len, __u32 is_ip)
 		return 0;
 	scratch->tokens = 0;
 	scratch->token_off = 0;
+	scratch->to_blank = 0;
 	for (int i = 0; i < TCP_OPTIONS_MAX; i++) {
 		const __u8 *option = &scratch->options[off];
 
@@ -272,6 +273,8 @@ __noinline int walk_list(__u32 len, __u32 is_ip)
 				scratch->tokens++;
 		} else if (option[0] == config.option_kind && option[1] >= 4 &&
 			   option[2] == config.exid >> 8 && option[3] == (config.exid & 0xff)) {
+			/* Whatever becomes of the list: who reads it may get so far. */
+			scratch->to_blank |= ((1ULL << option[1]) - 1) << off;
 			if (option[1] != OPTION_LEN)
 				return 0;
 			if (scratch->tokens++ == 0)

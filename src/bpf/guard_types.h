@@ -21,20 +21,30 @@ enum netoken_guard_size {
 	/* Tokens that have been accepted: how many stand in one bucket, and buckets. */
 	SEEN_WAYS = 8,
 	SEEN_BUCKETS = 65536,
+	/* Rows of counters: the first for what no rule is about, and one for each rule of two
+	 * tables, so that a rule that comes does not count where one that goes still does. */
+	GUARD_ROWS = 1 + 2 * 32,
 	/* Prefixes around one another that may all have expired before a lookup gives up. */
 	GUARD_EXPIRED_MAX = 4,
+	/* Accepted SYNs that are kept for the application, of which the oldest give way. */
+	GUARD_PEERS_MAX = 65536,
+	/* Source prefixes whose refused packets are counted, and those that are blocked for them.
+	 */
+	GUARD_REFUSED_MAX = 65536,
+	GUARD_AUTO_BLOCKED_MAX = 16384,
+	GUARD_SEVERITIES = 4,
 };
 
 /*
- * The one outcome of one packet that could open a connection. It indexes `guard_counters` and is
- * the event's `verdict`. Numbers are never given away twice: retire one, do not reuse it.
+ * The one outcome of one packet that could open a connection. It indexes the counters and is the
+ * event's `verdict`. Numbers are never given away twice: retire one, do not reuse it.
  */
 enum netoken_guard_verdict {
 	GUARD_NONE = 0, /* opens nothing, never counted */
 	GUARD_UNPROTECTED = 1,
 	GUARD_VALID = 2,
 	GUARD_EXEMPT = 3,
-	/* From here on refused: in mode `drop` it is dropped. */
+	/* From here to GUARD_SEEN_FULL refused: in mode `drop` it is dropped. */
 	GUARD_BLOCKED = 4,
 	GUARD_MISSING = 5,
 	GUARD_MALFORMED = 6,
@@ -53,13 +63,30 @@ enum netoken_guard_verdict {
 	GUARD_BAD_MAC = 19,
 	GUARD_REPLAYED = 20,
 	GUARD_SEEN_FULL = 21,
-	GUARD_COUNT, /* the size of `guard_counters`, not a verdict */
+	/* In mode `scrub` nothing is refused. */
+	GUARD_SCRUBBED = 22,
+	GUARD_CLEAN = 23,
+	/* Dropped in every mode. */
+	GUARD_NOT_SCRUBBED = 24,
+	/* Refused. */
+	GUARD_AUTO_BLOCKED = 25,
+	GUARD_COUNT, /* how many there are, not a verdict */
 };
 
 enum netoken_guard_mode {
 	MODE_OBSERVE = 0,
 	MODE_MARK = 1,
 	MODE_DROP = 2,
+	MODE_SCRUB = 3, /* no check, only no tokens behind it */
+};
+
+/* How many refused packets an alert tells of. */
+enum netoken_guard_severity {
+	SEVERITY_NONE = 0,
+	SEVERITY_LOW = 1,
+	SEVERITY_MEDIUM = 2,
+	SEVERITY_HIGH = 3,
+	SEVERITY_CRITICAL = 4,
 };
 
 /* One prefix and one range of ports, and the rule that protects them. The first match decides. */
@@ -85,9 +112,30 @@ struct netoken_guard_rule {
 	__u32 mark_valid;
 	__u32 mark_refused;
 	__u32 mark_mask;
-	__u8 pad2[4];
+	__u8 row;   /* of its counters */
+	__u8 scrub; /* tokens do not reach the host */
+	__u8 pad2[2];
 	__be16 tags_be[GUARD_TAGS_MAX];
 	__u64 statics[GUARD_STATICS_MAX]; /* as the bytes stand in the packet */
+};
+
+/* When a source is blocked that is refused too often. */
+struct netoken_guard_auto_block {
+	__u64 within_ns; /* 0: never */
+	__u64 block_ns;
+	__u64 refused_max; /* one more within that time, and it is blocked */
+	/* What of its address is a source: masks as the bytes stand in the packet, and the
+	 * `prefixlen` of netoken_source_key. */
+	__u64 mask4[2];
+	__u64 mask6[2];
+	__u32 prefixlen4;
+	__u32 prefixlen6;
+};
+
+/* When an alert is raised. */
+struct netoken_guard_alerts {
+	__u64 within_ns;		 /* 0: never */
+	__u64 refused[GUARD_SEVERITIES]; /* so many, or more; rising; the highest number is never */
 };
 
 /* One generation of rules. User space fills a new one and swaps it in whole. */
@@ -96,7 +144,10 @@ struct netoken_guard_table {
 	__u8 generation; /* of the source prefixes */
 	__u8 has_exempt;
 	__u8 has_blocked;
-	__u8 pad[9];
+	__u8 pad;
+	__u64 number; /* counts the tables that were put into use; 0: nothing is remembered of it */
+	struct netoken_guard_auto_block auto_block;
+	struct netoken_guard_alerts alerts;
 	struct netoken_guard_match matches[GUARD_MATCHES_MAX];
 	struct netoken_guard_rule rules[GUARD_RULES_MAX];
 };
@@ -115,6 +166,49 @@ struct netoken_source {
 	__u8 pad[4];
 };
 
+/* Of one CPU. */
+struct netoken_guard_counters {
+	struct netoken_counter verdicts[GUARD_COUNT];
+	__u64 rows[GUARD_ROWS * GUARD_COUNT]; /* packets, by row and verdict */
+};
+
+/* A source that was blocked for being refused too often. */
+struct netoken_auto_blocked {
+	__u64 until_ns; /* CLOCK_MONOTONIC */
+	__u64 refused;	/* packets, since it is blocked */
+};
+
+/* Beside netoken_guard_event in the same buffer, and shorter: by that they are told apart. */
+struct netoken_guard_alert {
+	__u64 time_ns; /* CLOCK_MONOTONIC */
+	__u32 netns_ino;
+	__u32 ifindex; /* where the last of them came in */
+	__u64 refused; /* packets of the instance, so far in this window */
+	__u64 within_ns;
+	__u8 severity; /* enum netoken_guard_severity */
+	__u8 pad[7];
+};
+
+/*
+ * Who opened a connection, for the application, which does not see a token that was scrubbed: the
+ * flow as it was on the wire, in front of any translation of addresses.
+ */
+struct netoken_peer_key {
+	__u8 saddr[ADDR_LEN]; /* as in netoken_flow */
+	__u8 daddr[ADDR_LEN];
+	__be16 sport_be;
+	__be16 dport_be;
+	__u8 family; /* 4 or 6 */
+	__u8 pad[3];
+};
+
+struct netoken_peer {
+	__u64 time_ns; /* CLOCK_MONOTONIC, of the last SYN */
+	__u8 token[TOKEN_LEN];
+	__u32 verdict; /* enum netoken_guard_verdict, so far always GUARD_VALID */
+	__u32 rule;    /* its place in the file, from 1 */
+};
+
 struct netoken_guard_event {
 	__u64 time_ns; /* CLOCK_MONOTONIC */
 	__u32 netns_ino;
@@ -126,17 +220,25 @@ struct netoken_guard_event {
 	__u8 token[TOKEN_LEN]; /* the first one in the packet; zero when there is none */
 	__u8 verdict;	       /* enum netoken_guard_verdict */
 	__u8 dropped;
-	__u8 mode; /* enum netoken_guard_mode, if there is a rule */
-	__u8 pad[5];
+	__u8 mode;     /* enum netoken_guard_mode, if there is a rule */
+	__u8 scrubbed; /* its tokens did not reach the host */
+	__u8 pad[4];
 };
 
 _Static_assert(sizeof(struct netoken_guard_match) == 40, "netoken_guard_match has hidden padding");
 _Static_assert(sizeof(struct netoken_guard_rule) == 112, "netoken_guard_rule has hidden padding");
 _Static_assert(sizeof(struct netoken_guard_table) ==
-		       16 + GUARD_MATCHES_MAX * 40 + GUARD_RULES_MAX * 112,
+		       120 + GUARD_MATCHES_MAX * 40 + GUARD_RULES_MAX * 112,
 	       "netoken_guard_table has hidden padding");
 _Static_assert(sizeof(struct netoken_source_key) == 24, "netoken_source_key has hidden padding");
 _Static_assert(sizeof(struct netoken_source) == 16, "netoken_source has hidden padding");
+/* What a per-CPU map holds for one key: PCPU_MIN_UNIT_SIZE of include/linux/percpu.h. */
+_Static_assert(sizeof(struct netoken_guard_counters) <= 32768, "netoken_guard_counters is too big");
+_Static_assert(sizeof(struct netoken_guard_auto_block) == 64,
+	       "netoken_guard_auto_block has hidden padding");
+_Static_assert(sizeof(struct netoken_guard_alert) == 40, "netoken_guard_alert has hidden padding");
+_Static_assert(sizeof(struct netoken_peer_key) == 40, "netoken_peer_key has hidden padding");
+_Static_assert(sizeof(struct netoken_peer) == 24, "netoken_peer has hidden padding");
 _Static_assert(sizeof(struct netoken_guard_event) == 80, "netoken_guard_event has hidden padding");
 
 #endif

@@ -12,7 +12,6 @@
 #include "scratch.h"
 #include "types.h"
 
-#define TCP_CHECK_OFF 16
 /* 64 KiB, the largest IP packet */
 #define CHUNKS_MAX 32
 
@@ -113,13 +112,6 @@ static __always_inline bool store_headers(struct __sk_buff *skb, const struct sy
 	       !(faults & FAULT_STORE_IP) && !bpf_skb_store_bytes(skb, syn->l3_off, ip, ip_len, 0);
 }
 
-/* One's complement sum of 16-bit words in 16 bits, RFC 1071. */
-static __always_inline __u16 fold(__u32 sum)
-{
-	sum = (sum & 0xffff) + (sum >> 16);
-	return sum + (sum >> 16);
-}
-
 /* Writes the new length of the IP packet and, for IPv4, the checksum (RFC 1624). */
 static __always_inline void grow_ip(struct headers *new, const struct syn *syn, __u32 grow)
 {
@@ -150,9 +142,7 @@ static __always_inline __u16 sum_changes(const struct scratch *scratch)
 		if (i != 1)
 			sum += (__u64)to[i] + (__u32)~from[i];
 	}
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	return fold((__u16)sum + (__u16)(sum >> 16));
+	return fold_long(sum);
 }
 
 /*

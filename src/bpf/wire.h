@@ -19,6 +19,7 @@
 #define IPV4_HEADER_LEN 20
 #define IPV6_HEADER_LEN 40
 #define TCP_HEADER_LEN 20
+#define TCP_CHECK_OFF 16
 
 #define TCP_FLAG_FIN 0x01
 #define TCP_FLAG_SYN 0x02
@@ -58,6 +59,21 @@ static __always_inline void copy_mapped(__u8 *to, __be32 addr_be)
 	words[1] = 0;
 	words[2] = bpf_htonl(0xffff);
 	words[3] = addr_be;
+}
+
+/* One's complement sum of 16-bit words in 16 bits, RFC 1071. */
+static __always_inline __u16 fold(__u32 sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum + (sum >> 16);
+}
+
+/* The same of 32-bit words, or of their one's complements. */
+static __always_inline __u16 fold_long(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	return fold((__u16)sum + (__u16)(sum >> 16));
 }
 
 /*

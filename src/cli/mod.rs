@@ -2,7 +2,9 @@
 
 pub mod args;
 mod attach;
+mod blocked;
 mod detach;
+mod difference;
 mod guard;
 mod key;
 mod policy;

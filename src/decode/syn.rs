@@ -47,6 +47,15 @@ pub fn find_syn(link_type: i32, frame: &[u8], shape: Shape) -> Option<Syn> {
         known if is_known(known) => LaxSlicedPacket::from_ip(frame).ok()?,
         _ => return None,
     };
+    from_packet(&packet, shape)
+}
+
+/// The SYN that begins with its IP header and ends with its options or later: what Linux saves of one.
+pub fn read_syn(headers: &[u8], shape: Shape) -> Option<Syn> {
+    from_packet(&LaxSlicedPacket::from_ip(headers).ok()?, shape)
+}
+
+fn from_packet(packet: &LaxSlicedPacket<'_>, shape: Shape) -> Option<Syn> {
     let (src, dst): (IpAddr, IpAddr) = match packet.net.as_ref()? {
         LaxNetSlice::Ipv4(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
         LaxNetSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),

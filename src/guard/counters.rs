@@ -7,7 +7,7 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::program::GuardMaps;
-use super::types::{Counter, Verdict};
+use super::types::{Counters, Size, Verdict};
 
 /// Number and name of every verdict, in the order of their numbers.
 pub const VERDICTS: &[(u32, &str)] = include!(concat!(env!("OUT_DIR"), "/guard_verdicts.rs"));
@@ -17,15 +17,28 @@ pub fn verdict_name(verdict: u32) -> &'static str {
     VERDICTS.iter().find(|(number, _)| *number == verdict).map_or("unknown", |(_, name)| name)
 }
 
-// SAFETY: integers without padding; every bit pattern is a value.
-unsafe impl Plain for Counter {}
+// SAFETY: integers and arrays of them, without padding; every bit pattern is a value.
+unsafe impl Plain for Counters {}
+
+const COUNT: usize = Verdict::GUARD_COUNT.0 as usize;
+const ROWS: usize = Size::GUARD_ROWS.0 as usize;
+
+/// Packets by the number of their verdict.
+pub type Row = Vec<u64>;
 
 /// A reading of all counters.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuardCounters {
-    packets: [u64; Verdict::GUARD_COUNT.0 as usize],
+    packets: [u64; COUNT],
     dropped: u64,
     events: u64,
+    rows: [u64; ROWS * COUNT],
+}
+
+impl Default for GuardCounters {
+    fn default() -> Self {
+        GuardCounters { packets: [0; COUNT], dropped: 0, events: 0, rows: [0; ROWS * COUNT] }
+    }
 }
 
 impl GuardCounters {
@@ -34,22 +47,28 @@ impl GuardCounters {
     /// # Errors
     /// The kernel refused to read the map.
     pub fn read(maps: &GuardMaps) -> Result<GuardCounters> {
-        let mut counters = GuardCounters::default();
-        for (number, name) in VERDICTS {
-            let values = maps
-                .counters
-                .lookup_percpu(&number.to_ne_bytes(), MapFlags::ANY)
-                .with_context(|| format!("reading the guard's counter '{name}'"))?
-                .with_context(|| format!("the guard's counter '{name}' does not exist"))?;
-            for bytes in values {
-                let mut counter = Counter::default();
-                counter.copy_from_bytes(&bytes).ok().context("a counter of a strange size")?;
-                counters.packets[*number as usize] += counter.packets;
-                counters.dropped += counter.dropped;
-                counters.events += counter.events;
+        let values = maps
+            .counters
+            .lookup_percpu(&0u32.to_ne_bytes(), MapFlags::ANY)
+            .context("reading the guard's counters")?
+            .context("the guard's counters do not exist")?;
+        let mut sum = GuardCounters::default();
+        for bytes in values {
+            let mut of_cpu = Counters::default();
+            of_cpu.copy_from_bytes(&bytes).ok().context("the guard's counters have a strange size")?;
+            for (sum, counter) in sum.packets.iter_mut().zip(&of_cpu.verdicts) {
+                *sum += counter.packets;
             }
+            sum.dropped += of_cpu.verdicts.iter().map(|counter| counter.dropped).sum::<u64>();
+            sum.events += of_cpu.verdicts.iter().map(|counter| counter.events).sum::<u64>();
+            sum.rows.iter_mut().zip(&of_cpu.rows).for_each(|(sum, packets)| *sum += packets);
         }
-        Ok(counters)
+        Ok(sum)
+    }
+
+    /// What was counted in a row, which is that of a rule or, number 0, of what no rule is about.
+    pub(super) fn row(&self, row: u8) -> Row {
+        self.rows[usize::from(row) * COUNT..][..COUNT].to_vec()
     }
 
     /// Packets with this verdict.

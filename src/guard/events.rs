@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::counters::{GuardCounters, verdict_name};
 use super::program::GuardMaps;
-use super::types::{Event, Mode};
+use super::types::{Event, Mode, RawAlert, Severity};
 use crate::events::model::Clock;
 use crate::program::messages;
 use crate::token::Token;
@@ -20,7 +20,11 @@ use crate::token::Token;
 // SAFETY: integers and arrays of them, without hidden padding, which guard_types.h asserts.
 unsafe impl Plain for Event {}
 
-const _: () = assert!(size_of::<Event>() == 80);
+// SAFETY: the same.
+unsafe impl Plain for RawAlert {}
+
+// By their sizes they are told apart, which a buffer rounds up to 8 bytes.
+const _: () = assert!(size_of::<Event>() == 80 && size_of::<RawAlert>() + 8 < size_of::<Event>());
 
 /// Pages of each CPU's buffer.
 const PAGES: usize = 64;
@@ -45,7 +49,9 @@ pub struct Seen {
     pub verdict: &'static str,
     /// True if it was dropped.
     pub dropped: bool,
-    /// `observe`, `mark` or `drop`; none if no rule matches.
+    /// True if its tokens did not reach the host.
+    pub scrubbed: bool,
+    /// `observe`, `mark`, `drop` or `scrub`; none if no rule matches.
     pub mode: Option<&'static str>,
     /// Number of the rule, from 1; 0 is none.
     pub rule: u32,
@@ -63,6 +69,7 @@ fn mode_name(mode: u32) -> &'static str {
         Mode::MODE_OBSERVE => "observe",
         Mode::MODE_MARK => "mark",
         Mode::MODE_DROP => "drop",
+        Mode::MODE_SCRUB => "scrub",
         _ => "unknown",
     }
 }
@@ -90,6 +97,7 @@ impl Seen {
             isn: flow.isn,
             verdict: verdict_name(event.verdict.into()),
             dropped: event.dropped != 0,
+            scrubbed: event.scrubbed != 0,
             mode: (event.rule != 0).then(|| mode_name(event.mode.into())),
             rule: event.rule,
             token: (event.token != [0; 8]).then_some(Token(event.token)),
@@ -97,9 +105,50 @@ impl Seen {
     }
 }
 
+/// So many packets were refused that somebody should know.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Alert {
+    /// Wall-clock time, RFC 3339 in UTC with microseconds.
+    #[serde(serialize_with = "rfc3339")]
+    pub time: SystemTime,
+    /// Inode number of the network namespace where the last of them came in.
+    pub netns: u32,
+    /// Index of the interface there.
+    pub ifindex: u32,
+    /// `low`, `medium`, `high` or `critical`.
+    pub severity: &'static str,
+    /// Packets that the instance refused, so far in this window.
+    pub refused: u64,
+    /// Length of the window in seconds.
+    pub within_s: f64,
+}
+
+impl Alert {
+    /// Reads an alert as it came out of the buffer; nothing if it is too short to be one.
+    pub fn decode(bytes: &[u8], clock: Clock) -> Option<Alert> {
+        let mut alert = RawAlert::default();
+        alert.copy_from_bytes(bytes).ok()?;
+        Some(Alert {
+            time: clock.at(alert.time_ns),
+            netns: alert.netns_ino,
+            ifindex: alert.ifindex,
+            severity: match Severity(alert.severity.into()) {
+                Severity::SEVERITY_LOW => "low",
+                Severity::SEVERITY_MEDIUM => "medium",
+                Severity::SEVERITY_HIGH => "high",
+                Severity::SEVERITY_CRITICAL => "critical",
+                _ => "unknown",
+            },
+            refused: alert.refused,
+            within_s: Duration::from_nanos(alert.within_ns).as_secs_f64(),
+        })
+    }
+}
+
 #[derive(Debug)]
 struct Inbox {
     seen: Vec<Seen>,
+    alerts: Vec<Alert>,
     clock: Clock,
     received: u64,
 }
@@ -119,13 +168,23 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// The kernel refused a perf event.
     pub fn open(maps: &'a GuardMaps) -> Result<Reader<'a>> {
-        let inbox = Rc::new(RefCell::new(Inbox { seen: Vec::new(), clock: Clock::now(), received: 0 }));
+        let inbox = Rc::new(RefCell::new(Inbox {
+            seen: Vec::new(),
+            alerts: Vec::new(),
+            clock: Clock::now(),
+            received: 0,
+        }));
         let arrived = Rc::clone(&inbox);
         let builder = PerfBufferBuilder::new(&maps.events).pages(PAGES).sample_cb(move |_cpu, bytes| {
             let mut inbox = arrived.borrow_mut();
-            let seen = Seen::decode(bytes, inbox.clock);
-            inbox.seen.extend(seen);
-            inbox.received += 1;
+            let clock = inbox.clock;
+            match Seen::decode(bytes, clock) {
+                None => inbox.alerts.extend(Alert::decode(bytes, clock)),
+                seen => {
+                    inbox.seen.extend(seen);
+                    inbox.received += 1;
+                }
+            }
         });
         let (built, _) = messages(|| builder.build());
         let buffer = built.context("opening the guard's event buffer; it needs CAP_PERFMON (try sudo)")?;
@@ -144,6 +203,11 @@ impl<'a> Reader<'a> {
             Err(error) if error.kind() != ErrorKind::Interrupted => Err(error).context("waiting for events"),
             _ => Ok(std::mem::take(&mut self.inbox.borrow_mut().seen)),
         }
+    }
+
+    /// The alerts that came with the events.
+    pub fn alerts(&mut self) -> Vec<Alert> {
+        std::mem::take(&mut self.inbox.borrow_mut().alerts)
     }
 
     /// Of the events that `counters` know of, those for which the buffer had no room. What is in the buffer is

@@ -10,7 +10,8 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use plain::Plain;
 
-use super::rules::{Listed, RingNumbers, Rules};
+use super::compile::RingNumbers;
+use super::rules::{Listed, Rules};
 use super::types::{Config, Live, Size, Source, SourceKey, Table};
 use crate::clock;
 use crate::guard_skel::GuardSkelBuilder;
@@ -55,11 +56,20 @@ pub struct Settings {
     pub option_kind: u8,
     /// Experiment identifier, host order.
     pub exid: u16,
+    /// Steps at which a test makes the program believe that it failed, [`crate::types::Fault`]; 0 otherwise.
+    pub faults: u32,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { kind: Kind::Tc, sample: 1, netns_ino: 0, option_kind: DEFAULT_KIND, exid: DEFAULT_EXID }
+        Settings {
+            kind: Kind::Tc,
+            sample: 1,
+            netns_ino: 0,
+            option_kind: DEFAULT_KIND,
+            exid: DEFAULT_EXID,
+            faults: 0,
+        }
     }
 }
 
@@ -72,7 +82,11 @@ pub struct GuardMaps {
     pub exempt: MapHandle,
     /// By generation: sources that are refused.
     pub blocked: MapHandle,
-    /// Per CPU, by verdict.
+    /// By flow: accepted connections of rules that scrub, and the tokens that opened them.
+    pub peers: MapHandle,
+    /// By source: those that are blocked because they were refused too often; see [`super::blocked`].
+    pub auto_blocked: MapHandle,
+    /// Array of one, per CPU.
     pub counters: MapHandle,
     /// Perf event array.
     pub events: MapHandle,
@@ -116,6 +130,7 @@ impl GuardProgram {
             netns_ino: settings.netns_ino,
             exid: settings.exid,
             option_kind: settings.option_kind,
+            faults: settings.faults,
             ..Default::default()
         };
         data.has_tai = kernel.has_tai.into();
@@ -125,6 +140,10 @@ impl GuardProgram {
             pin_below(dir, &mut maps.guard_exempt)?;
             pin_below(dir, &mut maps.guard_blocked)?;
             pin_below(dir, &mut maps.guard_seen)?;
+            pin_below(dir, &mut maps.guard_peers)?;
+            pin_below(dir, &mut maps.guard_refused)?;
+            pin_below(dir, &mut maps.guard_auto_blocked)?;
+            pin_below(dir, &mut maps.guard_alarms)?;
             pin_below(dir, &mut maps.guard_counters)?;
             pin_below(dir, &mut maps.guard_events)?;
             pin_below(dir, &mut maps.guard_live)?;
@@ -151,6 +170,8 @@ impl GuardProgram {
                 rules: own(&skel.maps.guard_rules)?,
                 exempt: own(&skel.maps.guard_exempt)?,
                 blocked: own(&skel.maps.guard_blocked)?,
+                peers: own(&skel.maps.guard_peers)?,
+                auto_blocked: own(&skel.maps.guard_auto_blocked)?,
                 counters: own(&skel.maps.guard_counters)?,
                 events: own(&skel.maps.guard_events)?,
                 live: own(&skel.maps.guard_live)?,
@@ -181,6 +202,8 @@ impl GuardMaps {
             rules: open("guard_rules")?,
             exempt: open("guard_exempt")?,
             blocked: open("guard_blocked")?,
+            peers: open("guard_peers")?,
+            auto_blocked: open("guard_auto_blocked")?,
             counters: open("guard_counters")?,
             events: open("guard_events")?,
             live: open("guard_live")?,
@@ -208,11 +231,16 @@ impl GuardMaps {
         Ok(Some(table))
     }
 
-    /// Puts rules and lists into use. A packet sees the old ones or these.
+    /// Puts rules and lists into use, without remembering anything of them: see [`super::running::load`].
     ///
     /// # Errors
     /// The kernel refused; what is in use is then unchanged.
     pub fn set_rules(&self, rules: &Rules) -> Result<()> {
+        self.install(rules, 0, &[])
+    }
+
+    /// Puts rules and lists into use. A packet sees the old ones or these. `rows` are where the rules are counted.
+    pub(super) fn install(&self, rules: &Rules, number: u64, rows: &[u8]) -> Result<()> {
         let numbers: RingNumbers = rules
             .rings()
             .into_iter()
@@ -225,7 +253,9 @@ impl GuardMaps {
         {
             set_list(map, generation, list).with_context(|| format!("filling the list of {name} sources"))?;
         }
-        let table = rules.table(generation, |ring| numbers[&ring]);
+        let mut table = rules.table(generation, |ring| numbers[&ring]);
+        table.number = number;
+        table.rules.iter_mut().zip(rows).for_each(|(rule, row)| rule.row = *row);
         let next = create(MapType::Array, "guard_table", size_of::<u32>(), size_of::<Table>(), 1, 0)?;
         // SAFETY: plain data without padding.
         let bytes = unsafe { plain::as_bytes(&table) };

@@ -1,28 +1,15 @@
-//! The guard's file: what is protected, what is accepted there, and which sources are on a list. Read from TOML,
-//! checked as a whole, then turned into tables that replace the running ones in a single step.
-//!
-//! The border to the kernel is [`Rules::table`] and [`Rules::entries`]; nothing else knows how rules are stored.
+//! What the guard is told: what is protected, what is accepted there, and which sources are on a list. Reading the file
+//! that says so is in [`super::file`], turning it into what the kernel stores in [`super::compile`].
 
-use std::collections::{BTreeSet, HashMap};
-use std::fs;
-use std::net::Ipv6Addr;
-use std::path::Path;
-use std::time::SystemTime;
+use std::collections::BTreeSet;
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 
-use super::types::{Accept, Match, Mode as RawMode, Rule as RawRule, Size, Source, SourceKey, Table};
 use crate::keys::RingName;
 use crate::policy::values::Prefix;
 use crate::token::Token;
-use crate::token::keyed::{Bind, SLOT_S, Slots};
-
-const RULES_MAX: usize = Size::GUARD_RULES_MAX.0 as usize;
-const MATCHES_MAX: usize = Size::GUARD_MATCHES_MAX.0 as usize;
-const TAGS_MAX: usize = Size::GUARD_TAGS_MAX.0 as usize;
-const STATICS_MAX: usize = Size::GUARD_STATICS_MAX.0 as usize;
-const EXPIRED_MAX: usize = Size::GUARD_EXPIRED_MAX.0 as usize;
+use crate::token::keyed::{Bind, Slots};
 
 /// Everything that the file says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +22,34 @@ pub struct Rules {
     pub exempt: Vec<Listed>,
     /// Sources whose SYNs are refused, whatever they carry.
     pub blocked: Vec<Listed>,
+    /// When a source is blocked by itself; never, if it is not said.
+    pub auto_block: Option<AutoBlock>,
+    /// When an alert is raised; never, if it is not said.
+    pub alerts: Option<Alerts>,
+}
+
+/// When a source is blocked that is refused too often.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AutoBlock {
+    /// Refused packets that a source may send.
+    pub refused: u32,
+    /// In this time.
+    pub within: Duration,
+    /// If it sends more, how long it is blocked.
+    pub block_for: Duration,
+    /// Leading bits of an IPv4 address that are one source.
+    pub v4_bits: u8,
+    /// The same of an IPv6 address.
+    pub v6_bits: u8,
+}
+
+/// How many refused packets of an instance raise an alert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alerts {
+    /// In this time.
+    pub within: Duration,
+    /// For each severity, from low to critical; those that are none are never raised.
+    pub refused: [Option<u64>; 4],
 }
 
 /// Some destinations, and what a SYN to them must have.
@@ -58,6 +73,8 @@ pub struct Rule {
     pub tokens: Vec<Token>,
     /// A keyed token is good for more than one flow, as long as its slot is accepted.
     pub may_repeat: bool,
+    /// Tokens of SYNs that go on do not reach the host.
+    pub scrub: bool,
 }
 
 /// What happens to a SYN that is refused.
@@ -69,6 +86,8 @@ pub enum Mode {
     Mark(Mark),
     /// It goes no further.
     Drop,
+    /// Nothing is refused: tokens are not checked, only scrubbed.
+    Scrub,
 }
 
 /// What the bits of `mask` in an skb's mark become.
@@ -89,7 +108,7 @@ fn all_bits() -> u32 {
 }
 
 /// A source prefix on a list.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Listed {
     /// Which sources.
     pub src: Prefix,
@@ -97,282 +116,7 @@ pub struct Listed {
     pub until: Option<SystemTime>,
 }
 
-/// The file as it is written.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RulesFile {
-    slots: Option<SlotsFile>,
-    #[serde(default, rename = "rule")]
-    rules: Vec<toml::Spanned<RuleFile>>,
-    #[serde(default)]
-    exempt: Vec<ListedFile>,
-    #[serde(default)]
-    blocked: Vec<ListedFile>,
-    exempt_file: Option<String>,
-    blocked_file: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SlotsFile {
-    #[serde(default = "default_slot")]
-    length: u32,
-    #[serde(default = "one")]
-    behind: u32,
-    #[serde(default = "one")]
-    ahead: u32,
-}
-
-fn default_slot() -> u32 {
-    SLOT_S
-}
-
-fn one() -> u32 {
-    1
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RuleFile {
-    name: String,
-    dst: OneOrMany<PrefixFile>,
-    port: Option<OneOrMany<PortFile>>,
-    mode: ModeFile,
-    mark: Option<Mark>,
-    #[serde(default)]
-    keys: OneOrMany<RingName>,
-    binds: Option<OneOrMany<Bind>>,
-    #[serde(default)]
-    tags: OneOrMany<u16>,
-    #[serde(default)]
-    tokens: OneOrMany<Token>,
-    may_repeat: Option<bool>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum ModeFile {
-    Observe,
-    Mark,
-    Drop,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany<T> {
-    One(T),
-    Many(Vec<T>),
-}
-
-impl<T> Default for OneOrMany<T> {
-    fn default() -> Self {
-        OneOrMany::Many(Vec::new())
-    }
-}
-
-impl<T> OneOrMany<T> {
-    fn into_vec(self) -> Vec<T> {
-        match self {
-            OneOrMany::One(one) => vec![one],
-            OneOrMany::Many(many) => many,
-        }
-    }
-}
-
-/// What serde would say of a list of either form hides the reason, so the text is kept and judged later.
-#[derive(Deserialize)]
-struct PrefixFile(String);
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum PortFile {
-    Number(i64),
-    Range(String),
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum ListedFile {
-    Always(String),
-    Until(UntilFile),
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct UntilFile {
-    src: String,
-    until: String,
-}
-
-impl PortFile {
-    fn range(&self) -> Result<(u16, u16)> {
-        let port = |text: &str| {
-            text.trim()
-                .parse::<u16>()
-                .map_err(|_| anyhow!("'{}' is no port; they go from 0 to 65535", text.trim()))
-        };
-        match self {
-            PortFile::Number(number) => port(&number.to_string()).map(|port| (port, port)),
-            PortFile::Range(text) => {
-                let (first, last) = text.split_once('-').unwrap_or((text, text));
-                let (first, last) = (port(first)?, port(last)?);
-                if first > last {
-                    bail!("the port range '{text}' ends before it begins");
-                }
-                Ok((first, last))
-            }
-        }
-    }
-}
-
-impl ListedFile {
-    fn check(self) -> Result<Listed> {
-        match self {
-            ListedFile::Always(src) => Ok(Listed { src: src.parse()?, until: None }),
-            ListedFile::Until(UntilFile { src, until }) => {
-                Ok(Listed { src: src.parse()?, until: Some(time(&until)?) })
-            }
-        }
-    }
-}
-
-fn time(text: &str) -> Result<SystemTime> {
-    humantime::parse_rfc3339_weak(text)
-        .map_err(|_| anyhow!("'{text}' is no time; write it in UTC, like 2026-12-01T00:00:00Z"))
-}
-
-/// One prefix a line, and behind it, if it expires, when. A `#` begins a comment.
-fn list_file(path: &Path) -> Result<Vec<Listed>> {
-    let doing = || format!("reading the list {}", path.display());
-    let text = fs::read_to_string(path).with_context(doing)?;
-    let mut listed = Vec::new();
-    for (line, number) in text.lines().zip(1..) {
-        let mut words = line.split('#').next().unwrap_or_default().split_whitespace();
-        let Some(src) = words.next() else { continue };
-        let entry = src.parse().and_then(|src| {
-            let until = words.next().map(time).transpose()?;
-            if let Some(more) = words.next() {
-                bail!("'{more}' is one word too many; a line has a prefix and, if it expires, a time");
-            }
-            Ok(Listed { src, until })
-        });
-        listed.push(entry.with_context(|| format!("line {number}")).with_context(doing)?);
-    }
-    Ok(listed)
-}
-
-impl RuleFile {
-    fn check(self) -> Result<Rule> {
-        let dst: Vec<Prefix> =
-            self.dst.into_vec().iter().map(|PrefixFile(text)| text.parse()).collect::<Result<_>>()?;
-        if dst.is_empty() {
-            bail!("'dst' names no destination");
-        }
-        let ports = match self.port {
-            None => vec![(0, u16::MAX)],
-            Some(ports) => ports.into_vec().iter().map(PortFile::range).collect::<Result<_>>()?,
-        };
-        if ports.is_empty() {
-            bail!("'port' names no port; leave it away for all");
-        }
-        let mode = match (self.mode, self.mark) {
-            (ModeFile::Observe, None) => Mode::Observe,
-            (ModeFile::Drop, None) => Mode::Drop,
-            (ModeFile::Mark, Some(mark)) => Mode::Mark(mark),
-            (ModeFile::Mark, None) => {
-                bail!(
-                    "mode 'mark' needs to know the marks, like: mark = {{ valid = 1, refused = 2, mask = 3 }}"
-                )
-            }
-            (_, Some(_)) => bail!("'mark' belongs to mode 'mark' only"),
-        };
-        let (keys, tokens) = (self.keys.into_vec(), self.tokens.into_vec());
-        let tags = self.tags.into_vec();
-        if keys.is_empty() && tokens.is_empty() {
-            bail!("it accepts nothing; name key rings with 'keys', or static tokens with 'tokens'");
-        }
-        if keys.is_empty() && (!tags.is_empty() || self.binds.is_some() || self.may_repeat.is_some()) {
-            bail!("'tags', 'binds' and 'may_repeat' are of keyed tokens; name their key rings with 'keys'");
-        }
-        if tags.len() > TAGS_MAX || tokens.len() > STATICS_MAX {
-            bail!("a rule has at most {TAGS_MAX} tags and {STATICS_MAX} static tokens");
-        }
-        let binds = self.binds.map_or(vec![Bind::default()], OneOrMany::into_vec);
-        if binds.is_empty() {
-            bail!("'binds' names nothing; there are flow, server and isn");
-        }
-        let may_repeat = self.may_repeat.unwrap_or_default();
-        Ok(Rule { name: self.name, dst, ports, mode, keys, binds, tags, tokens, may_repeat })
-    }
-}
-
 impl Rules {
-    /// Reads and checks a file, and the lists that it names.
-    ///
-    /// # Errors
-    /// A file cannot be read or says nonsense; the message shows the place in it.
-    pub fn from_file(path: &Path) -> Result<Rules> {
-        let text =
-            fs::read_to_string(path).with_context(|| format!("reading the rules {}", path.display()))?;
-        let dir = path.parent().unwrap_or(Path::new(""));
-        Rules::from_toml(&text, dir).with_context(|| format!("checking the rules {}", path.display()))
-    }
-
-    /// Checks the text of a file. Lists that it names are looked for in `dir`.
-    ///
-    /// # Errors
-    /// It says nonsense; the message shows the line.
-    pub fn from_toml(text: &str, dir: &Path) -> Result<Rules> {
-        let file: RulesFile = toml::from_str(text)?;
-        let slots =
-            file.slots.map(|s| Slots::new(s.length, s.behind, s.ahead)).transpose().context("'slots'")?;
-
-        let mut rules: Vec<Rule> = Vec::new();
-        for spanned in file.rules {
-            let line = text[..spanned.span().start].lines().count() + 1;
-            let rule = spanned.into_inner();
-            let place = format!("line {line}: rule '{}'", rule.name);
-            if rules.iter().any(|other| other.name == rule.name) {
-                bail!("{place}: an earlier rule has this name");
-            }
-            rules.push(rule.check().context(place)?);
-        }
-        let list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
-            let mut listed: Vec<Listed> = inline
-                .into_iter()
-                .map(ListedFile::check)
-                .collect::<Result<_>>()
-                .context(format!("'{name}'"))?;
-            if let Some(file) = file {
-                listed.extend(list_file(&dir.join(file))?);
-            }
-            check_list(&listed).context(format!("'{name}'"))?;
-            Ok::<_, anyhow::Error>(listed)
-        };
-        let exempt = list("exempt", file.exempt, file.exempt_file)?;
-        let blocked = list("blocked", file.blocked, file.blocked_file)?;
-        let rules = Rules { slots, rules, exempt, blocked };
-        rules.check_sizes()?;
-        Ok(rules)
-    }
-
-    fn check_sizes(&self) -> Result<()> {
-        if self.rules.is_empty() {
-            bail!("there is no [[rule]], so nothing would be protected");
-        }
-        if self.rules.len() > RULES_MAX {
-            bail!("there are {} rules; there is room for {RULES_MAX}", self.rules.len());
-        }
-        let matches: usize = self.rules.iter().map(|rule| rule.dst.len() * rule.ports.len()).sum();
-        if matches > MATCHES_MAX {
-            bail!(
-                "prefixes times port ranges make {matches}; there is room for {MATCHES_MAX}: use wider prefixes or \
-                 ranges"
-            );
-        }
-        Ok(())
-    }
-
     /// The key rings that its rules accept.
     pub fn rings(&self) -> BTreeSet<RingName> {
         self.rules.iter().flat_map(|rule| rule.keys.iter().copied()).collect()
@@ -392,239 +136,5 @@ impl Rules {
             count(self.exempt.len(), "prefix").replace("prefixs", "prefixes"),
             count(self.blocked.len(), "prefix").replace("prefixs", "prefixes")
         )
-    }
-
-    /// The rules as the kernel stores them. `ring_number` says what number the instance has given to each of
-    /// [`Rules::rings`].
-    pub fn table(&self, generation: u8, ring_number: impl Fn(RingName) -> u8) -> Table {
-        let mut table = Table {
-            generation,
-            has_exempt: (!self.exempt.is_empty()).into(),
-            has_blocked: (!self.blocked.is_empty()).into(),
-            ..Default::default()
-        };
-        let mut matches = 0;
-        for (at, rule) in self.rules.iter().enumerate() {
-            table.rules[at] = rule.to_raw(at, &ring_number);
-            for dst in &rule.dst {
-                for (port_first, port_last) in &rule.ports {
-                    let (addr, bits) = dst.mapped();
-                    table.matches[matches] = Match {
-                        addr: words(addr.octets()),
-                        mask: words(mask(bits).octets()),
-                        port_first: *port_first,
-                        port_last: *port_last,
-                        rule: at as u8,
-                        mode: rule.raw_mode().0 as u8,
-                        family: dst.family(),
-                        ..Default::default()
-                    };
-                    matches += 1;
-                }
-            }
-        }
-        table.matches_count = matches as u32;
-        table
-    }
-
-    /// A list as the kernel stores it.
-    pub fn entries(list: &[Listed]) -> impl Iterator<Item = (SourceKey, Source)> + '_ {
-        list.iter().map(|listed| {
-            let (addr, bits) = listed.src.mapped();
-            let until = listed.until.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
-            // 0 is never; what expired in 1970 has expired as well a nanosecond later.
-            let expires_ns = match listed.until {
-                None => 0,
-                Some(_) => {
-                    until.map_or(1, |until| u64::try_from(until.as_nanos()).unwrap_or(u64::MAX)).max(1)
-                }
-            };
-            let prefixlen = Size::SOURCE_FAMILY_BITS.0 + u32::from(bits);
-            let family = listed.src.family();
-            let key = SourceKey { prefixlen, family, addr: addr.octets(), ..Default::default() };
-            (key, Source { expires_ns, prefixlen, ..Default::default() })
-        })
-    }
-}
-
-impl Rule {
-    fn raw_mode(&self) -> RawMode {
-        match self.mode {
-            Mode::Observe => RawMode::MODE_OBSERVE,
-            Mode::Mark(_) => RawMode::MODE_MARK,
-            Mode::Drop => RawMode::MODE_DROP,
-        }
-    }
-
-    fn to_raw(&self, at: usize, ring_number: impl Fn(RingName) -> u8) -> RawRule {
-        let mark = match self.mode {
-            Mode::Mark(mark) => mark,
-            _ => Mark { valid: 0, refused: 0, mask: 0 },
-        };
-        let mut raw = RawRule {
-            id: at as u32 + 1,
-            mode: self.raw_mode().0 as u8,
-            tags_count: self.tags.len() as u8,
-            statics_count: self.tokens.len() as u8,
-            may_repeat: self.may_repeat.into(),
-            accept: Accept {
-                rings: self.keys.iter().fold(0, |bits, ring| bits | 1 << ring_number(*ring)),
-                binds: self.binds.iter().fold(0, |bits, bind| bits | 1 << bind.number()),
-                any_tag: 1,
-                ..Default::default()
-            },
-            mark_valid: mark.valid,
-            mark_refused: mark.refused,
-            mark_mask: mark.mask,
-            ..Default::default()
-        };
-        for (to, tag) in raw.tags_be.iter_mut().zip(&self.tags) {
-            *to = tag.to_be();
-        }
-        for (to, Token(bytes)) in raw.statics.iter_mut().zip(&self.tokens) {
-            *to = u64::from_ne_bytes(*bytes);
-        }
-        raw
-    }
-}
-
-/// As the program reads them out of a packet.
-fn words(bytes: [u8; 16]) -> [u64; 2] {
-    let (first, second) = bytes.split_at(8);
-    [first, second].map(|half| u64::from_ne_bytes(half.try_into().expect("half of 16 bytes")))
-}
-
-fn mask(bits: u8) -> Ipv6Addr {
-    Ipv6Addr::from(u128::MAX.checked_shl(128 - u32::from(bits)).unwrap_or(0))
-}
-
-/// No prefix twice, and not more prefixes that expire around one another than a lookup goes through.
-fn check_list(list: &[Listed]) -> Result<()> {
-    for family in [4, 6] {
-        let of_family = list.iter().filter(|listed| listed.src.family() == family);
-        let mut sorted: Vec<(u128, u8, &Listed)> = of_family
-            .map(|listed| {
-                let (addr, bits) = listed.src.mapped();
-                (u128::from(addr), bits, listed)
-            })
-            .collect();
-        sorted.sort_unstable_by_key(|(addr, bits, _)| (*addr, *bits));
-        check_nesting(&sorted)?;
-    }
-    Ok(())
-}
-
-/// The same for entries of one family, sorted by address and then length.
-fn check_nesting(sorted: &[(u128, u8, &Listed)]) -> Result<()> {
-    // What stands around the current one, the widest first.
-    let mut around: Vec<(u128, u8, &Listed)> = Vec::new();
-    for (addr, bits, listed) in sorted.iter().copied() {
-        let holds = |(outer, outer_bits, _): &(u128, u8, &Listed)| {
-            u128::from(mask(*outer_bits)) & addr == *outer && *outer_bits <= bits
-        };
-        while around.last().is_some_and(|outer| !holds(outer)) {
-            around.pop();
-        }
-        if around.last().is_some_and(|(_, outer_bits, _)| *outer_bits == bits) {
-            bail!("{} is listed twice", listed.src);
-        }
-        around.push((addr, bits, listed));
-        let expiring = around.iter().rev().take_while(|(_, _, outer)| outer.until.is_some()).count();
-        if expiring > EXPIRED_MAX {
-            bail!(
-                "around {} there are {} prefixes that all expire; the kernel looks through {EXPIRED_MAX}: leave some \
-                 of them away",
-                listed.src,
-                expiring - 1
-            );
-        }
-    }
-    Ok(())
-}
-
-/// Numbers of rings, as an instance has given them.
-pub(super) type RingNumbers = HashMap<RingName, u8>;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn rules(text: &str) -> Result<Rules> {
-        Rules::from_toml(text, Path::new("."))
-    }
-
-    const RULE: &str =
-        "[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\nmode = 'drop'\ntokens = '0000000000000001'\n";
-
-    #[test]
-    fn the_example_is_read_whole() {
-        let rules = Rules::from_file(Path::new("examples/guard.toml")).unwrap();
-        assert_eq!(rules.summary(), "3 rules, 1 prefix exempt, 2 prefixes blocked");
-        let table = rules.table(1, |_| 3);
-        assert_eq!((table.generation, table.has_exempt, table.has_blocked), (1, 1, 1));
-        assert_eq!(table.rules[0].accept.rings, 8);
-        assert_eq!(table.matches_count, 4 + 1 + 1);
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_refused_and_the_message_says_where_and_why() {
-        for (text, expect) in [
-            ("", "no [[rule]]"),
-            ("nonsense = 1", "unknown field `nonsense`"),
-            (&RULE.replace("'10.0.0.0/8'", "'10.0.0.1/8'"), "line 1: rule 'a': 10.0.0.1/8 has bits set"),
-            (&RULE.replace("'10.0.0.0/8'", "[]"), "names no destination"),
-            (&RULE.replace("tokens = '0000000000000001'", ""), "accepts nothing"),
-            (&RULE.replace("tokens = '0000000000000001'", "tokens = '00'"), "line 5"),
-            (
-                &RULE.replace("tokens = '0000000000000001'", "tokens = ['0000000000000001']\ntags = 1"),
-                "keyed tokens",
-            ),
-            (&RULE.replace("'drop'", "'mark'"), "needs to know the marks"),
-            (&format!("{RULE}mark = {{ valid = 1, refused = 2 }}"), "mode 'mark' only"),
-            (&format!("{RULE}port = 65536"), "'65536' is no port"),
-            (&format!("{RULE}port = '9-8'"), "ends before it begins"),
-            (&format!("{RULE}port = []"), "names no port"),
-            (&format!("{RULE}{RULE}"), "line 6: rule 'a': an earlier rule"),
-            (&format!("blocked = ['1.2.3.4', '1.2.3.4/32']\n{RULE}"), "1.2.3.4/32 is listed twice"),
-            (&format!("exempt = [{{ src = '1.2.3.4', until = 'soon' }}]\n{RULE}"), "'soon' is no time"),
-            (&format!("blocked_file = 'no-such-file'\n{RULE}"), "no-such-file"),
-            (&format!("slots = {{ behind = 15, ahead = 1 }}\n{RULE}"), "at most 15"),
-            (&format!("{RULE}port = {:?}", (0..129).collect::<Vec<_>>()), "make 129; there is room for 128"),
-        ] {
-            let error = format!("{:#}", rules(text).unwrap_err());
-            assert!(error.contains(expect), "{text}\ngave {error}");
-        }
-    }
-
-    #[test]
-    fn lists_have_prefixes_and_times() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("list");
-        fs::write(&path, "# a comment\n192.0.2.0/24\n\n2001:db8::1 2026-12-01T00:00:00Z # soon\n").unwrap();
-        let text = format!("blocked_file = 'list'\nblocked = ['198.51.100.7']\n{RULE}");
-        let rules = Rules::from_toml(&text, dir.path()).unwrap();
-        assert_eq!(rules.blocked.len(), 3);
-        let entries: Vec<_> = Rules::entries(&rules.blocked).collect();
-        assert_eq!((entries[1].0.prefixlen, entries[1].1.expires_ns), (8 + 96 + 24, 0));
-        assert_eq!((entries[2].0.prefixlen, entries[2].1.expires_ns), (8 + 128, 1_796_083_200_000_000_000));
-        for (line, expect) in [("1.2.3.4 2026-12-01T00:00:00Z more", "line 1: 'more'"), ("x", "line 1: 'x'")]
-        {
-            fs::write(&path, line).unwrap();
-            let error = format!("{:#}", Rules::from_toml(&text, dir.path()).unwrap_err());
-            assert!(error.contains(expect), "{error}");
-        }
-    }
-
-    #[test]
-    fn prefixes_that_expire_around_one_another_are_limited() {
-        let nested = |from: u8, to: u8| {
-            let entries: Vec<String> = (from..=to)
-                .map(|bits| format!("{{ src = '0.0.0.0/{bits}', until = '2026-12-01T00:00:00Z' }}"))
-                .collect();
-            rules(&format!("blocked = [{}]\n{RULE}", entries.join(", ")))
-        };
-        assert!(nested(8, 11).is_ok());
-        let error = format!("{:#}", nested(8, 12).unwrap_err());
-        assert!(error.contains("around 0.0.0.0/12 there are 4"), "{error}");
     }
 }

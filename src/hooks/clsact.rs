@@ -137,6 +137,13 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
         .collect())
 }
 
+/// The name of a loaded program; empty if it has none, or has just gone.
+pub(super) fn program_name(id: u32) -> Result<String> {
+    let programs = every_program()?.into_iter();
+    let name = programs.filter(|program| program.id == id).map(|program| program.name).next();
+    Ok(name.unwrap_or_default().to_string_lossy().into_owned())
+}
+
 /// How often to begin again if programs are loaded while they are listed.
 const TRIES: usize = 20;
 

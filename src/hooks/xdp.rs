@@ -1,5 +1,5 @@
 //! The XDP hook: attach, find, detach. An interface has one place for it, so that whoever is there is either ours or
-//! stays.
+//! stays, unless a person says otherwise.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -12,7 +12,7 @@ use libbpf_sys::{
 };
 use serde::Serialize;
 
-use super::clsact::{Loaded, Role, loaded_programs};
+use super::clsact::{Loaded, Role, loaded_programs, program_name};
 use super::netlink::Link;
 use crate::program::messages;
 use crate::state::{Lock, State};
@@ -63,14 +63,41 @@ pub struct XdpAttachment {
     pub mode: Mode,
     /// Why the driver does not, if it does not.
     pub why_generic: Option<String>,
-    /// What of ours was there before.
-    previous: Option<(Mode, OwnedFd)>,
+    /// What is somebody else's and was there before.
+    pub pushed_out: Option<Foreign>,
+    /// What was there before, ours or not.
+    previous: Option<OwnedFd>,
+}
+
+/// Somebody else's program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Foreign {
+    /// Its id, which ends with it.
+    pub program: u32,
+    /// Its name; empty if nobody gave it one.
+    pub name: String,
+}
+
+impl fmt::Display for Foreign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = if self.name.is_empty() { "without a name" } else { &self.name };
+        write!(f, "{name} (id {})", self.program)
+    }
+}
+
+/// What an attach may do if the hook is not free, or the driver cannot.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Allowed {
+    /// The kernel may run the program instead of the driver.
+    pub generic: bool,
+    /// Somebody else's program may be pushed out.
+    pub force: bool,
 }
 
 impl XdpAttachment {
     /// It took the place of one of ours.
     pub fn replaced(&self) -> bool {
-        self.previous.is_some()
+        self.previous.is_some() && self.pushed_out.is_none()
     }
 }
 
@@ -139,17 +166,17 @@ fn change(
 }
 
 /// Attaches `program`, natively if the driver can, in the place of ours if that is there already. Where the driver
-/// cannot, `or_generic` says whether generic XDP will do.
+/// cannot, or somebody else's program is there, `allowed` says what will do.
 ///
 /// # Errors
-/// Somebody else's program is there, or the kernel refused; then everything is as it was.
+/// Somebody else's program is there and stays, or the kernel refused; then everything is as it was.
 pub fn attach_xdp(
     state: &State,
     _lock: &Lock,
     link: &Link,
     instance: &str,
     program: BorrowedFd<'_>,
-    or_generic: bool,
+    allowed: Allowed,
 ) -> Result<XdpAttachment> {
     let what = format!("attaching to {} at XDP", link.name);
     let there = present(link.index)?;
@@ -161,29 +188,52 @@ pub fn attach_xdp(
             "{what}: instance '{other}' of netoken is there, and an interface has one XDP program; use --hook tc"
         );
     }
-    if ours.is_none() && (there.native | there.generic | there.hardware) != 0 {
+    let foreign = if ours.is_none() { foreign(there)? } else { None };
+    if let Some((mode, foreign)) = &foreign
+        && !(allowed.force && mode.is_some())
+    {
+        let remedy = match mode {
+            Some(_) => "push it out with --force, or remove it first",
+            None => "the hardware runs it: remove it first",
+        };
         bail!(
-            "{what}: somebody else's program (id {}) is there, and an interface has one XDP program; use --hook tc, or \
-             remove it first: ip link set dev {} xdp off",
-            there.native.max(there.generic).max(there.hardware),
+            "{what}: somebody else's program {foreign} is there, and an interface has one XDP program; use --hook tc, or \
+             {remedy}: ip link set dev {} xdp off",
             link.name
         );
     }
-    if let Some(ours) = ours {
-        let old = libbpf_rs::Program::fd_from_id(ours.program).context("keeping the running program")?;
-        change(link.index, Some(program), Some(old.as_fd()), ours.mode).context(what)?;
-        return Ok(XdpAttachment { mode: ours.mode, why_generic: None, previous: Some((ours.mode, old)) });
+    let running = ours.map(|ours| (ours.mode, ours.program));
+    let running = running.or(foreign.as_ref().and_then(|(mode, foreign)| Some(((*mode)?, foreign.program))));
+    if let Some((mode, id)) = running {
+        let old = libbpf_rs::Program::fd_from_id(id).context("keeping the running program")?;
+        // In the same mode: both at once is not possible, and in between there would be none.
+        change(link.index, Some(program), Some(old.as_fd()), mode).with_context(|| match &foreign {
+            None => what,
+            Some((_, foreign)) => format!(
+                "{what}, in the place of {foreign}; if a BPF link holds that, end the process that holds the link"
+            ),
+        })?;
+        let pushed_out = foreign.map(|(_, foreign)| foreign);
+        return Ok(XdpAttachment { mode, why_generic: None, pushed_out, previous: Some(old) });
     }
-    let native = change(link.index, Some(program), None, Mode::Native);
-    let Err(refused) = native else {
-        return Ok(XdpAttachment { mode: Mode::Native, why_generic: None, previous: None });
+    let attached = |mode, why_generic| XdpAttachment { mode, why_generic, pushed_out: None, previous: None };
+    let Err(refused) = change(link.index, Some(program), None, Mode::Native) else {
+        return Ok(attached(Mode::Native, None));
     };
-    if !or_generic {
+    if !allowed.generic {
         return Err(refused.context(format!("{what} natively")));
     }
     change(link.index, Some(program), None, Mode::Generic)
         .with_context(|| format!("{what} (natively the driver refused: {refused:#})"))?;
-    Ok(XdpAttachment { mode: Mode::Generic, why_generic: Some(format!("{refused:#}")), previous: None })
+    Ok(attached(Mode::Generic, Some(format!("{refused:#}"))))
+}
+
+/// The program that is there, and who runs it; nobody that we can ask if the hardware does.
+fn foreign(there: Present) -> Result<Option<(Option<Mode>, Foreign)>> {
+    let places =
+        [(Some(Mode::Native), there.native), (Some(Mode::Generic), there.generic), (None, there.hardware)];
+    let Some((mode, program)) = places.into_iter().find(|(_, id)| *id != 0) else { return Ok(None) };
+    Ok(Some((mode, Foreign { program, name: program_name(program)? })))
 }
 
 /// Puts back what was there before an attach.
@@ -196,7 +246,7 @@ pub fn undo_xdp(
     program: BorrowedFd<'_>,
     attachment: &XdpAttachment,
 ) -> Result<()> {
-    let before = attachment.previous.as_ref().map(|(_, fd)| fd.as_fd());
+    let before = attachment.previous.as_ref().map(|fd| fd.as_fd());
     change(link.index, before, Some(program), attachment.mode)
         .with_context(|| format!("putting back what was at XDP of {}", link.name))
 }

@@ -116,7 +116,7 @@ fn token_value(token: &TokenSpec) -> String {
 }
 
 /// A TOML string. Names have no control characters.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     let mut quoted = String::with_capacity(text.len() + 2);
     quoted.push('"');
     for c in text.chars() {

@@ -61,9 +61,9 @@ fn vlan(family: Family, tags: usize) -> Result<()> {
     world.expect_counters(&[("stamped", sent)])
 }
 
-const TUN: &str = "tun0";
+pub const TUN: &str = "tun0";
 
-fn has_tun() -> Result<(), String> {
+pub fn has_tun() -> Result<(), String> {
     match sys::in_nowhere(|| sys::open_tun(TUN)) {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) | Err(error) => Err(format!("no tun devices here: {error:#}")),
@@ -99,19 +99,27 @@ fn tun(family: Family) -> Result<()> {
     Ok(())
 }
 
-/// The first SYN among what the kernel sends through the device, which is IPv6's own chatter else.
 fn read_syn(device: &mut File) -> Result<Segment> {
+    read_segment(device, "a SYN", Segment::is_syn)
+}
+
+pub fn read_syn_ack(device: &mut File) -> Result<Segment> {
+    read_segment(device, "a SYN-ACK", |segment| segment.flags & 0x12 == 0x12)
+}
+
+/// The first that fits among what the kernel sends through the device, which is IPv6's own chatter else.
+fn read_segment(device: &mut File, what: &str, fits: impl Fn(&Segment) -> bool) -> Result<Segment> {
     let deadline = Instant::now() + PATIENCE;
     let mut packet = vec![0; 1 << 16];
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
         if poll(&mut [PollFd::new(device.as_fd(), PollFlags::POLLIN)], timeout)? == 0 {
-            bail!("waited {PATIENCE:?} for a SYN in the tun device");
+            bail!("waited {PATIENCE:?} for {what} in the tun device");
         }
         let len = device.read(&mut packet)?;
         if let Ok(segment) = Segment::from_ip(&packet[..len])
-            && segment.is_syn()
+            && fits(&segment)
         {
             return Ok(segment);
         }

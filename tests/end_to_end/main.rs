@@ -1,18 +1,22 @@
 //! netoken and real TCP, in network namespaces: what a promise of the design looks like from the outside.
 
+mod blocks;
 mod connects;
 mod devices;
 mod fastopen;
 mod guard;
+mod guard_changes;
 mod keyed;
 #[path = "../support/lab.rs"]
 mod lab;
 mod links;
 mod losses;
 mod measures;
+mod peers;
 mod policies;
 mod receivers;
 mod reloads;
+mod scrubs;
 mod segment;
 mod senders;
 mod skbs;
@@ -93,6 +97,10 @@ fn main() -> ExitCode {
         losses::cases(),
         streams::cases(),
         guard::cases(),
+        guard_changes::cases(),
+        peers::cases(),
+        scrubs::cases(),
+        blocks::cases(),
         measures::cases(),
     ];
     support::run(cases.into_iter().flatten().collect())

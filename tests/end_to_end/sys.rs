@@ -1,5 +1,6 @@
 //! The few system calls that neither std nor socket2 has. All unsafe code of these tests is here.
 
+use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
@@ -101,41 +102,74 @@ pub fn open_tun(name: &str) -> Result<File> {
     Ok(file)
 }
 
+/// An instruction: opcode, registers and immediate value, as instruction-set.rst of the kernel has them.
+type Instruction = (u8, u8, i32);
+
+fn load(kind: libbpf_sys::bpf_prog_type, name: &CStr, code: &[Instruction]) -> Result<OwnedFd> {
+    let bytes: Vec<u8> = code
+        .iter()
+        .flat_map(|(opcode, registers, value)| {
+            let [a, b, c, d] = value.to_ne_bytes();
+            [*opcode, *registers, 0, 0, a, b, c, d]
+        })
+        .collect();
+    // SAFETY: the strings end with a zero, `bytes` holds as many instructions of 8 bytes as is said, and libbpf
+    // takes a null pointer for no options. The descriptor is new and nobody else's.
+    unsafe {
+        let fd = libbpf_sys::bpf_prog_load(
+            kind,
+            name.as_ptr(),
+            c"GPL".as_ptr(),
+            bytes.as_ptr().cast(),
+            code.len() as libbpf_sys::size_t,
+            std::ptr::null_mut(),
+        );
+        ensure!(fd >= 0, "loading the program {name:?}: {}", io::Error::from_raw_os_error(-fd));
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Loads somebody else's XDP program, which lets everything pass, and is called `foreign_xdp`.
+pub fn load_foreign_xdp() -> Result<OwnedFd> {
+    const XDP_PASS: i32 = 2;
+    load(libbpf_sys::BPF_PROG_TYPE_XDP, c"foreign_xdp", &[(0xb7, 0, XDP_PASS), (0x95, 0, 0)])
+}
+
+/// Puts an XDP program on an interface, with flags of `XDP_FLAGS_`.
+pub fn attach_xdp(interface: &str, program: &OwnedFd, flags: u32) -> Result<()> {
+    let ifindex = nix::net::if_::if_nametoindex(interface)?.cast_signed();
+    // SAFETY: libbpf takes a null pointer for no options.
+    let result = unsafe { libbpf_sys::bpf_xdp_attach(ifindex, program.as_raw_fd(), flags, std::ptr::null()) };
+    ensure!(result == 0, "attaching to {interface}: {}", io::Error::from_raw_os_error(-result));
+    Ok(())
+}
+
+/// The same by a link, which is there until it is closed.
+pub fn link_xdp(interface: &str, program: &OwnedFd) -> Result<OwnedFd> {
+    let ifindex = nix::net::if_::if_nametoindex(interface)?.cast_signed();
+    // SAFETY: libbpf takes a null pointer for no options. The descriptor is new and nobody else's.
+    unsafe {
+        let fd =
+            libbpf_sys::bpf_link_create(program.as_raw_fd(), ifindex, libbpf_sys::BPF_XDP, std::ptr::null());
+        ensure!(fd >= 0, "linking to {interface}: {}", io::Error::from_raw_os_error(-fd));
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
 /// Puts a filter in front of all others at the egress of an interface that pushes these VLAN tags, type and
 /// control information, and lets the next filter go on. The qdisc is made as well.
 pub fn attach_vlan_push(interface: &str, tags: &[Tag]) -> Result<OwnedFd> {
     const VLAN_PUSH: i32 = libbpf_sys::BPF_FUNC_skb_vlan_push as i32;
     const TC_ACT_UNSPEC: i32 = -1;
     let ifindex = nix::net::if_::if_nametoindex(interface)?;
-    // Opcode, registers and immediate value: instruction-set.rst of the kernel.
     let mov = |to: u8, value: i32| (0xb7, to, value);
-    let mut code = vec![(0xbf, 0x16, 0)];
+    let mut code: Vec<Instruction> = vec![(0xbf, 0x16, 0)];
     for (kind, control) in tags {
         code.extend([(0xbf, 0x61, 0), mov(2, kind.to_be().into()), mov(3, (*control).into())]);
         code.push((0x85, 0, VLAN_PUSH));
     }
     code.extend([mov(0, TC_ACT_UNSPEC), (0x95, 0, 0)]);
-    let code: Vec<u8> = code
-        .into_iter()
-        .flat_map(|(opcode, registers, value)| {
-            let [a, b, c, d] = value.to_ne_bytes();
-            [opcode, registers, 0, 0, a, b, c, d]
-        })
-        .collect();
-    // SAFETY: the strings end with a zero, `code` holds as many instructions of 8 bytes as is said, and libbpf
-    // takes a null pointer for no options. The descriptor is new and nobody else's.
-    let fd = unsafe {
-        let fd = libbpf_sys::bpf_prog_load(
-            libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
-            c"vlan_push".as_ptr(),
-            c"GPL".as_ptr(),
-            code.as_ptr().cast(),
-            (code.len() / 8) as libbpf_sys::size_t,
-            std::ptr::null_mut(),
-        );
-        ensure!(fd >= 0, "loading the filter: {}", io::Error::from_raw_os_error(-fd));
-        OwnedFd::from_raw_fd(fd)
-    };
+    let fd = load(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"vlan_push", &code)?;
     let mut hook = TcHook::new(fd.as_fd());
     hook.ifindex(ifindex as i32).attach_point(TC_EGRESS).priority(1).handle(1);
     hook.create().context("making clsact")?;

@@ -3,6 +3,8 @@
 //!
 //! [`packet`] writes frames, [`run`] runs them, [`oracle`] judges; the other modules hold the cases.
 
+mod alerts;
+mod block;
 mod forged;
 mod lists;
 mod oracle;
@@ -11,6 +13,7 @@ mod oracle;
 mod packet;
 mod replay;
 mod run;
+mod scrub;
 #[path = "../support/mod.rs"]
 mod support;
 mod table;
@@ -38,6 +41,14 @@ fn main() -> ExitCode {
         forged: a_million_forged_syns_and_none_is_accepted;
         replay: a_token_is_good_for_one_flow_and_its_retransmissions the_bind_mode_leaves_something_free
             a_full_bucket_refuses_and_forgets_in_time;
+        scrub: the_checksum_is_that_of_a_packet_without_a_token a_checksum_that_is_left_to_the_device_stays
+            a_whole_checksum_that_looks_partial_is_mended at_the_edge_of_trust_nothing_is_refused
+            what_cannot_be_scrubbed_is_dropped the_application_can_ask_who_it_was;
+        block: too_many_refused_packets_block_their_source_and_no_other
+            a_source_that_is_blocked_gets_in_with_a_keyed_token who_is_exempt_is_never_blocked
+            in_mode_observe_nothing_is_dropped without_being_asked_nobody_is_blocked a_source_can_be_let_in_again
+            a_block_ends_and_a_window_as_well;
+        alerts: each_severity_is_told_once_in_a_window;
         lists: exempt_and_blocked_sources_by_their_longest_prefix an_entry_that_has_expired_shows_what_is_around_it
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it;
     ])

@@ -39,6 +39,8 @@ struct Look {
 struct Syn {
     flow: Flow,
     options: Vec<u8>,
+    /// Where they begin, in the IP packet.
+    options_at: usize,
 }
 
 /// Bytes that may not be there.
@@ -52,9 +54,36 @@ impl Oracle {
         let Some(rule) = self.rule(&look) else {
             return Judgement { verdict: Some(Verdict::GUARD_UNPROTECTED), dropped: false };
         };
-        let verdict = self.verdict(&look, rule);
+        let verdict = match (self.verdict(&look, rule), rule.mode) {
+            // Nobody is asked who it comes from, nor what it is good for.
+            (_, Mode::Scrub) => match &look.found {
+                Err(found) => *found,
+                Ok(syn) => match tokens(&syn.options).map(|tokens| tokens.len()) {
+                    None => Verdict::GUARD_MALFORMED,
+                    Some(0) => Verdict::GUARD_CLEAN,
+                    Some(_) => Verdict::GUARD_SCRUBBED,
+                },
+            },
+            (verdict, _) => verdict,
+        };
         let passes = matches!(verdict, Verdict::GUARD_VALID | Verdict::GUARD_EXEMPT);
         Judgement { verdict: Some(verdict), dropped: rule.mode == Mode::Drop && !passes }
+    }
+
+    /// The frame as it goes on, but for its TCP checksum, and where that is if it has to be another one.
+    pub fn scrubbed(&self, frame: &[u8]) -> (Vec<u8>, Option<usize>) {
+        let mut after = frame.to_vec();
+        let Some(look) = self.look(frame) else { return (after, None) };
+        let (Some(rule), Ok(syn)) = (self.rule(&look), &look.found) else { return (after, None) };
+        let list = blanked(&syn.options);
+        if !rule.scrub || self.judge(frame).dropped || list == syn.options {
+            return (after, None);
+        }
+        let tags = (12..frame.len()).step_by(4);
+        let tags = tags.take_while(|at| matches!(be16(frame, *at), Some(0x8100 | 0x88a8 | 0x9100)));
+        let options_at = syn.options_at + if self.link_len == 0 { 0 } else { 14 + 4 * tags.count() };
+        after[options_at..][..list.len()].copy_from_slice(&list);
+        (after, Some(options_at - 4))
     }
 
     fn rule(&self, look: &Look) -> Option<&Rule> {
@@ -243,7 +272,7 @@ fn tcp(ip: &[u8], at: usize, claimed: usize, routed: bool, (src, dst): (IpAddr, 
     } else {
         let isn = u32::from_be_bytes(head[4..8].try_into().ok()?);
         match Flow::new((src, be16(head, 0)?).into(), (dst, port).into(), isn) {
-            Ok(flow) => Ok(Syn { flow, options: ip[at + 20..at + header].to_vec() }),
+            Ok(flow) => Ok(Syn { flow, options: ip[at + 20..at + header].to_vec(), options_at: at + 20 }),
             Err(_) => Err(Verdict::GUARD_MALFORMED),
         }
     };
@@ -268,6 +297,28 @@ fn options(mut list: &[u8]) -> Option<Vec<&[u8]>> {
         }
     }
     Some(found)
+}
+
+/// The list with NOPs for every option of our kind and experiment in front of where one stops to read.
+fn blanked(list: &[u8]) -> Vec<u8> {
+    let mut list = list.to_vec();
+    let mut at = 0;
+    while at < list.len() && list[at] != 0 {
+        let len = match list[at..] {
+            [1, ..] => 1,
+            [_, len, ..] if len >= 2 && at + usize::from(len) <= list.len() => usize::from(len),
+            _ => break,
+        };
+        let is_ours = list[at] == 253 && len >= 4 && list[at + 2..at + 4] == [0x4e, 0x54];
+        if is_ours {
+            list[at..at + len].fill(1);
+            if len != 12 {
+                break;
+            }
+        }
+        at += len;
+    }
+    list
 }
 
 fn tokens(list: &[u8]) -> Option<Vec<Token>> {

@@ -78,7 +78,11 @@ pub fn set_clock(maps: &GuardMaps, slot_s: u32) -> Result<()> {
 impl Bench {
     /// With keys and a clock, and these rules.
     pub fn new(kind: Kind, rules: &str) -> Result<Bench> {
-        let program = GuardProgram::load(Settings { kind, ..Settings::default() }, None)?;
+        Bench::with(Settings { kind, ..Settings::default() }, rules)
+    }
+
+    pub fn with(settings: Settings, rules: &str) -> Result<Bench> {
+        let (kind, program) = (settings.kind, GuardProgram::load(settings, None)?);
         program.maps.keys.load(&keys()?)?;
         set_clock(&program.maps, SLOT_S)?;
         let before = GuardCounters::read(&program.maps)?;

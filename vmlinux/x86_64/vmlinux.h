@@ -307,6 +307,13 @@ enum {
 	BPF_F_NO_USER_CONV = 262144,
 };
 
+enum {
+	BPF_ANY = 0,
+	BPF_NOEXIST = 1,
+	BPF_EXIST = 2,
+	BPF_F_LOCK = 4,
+};
+
 struct bpf_spin_lock {
 	__u32 val;
 };

@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What follows from refusing: a source that is refused too often is blocked for a while, and many
+ * refused packets raise an alert.
+ *
+ * Anybody can write any source into a SYN. So nothing here may cost a source more than what it gets
+ * without a right token anyway: who is exempt never comes here, and a keyed token that is right is
+ * as good as before.
+ */
+#ifndef NETOKEN_GUARD_BLOCK_H
+#define NETOKEN_GUARD_BLOCK_H
+
+#include "guard_maps.h"
+
+/* What is counted as one source. */
+static __always_inline void make_source_key(struct netoken_source_key *key,
+					    const struct netoken_flow *flow,
+					    const struct netoken_guard_auto_block *settings)
+{
+	const __u64 *mask = flow->family == 4 ? settings->mask4 : settings->mask6;
+	__u64 addr[2];
+
+	__builtin_memcpy(addr, flow->saddr, ADDR_LEN);
+	addr[0] &= mask[0];
+	addr[1] &= mask[1];
+	__builtin_memset(key, 0, sizeof(*key));
+	key->prefixlen = flow->family == 4 ? settings->prefixlen4 : settings->prefixlen6;
+	key->family = flow->family;
+	__builtin_memcpy(key->addr, addr, ADDR_LEN);
+}
+
+/* Counts a refused packet. CPUs that count at once may lose one where a window begins. */
+static __always_inline void count_refused(const struct netoken_source_key *key,
+					  const struct netoken_guard_auto_block *settings,
+					  __u64 now_ns)
+{
+	struct refused_source *source = bpf_map_lookup_elem(&guard_refused, key);
+	struct refused_source first = {
+		.since_ns = now_ns,
+		.refused = 1,
+	};
+	struct netoken_auto_blocked blocked = {
+		.until_ns = now_ns + settings->block_ns,
+	};
+
+	if (!source) {
+		bpf_map_update_elem(&guard_refused, key, &first, BPF_ANY);
+		return;
+	}
+	if (now_ns - source->since_ns > settings->within_ns) {
+		source->since_ns = now_ns;
+		source->refused = 1;
+		return;
+	}
+	__sync_fetch_and_add(&source->refused, 1);
+	if (source->refused <= settings->refused_max)
+		return;
+	bpf_map_update_elem(&guard_auto_blocked, key, &blocked, BPF_ANY);
+	bpf_map_delete_elem(&guard_refused, key);
+}
+
+/*
+ * The verdict for the packet in the scratch once it is known what became of its source before; and
+ * remembers what becomes of it now. Not static, so that the verifier looks at it once.
+ */
+__noinline __u32 watch_source(__u32 verdict)
+{
+	struct guard_scratch *scratch = this_guard_scratch();
+	const struct netoken_guard_table *table = running_table();
+	struct netoken_auto_blocked *blocked;
+	struct netoken_source_key key;
+	__u64 now_ns = bpf_ktime_get_ns();
+
+	if (!scratch || !table)
+		return verdict;
+	make_source_key(&key, &scratch->event.flow, &table->auto_block);
+	blocked = bpf_map_lookup_elem(&guard_auto_blocked, &key);
+	if (blocked && blocked->until_ns > now_ns) {
+		__sync_fetch_and_add(&blocked->refused, 1);
+		return GUARD_AUTO_BLOCKED;
+	}
+	/* That there was no room is not the fault of who has a right token. */
+	if (verdict != GUARD_VALID && verdict != GUARD_SEEN_FULL)
+		count_refused(&key, &table->auto_block, now_ns);
+	return verdict;
+}
+
+/* The severity that a refused packet raises the alarm to; SEVERITY_NONE nearly always. The lock is
+ * taken only where a window or an alert begins. */
+static __noinline __u32 raise_alarm(void)
+{
+	const struct netoken_guard_table *table = running_table();
+	__u32 zero = 0, severity = SEVERITY_NONE, before;
+	struct guard_alarm *alarm = bpf_map_lookup_elem(&guard_alarms, &zero);
+	__u64 now_ns = bpf_ktime_get_ns(), within_ns, refused, next = ~0ULL;
+
+	if (!table || !alarm)
+		return SEVERITY_NONE;
+	within_ns = table->alerts.within_ns;
+	/* A window that has ended has nearly all of time left, and one of older rules too much. */
+	if (alarm->ends_ns - now_ns <= within_ns) {
+		__sync_fetch_and_add(&alarm->refused, 1);
+		if (alarm->refused < alarm->next)
+			return SEVERITY_NONE;
+	}
+	bpf_spin_lock(&alarm->lock);
+	if (alarm->ends_ns - now_ns > within_ns) {
+		alarm->ends_ns = now_ns + within_ns;
+		alarm->refused = 1;
+		alarm->severity = SEVERITY_NONE;
+	}
+	refused = alarm->refused;
+	for (__u32 i = 0; i < GUARD_SEVERITIES; i++) {
+		if (refused >= table->alerts.refused[i])
+			severity = i + 1;
+		else if (table->alerts.refused[i] < next)
+			next = table->alerts.refused[i];
+	}
+	before = alarm->severity;
+	if (severity > before)
+		alarm->severity = severity;
+	alarm->next = next;
+	bpf_spin_unlock(&alarm->lock);
+	return severity > before ? severity : SEVERITY_NONE;
+}
+
+/* Sends the alert that the packet in the scratch raises. */
+static __noinline int send_alert(void *ctx, __u32 severity, __u32 ifindex)
+{
+	const struct netoken_guard_table *table = running_table();
+	__u32 zero = 0;
+	const struct guard_alarm *alarm = bpf_map_lookup_elem(&guard_alarms, &zero);
+	struct netoken_guard_alert alert = {
+		.severity = severity,
+		.ifindex = ifindex,
+	};
+
+	if (!table || !alarm)
+		return 0;
+	alert.time_ns = bpf_ktime_get_ns();
+	alert.netns_ino = config.netns_ino;
+	alert.refused = alarm->refused;
+	alert.within_ns = table->alerts.within_ns;
+	return bpf_perf_event_output(ctx, &guard_events, BPF_F_CURRENT_CPU, &alert, sizeof(alert));
+}
+
+#endif

@@ -1,0 +1,85 @@
+//! What `netoken guard` says of sources that were blocked by themselves, and of alerts.
+
+use std::io::{self, Write};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use super::guard::print_json;
+use super::table::table;
+use crate::guard::blocked::{Blocked, read, unblock};
+use crate::guard::events::Alert;
+use crate::guard::program::GuardMaps;
+use crate::policy::values::Prefix;
+
+#[derive(Serialize)]
+#[serde(tag = "type")]
+enum Record<'a> {
+    #[serde(rename = "guard_auto_blocked")]
+    AutoBlocked {
+        instance: &'a str,
+        #[serde(flatten)]
+        blocked: &'a Blocked,
+    },
+    #[serde(rename = "guard_unblocked")]
+    Unblocked {
+        instance: &'a str,
+        /// How many sources were let in again.
+        sources: usize,
+    },
+    #[serde(rename = "guard_alert")]
+    Alert {
+        instance: &'a str,
+        #[serde(flatten)]
+        alert: &'a Alert,
+    },
+}
+
+/// Prints the sources of an instance that are blocked now, if there are any.
+pub(super) fn print_blocked(json: bool, instance: &str, maps: &GuardMaps) -> Result<()> {
+    let found = read(maps)?;
+    if json {
+        return found.iter().try_for_each(|blocked| print_json(&Record::AutoBlocked { instance, blocked }));
+    }
+    if found.is_empty() {
+        return Ok(());
+    }
+    let rows: Vec<_> = found
+        .iter()
+        .map(|blocked| {
+            let until = humantime::format_rfc3339_seconds(blocked.until).to_string();
+            [blocked.src.to_string(), until, blocked.refused.to_string()]
+        })
+        .collect();
+    let mut out = io::stdout().lock();
+    writeln!(out)?;
+    table(&mut out, ["BLOCKED BY ITSELF", "UNTIL (UTC)", "REFUSED SINCE"], &rows)
+        .context("writing to standard output")
+}
+
+/// Lets sources in again.
+pub(super) fn unblock_prefix(json: bool, instance: &str, maps: &GuardMaps, prefix: Prefix) -> Result<()> {
+    let sources = unblock(maps, prefix)?;
+    if json {
+        return print_json(&Record::Unblocked { instance, sources });
+    }
+    let s = if sources == 1 { "" } else { "s" };
+    note!("{sources} source{s} of {prefix} unblocked in instance '{instance}'");
+    Ok(())
+}
+
+pub(super) fn print_alert(json: bool, instance: &str, alert: &Alert) -> Result<()> {
+    if json {
+        return print_json(&Record::Alert { instance, alert });
+    }
+    let time = humantime::format_rfc3339_micros(alert.time).to_string();
+    writeln!(
+        io::stdout().lock(),
+        "{}  alert: {}: {} refused within {} s",
+        &time[11..26],
+        alert.severity,
+        alert.refused,
+        alert.within_s
+    )
+    .context("writing to standard output")
+}

@@ -1,0 +1,197 @@
+//! `netoken guard --attach`: puts the guard on interfaces, all of them or none.
+
+use std::os::fd::AsFd;
+
+use anyhow::{Result, bail};
+
+use super::rules::{NO_MARKS, load_keys, set_rules};
+use super::{GuardArgs, HookArg, Record, hook_name, print_json};
+use crate::cli::args::Scope;
+use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
+use crate::guard::rules::Rules;
+use crate::hooks::clsact::{Attachment, Hooks, Loaded, Place, attached, loaded_programs, remove_unused};
+use crate::hooks::link::link_header;
+use crate::hooks::netlink::{Link, Netlink, Side};
+use crate::hooks::xdp::{Allowed, XdpAttachment, attach_xdp, detach_xdp, undo_xdp};
+use crate::keys::Key;
+use crate::netns::Netns;
+use crate::privileges;
+use crate::program::{DEFAULT_EXID, LinkHeader, Program};
+use crate::state::{Instance, Lock, State};
+
+/// What was done on one interface.
+enum Done {
+    Tc(Attachment),
+    Xdp(Box<GuardProgram>, XdpAttachment),
+}
+
+struct Job<'a> {
+    args: &'a GuardArgs,
+    state: &'a State,
+    instance: &'a Instance,
+    done: Vec<(Link, Done)>,
+}
+
+pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> Result<()> {
+    let doing = format!("attaching the guard to {}", scope.ifaces.join(", "));
+    privileges::check(&doing)?;
+    if args.hook == HookArg::Xdp && rules.is_some_and(Rules::marks) {
+        bail!("{doing}: {NO_MARKS}");
+    }
+    let links = scope.find(&Netlink::connect()?.links()?)?;
+    for link in &links {
+        link_header(link)?;
+    }
+    let keys = load_keys(&doing, &scope.instance, rules)?;
+
+    let (state, lock) = State::create()?;
+    let instance = state.instance(&scope.instance);
+    let is_new = !instance.pins.exists();
+    let mut job = Job { args, state: &state, instance: &instance, done: Vec::new() };
+    if let Err(error) = job.attach_all(&lock, &links, rules, keys.as_deref()) {
+        job.undo(&lock);
+        if is_new {
+            remove_unused(&state, &lock, &instance.name).ok();
+        }
+        state.remove_if_empty(lock).ok();
+        return Err(error);
+    }
+    job.tell(scope)
+}
+
+impl Job<'_> {
+    fn attach_all(
+        &mut self,
+        lock: &Lock,
+        links: &[Link],
+        rules: Option<&Rules>,
+        keys: Option<&[Key]>,
+    ) -> Result<()> {
+        self.instance.create()?;
+        // So that every command finds an instance whole, whichever side was attached first.
+        Program::make_maps(&self.instance.pins)?;
+        let netns_ino = Netns::current()?.inode();
+        let mut ready = false;
+        for link in links {
+            for kind in self.candidates(link, rules)? {
+                let settings = Settings {
+                    kind,
+                    sample: self.args.sample,
+                    netns_ino,
+                    option_kind: self.args.option_kind,
+                    exid: self.args.exid.unwrap_or(DEFAULT_EXID),
+                    faults: 0,
+                };
+                let program = GuardProgram::load(settings, Some(&self.instance.pins))?;
+                if !ready {
+                    self.prepare(&program.maps, rules, keys)?;
+                    ready = true;
+                }
+                match self.attach_one(lock, link, program, kind) {
+                    // The driver cannot, and nobody asked for more than what fits.
+                    Err(_) if self.args.hook == HookArg::Auto && kind == Kind::Xdp => continue,
+                    attached => attached?,
+                }
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Rules come before the program: it must not see a packet without them.
+    fn prepare(&self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
+        match rules {
+            Some(rules) => set_rules(self.instance, maps, rules, &self.args.source(), keys),
+            None if maps.table()?.is_none() => bail!(
+                "attaching the guard: instance '{}' has no rules yet; say which with --rules FILE",
+                self.instance.name
+            ),
+            None => keys.map_or(Ok(()), |keys| maps.keys.load(keys)),
+        }
+    }
+
+    /// What may be attached to an interface, the best first.
+    fn candidates(&self, link: &Link, rules: Option<&Rules>) -> Result<Vec<Kind>> {
+        let has_ethernet = link_header(link)? == LinkHeader::Ethernet;
+        let tc = if has_ethernet { Kind::Tc } else { Kind::TcLayer3 };
+        Ok(match self.args.hook {
+            HookArg::Tc => vec![tc],
+            HookArg::Xdp if !has_ethernet => bail!(
+                "attaching the guard to {}: it has no Ethernet header, which XDP wants to see; use --hook tc",
+                link.name
+            ),
+            HookArg::Xdp => vec![Kind::Xdp],
+            HookArg::Auto => {
+                let programs = loaded_programs(self.state)?;
+                let ours = |loaded: &Loaded| loaded.instance.as_deref() == Some(self.instance.name.as_str());
+                let at_tc = attached(&mut Netlink::connect()?, link.index, Side::Ingress, &programs)?
+                    .iter()
+                    .any(|filter| ours(&filter.loaded));
+                let wants_tc = self.args.priority.is_some() || self.args.handle.is_some();
+                match has_ethernet && !at_tc && !wants_tc && !rules.is_some_and(Rules::marks) {
+                    true => vec![Kind::Xdp, tc],
+                    false => vec![tc],
+                }
+            }
+        })
+    }
+
+    /// Afterwards exactly one program of this instance is on the interface's way in.
+    fn attach_one(&mut self, lock: &Lock, link: &Link, program: GuardProgram, kind: Kind) -> Result<()> {
+        let name = &self.instance.name;
+        let mut hooks = Hooks::open_side(self.state, Side::Ingress)?;
+        if kind == Kind::Xdp {
+            let allowed = Allowed { generic: self.args.hook == HookArg::Xdp, force: self.args.force };
+            let done = attach_xdp(self.state, lock, link, name, program.as_fd(), allowed)?;
+            self.done.push((link.clone(), Done::Xdp(Box::new(program), done)));
+            if hooks.detach(lock, link, name)? > 0 {
+                hooks.destroy_clsact(lock, link)?;
+            }
+        } else {
+            let place = Place { priority: self.args.priority, handle: self.args.handle };
+            let done = hooks.attach(lock, link, name, program.as_fd(), place)?;
+            self.done.push((link.clone(), Done::Tc(done)));
+            detach_xdp(self.state, lock, link, name)?;
+        }
+        Ok(())
+    }
+
+    /// Last things first.
+    fn undo(&mut self, lock: &Lock) {
+        for (link, done) in std::mem::take(&mut self.done).iter().rev() {
+            let undone = match done {
+                Done::Xdp(program, done) => undo_xdp(lock, link, program.as_fd(), done),
+                Done::Tc(done) => Hooks::open_side(self.state, Side::Ingress)
+                    .and_then(|mut hooks| hooks.undo(lock, link, &self.instance.name, done)),
+            };
+            if let Err(error) = undone {
+                note!("netoken: {error:#}");
+            }
+        }
+    }
+
+    fn tell(&self, scope: &Scope) -> Result<()> {
+        for (link, done) in &self.done {
+            let (hook, replaced, why, pushed_out) = match done {
+                Done::Tc(done) => ("clsact ingress", done.replaced(), None, None),
+                Done::Xdp(_, done) => (
+                    hook_name(done.mode),
+                    done.replaced(),
+                    done.why_generic.as_deref(),
+                    done.pushed_out.as_ref(),
+                ),
+            };
+            if scope.json {
+                print_json(&Record::GuardAttached { interface: &link.name, hook, replaced, pushed_out })?;
+                continue;
+            }
+            if let Some(foreign) = pushed_out {
+                note!("pushed out of XDP of {}: {foreign}; it does not come back by itself", link.name);
+            }
+            let how = if replaced { "replaced in place on" } else { "attached to" };
+            let why = why.map_or(String::new(), |why| format!(" (natively the driver refused: {why})"));
+            note!("guard {how} {}: {hook}{why}", link.name);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,329 @@
+//! `netoken guard`: puts the guard on interfaces, gives it its rules, and says what it does.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::{ArgGroup, ValueEnum};
+use serde::{Serialize, Serializer};
+
+use super::args::{Scope, exid, handle, instance};
+use super::blocked::unblock_prefix;
+use crate::guard::counters::{GuardCounters, Row, VERDICTS};
+use crate::guard::events::Seen;
+use crate::guard::program::GuardMaps;
+use crate::guard::rules::Rules;
+use crate::hooks::clsact::{Loaded, Role, loaded_programs};
+use crate::hooks::xdp::{Foreign, Mode};
+use crate::netns::Netns;
+use crate::policy::values::Prefix;
+use crate::privileges;
+use crate::program::DEFAULT_KIND;
+use crate::state::State;
+
+mod attach;
+mod query;
+mod remove;
+mod rules;
+mod show;
+mod watch;
+
+const EXAMPLES: &str = "\
+Examples:
+  netoken guard --check --rules guard.toml                  is the file right? needs no rights
+  netoken guard --iface eth0 --attach --rules guard.toml    let only SYNs with a right token in
+  netoken guard --load --rules guard.toml                   other rules, in one step, where it is attached
+  netoken guard --show                                      the rules that run, and what each has counted
+  netoken guard --diff guard.toml                           what loading that would change
+  netoken guard --query                                     where it is attached, and what it has counted
+  netoken guard --watch                                     what comes in, as it comes, until Ctrl-C
+  netoken guard --unblock 192.0.2.7                         let in again what was blocked by itself
+  netoken guard --iface eth0 --destroy                      remove it, and its clsact qdisc if nobody else uses it
+
+Begin with mode = \"observe\": everything is counted as if it were enforced, and nothing is dropped.";
+
+/// Let only connections with a right token in
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES, arg_required_else_help = true)]
+#[command(group = ArgGroup::new("guard_mode").required(true).args([
+    "attach", "load", "check", "show", "diff", "query", "watch", "unblock", "detach", "destroy",
+]))]
+#[command(group = ArgGroup::new("guard_attaching").multiple(true)
+    .conflicts_with_all(["load", "check", "show", "diff", "query", "watch", "unblock", "detach", "destroy"])
+    .args(["hook", "force", "sample", "priority", "handle", "option_kind", "exid"]))]
+pub(super) struct GuardArgs {
+    /// Interface to act on; may be given more than once
+    #[arg(short, long = "iface", visible_alias = "interface", value_name = "NAME")]
+    iface: Vec<String>,
+
+    /// Attach, or replace in place, and return
+    #[arg(long, requires = "iface", help_heading = "What to do")]
+    attach: bool,
+
+    /// Put other rules into use where it is attached
+    #[arg(long, requires = "rules", conflicts_with = "iface", help_heading = "What to do")]
+    load: bool,
+
+    /// Check the rules, and do nothing
+    #[arg(long, requires = "rules", conflicts_with = "iface", help_heading = "What to do")]
+    check: bool,
+
+    /// Show the rules that run, what each has counted, and how long the lists are
+    #[arg(long, conflicts_with = "iface", help_heading = "What to do")]
+    show: bool,
+
+    /// Show what loading a file would change
+    #[arg(long, value_name = "FILE", conflicts_with = "iface", help_heading = "What to do")]
+    diff: Option<PathBuf>,
+
+    /// Show where it is attached, and what it has counted
+    #[arg(long, help_heading = "What to do")]
+    query: bool,
+
+    /// Print every event until Ctrl-C
+    #[arg(long, conflicts_with = "iface", help_heading = "What to do")]
+    watch: bool,
+
+    /// Let in again what was blocked by itself of these sources or around them
+    #[arg(long, value_name = "PREFIX", conflicts_with = "iface", help_heading = "What to do")]
+    unblock: Option<Prefix>,
+
+    /// Remove it; rules and counters stay for the next --attach
+    #[arg(long, requires = "iface", help_heading = "What to do")]
+    detach: bool,
+
+    /// Remove it, the clsact qdisc if we made it and nobody else uses it, and with the last program of the instance
+    /// its rules and counters
+    #[arg(long, requires = "iface", help_heading = "What to do")]
+    destroy: bool,
+
+    /// File that says what is protected, what is accepted there, and which sources are exempt or blocked [default:
+    /// the rules that run]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["show", "diff", "query", "watch", "unblock", "detach", "destroy"])]
+    rules: Option<PathBuf>,
+
+    /// Where to attach
+    #[arg(long, value_enum, default_value_t = HookArg::Auto, help_heading = "With --attach")]
+    hook: HookArg,
+
+    /// At XDP: push out somebody else's program, which does not come back with --detach
+    #[arg(long, help_heading = "With --attach")]
+    force: bool,
+
+    /// Send one event for every N packets of the same verdict and CPU; counters always count all
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "With --attach",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    sample: u32,
+
+    /// With --hook tc: place among the filters of the interface, 1 to 65535 [default: in front of those there]
+    #[arg(long, value_name = "N", help_heading = "With --attach", value_parser = clap::value_parser!(u16).range(1..))]
+    priority: Option<u16>,
+
+    /// With --hook tc: handle of the filter within its priority [default: the next free one]
+    #[arg(long, value_name = "N", help_heading = "With --attach", value_parser = handle)]
+    handle: Option<u32>,
+
+    /// Kind byte of the TCP option, 253 or 254 (RFC 4727)
+    #[arg(long, value_name = "KIND", default_value_t = DEFAULT_KIND,
+          help_heading = "With --attach", value_parser = clap::value_parser!(u8).range(253..=254))]
+    option_kind: u8,
+
+    /// Experiment identifier of the option (RFC 6994) [default: 0x4e54]
+    #[arg(long, value_name = "ID", help_heading = "With --attach", value_parser = exid)]
+    exid: Option<u16>,
+
+    /// Act on the interfaces of another network namespace: a name from `ip netns`, or a path
+    #[arg(long, value_name = "NAME|PATH")]
+    netns: Option<String>,
+
+    /// Which set of rules, keys and counters to use
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = instance)]
+    instance: String,
+
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+
+    /// With --show: print the rules and lists as a file
+    #[arg(long, requires = "show", conflicts_with = "json")]
+    toml: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum HookArg {
+    /// Where it is already, else XDP if the driver runs it, else TC
+    Auto,
+    /// XDP: by the driver if it can, else by the kernel behind it
+    Xdp,
+    /// TC: clsact ingress
+    Tc,
+}
+
+/// Everything that `netoken guard --json` prints, by its `type`.
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Record<'a> {
+    GuardAttached {
+        interface: &'a str,
+        hook: &'a str,
+        replaced: bool,
+        /// Somebody else's XDP program that was there.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pushed_out: Option<&'a Foreign>,
+    },
+    GuardHook {
+        /// Name of the network namespace; empty for the one that the command ran in.
+        netns: &'a str,
+        interface: &'a str,
+        hook: &'a str,
+        program: u32,
+        /// None if the pins of its instance are gone.
+        instance: Option<&'a str>,
+        since: String,
+        /// Foreign filters that see a packet first and may let it pass the guard by.
+        filters_before: usize,
+    },
+    GuardCounters {
+        instance: &'a str,
+        #[serde(flatten)]
+        counters: &'a GuardCounters,
+        /// With `--watch`: events for which there was no room since it began.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        lost: Option<u64>,
+    },
+    GuardRules {
+        instance: &'a str,
+        /// Counts what was put into use.
+        number: u64,
+        loaded: String,
+        source: &'a str,
+        rules: usize,
+        exempt: usize,
+        /// Of those, how many have ended.
+        exempt_expired: usize,
+        blocked: usize,
+        blocked_expired: usize,
+    },
+    GuardRule {
+        /// Its place, from 1.
+        rule: usize,
+        name: &'a str,
+        /// What it says, in one line.
+        says: String,
+        /// Packets that it decided about, since it has its name.
+        seen: u64,
+        #[serde(flatten)]
+        verdicts: Verdicts<'a>,
+    },
+    Guarded {
+        #[serde(flatten)]
+        seen: &'a Seen,
+    },
+    GuardRemoved {
+        interface: &'a str,
+        /// How many programs of ours were removed.
+        programs: usize,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        qdisc: Option<&'a str>,
+    },
+}
+
+/// Packets by verdict, with a field for each.
+struct Verdicts<'a>(&'a Row);
+
+impl Verdicts<'_> {
+    fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        VERDICTS.iter().map(|(number, name)| (*name, self.0[*number as usize]))
+    }
+}
+
+impl Serialize for Verdicts<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter())
+    }
+}
+
+pub(super) fn print_json(record: &impl Serialize) -> Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{}", serde_json::to_string(record)?).context("writing to standard output")
+}
+
+impl GuardArgs {
+    /// The file of the rules, as it is remembered.
+    fn source(&self) -> String {
+        let file = self.rules.as_deref().unwrap_or(Path::new(""));
+        std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf()).display().to_string()
+    }
+}
+
+pub(super) fn run(args: GuardArgs) -> Result<()> {
+    let rules = args.rules.as_deref().map(Rules::from_file).transpose()?;
+    if let (true, Some(rules)) = (args.check, &rules) {
+        note!("the rules are right: {}", rules.summary());
+        return Ok(());
+    }
+    if let Some(netns) = &args.netns {
+        Netns::open(netns)?.enter()?;
+    }
+    let scope = Scope {
+        ifaces: args.iface.clone(),
+        netns: args.netns.clone(),
+        is_one_instance: true,
+        instance: args.instance.clone(),
+        json: args.json,
+    };
+    if args.attach {
+        return attach::attach(&args, &scope, rules.as_ref());
+    }
+    if let (true, Some(rules)) = (args.load, &rules) {
+        return rules::load(&scope, rules, &args.source());
+    }
+    if args.show {
+        return show::show(&scope, args.toml);
+    }
+    if let Some(file) = &args.diff {
+        return show::diff(&scope, file);
+    }
+    if args.query {
+        return query::query(&scope);
+    }
+    if args.watch {
+        return watch::watch(&scope);
+    }
+    if let Some(prefix) = args.unblock {
+        return unblock(&scope, prefix);
+    }
+    remove::remove(&scope, args.destroy)
+}
+
+fn unblock(scope: &Scope, prefix: Prefix) -> Result<()> {
+    let doing = format!("unblocking {prefix} in instance '{}'", scope.instance);
+    privileges::check(&doing)?;
+    let state = State::find()?.filter(|state| state.instance(&scope.instance).pins.exists());
+    let Some(state) = state else { bail!("{doing}: there is no such instance") };
+    let maps = GuardMaps::open(&state.instance(&scope.instance).pins).with_context(|| doing.clone())?;
+    unblock_prefix(scope.json, &scope.instance, &maps, prefix)
+}
+
+/// The loaded programs of an instance.
+fn of_instance(state: &State, instance: &str) -> Result<Vec<Loaded>> {
+    let of_ours =
+        |loaded: &Loaded| loaded.role != Role::Stamp && loaded.instance.as_deref() == Some(instance);
+    Ok(loaded_programs(state)?.into_values().filter(of_ours).collect())
+}
+
+fn hook_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Native => "xdp native",
+        Mode::Generic => "xdp generic",
+    }
+}
+
+fn print_counters(scope: &Scope, instance: &str, counters: &GuardCounters, lost: Option<u64>) -> Result<()> {
+    if scope.json {
+        return print_json(&Record::GuardCounters { instance, counters, lost });
+    }
+    let mut out = io::stdout().lock();
+    let lost = lost.filter(|lost| *lost > 0).map_or(String::new(), |lost| format!("; {lost} events lost"));
+    writeln!(out, "instance '{instance}': {}{lost}", counters.line()).context("writing to standard output")
+}

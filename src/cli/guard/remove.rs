@@ -1,0 +1,48 @@
+//! `netoken guard --detach` and `--destroy`: take away what we attached, and nothing else.
+
+use anyhow::Result;
+
+use super::{Record, print_json};
+use crate::cli::args::Scope;
+use crate::hooks::clsact::{Hooks, Qdisc, remove_unused};
+use crate::hooks::netlink::{Netlink, Side};
+use crate::hooks::xdp::detach_xdp;
+use crate::privileges;
+use crate::state::State;
+
+pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
+    privileges::check(&format!("detaching the guard from {}", scope.ifaces.join(", ")))?;
+    let links = scope.find(&Netlink::connect()?.links()?)?;
+    let (state, lock) = State::create()?;
+    let mut hooks = Hooks::open_side(&state, Side::Ingress)?;
+    let mut done = Vec::new();
+    for link in &links {
+        let programs = hooks.detach(&lock, link, &scope.instance)?
+            + usize::from(detach_xdp(&state, &lock, link, &scope.instance)?);
+        let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
+        done.push((link, programs, qdisc));
+    }
+    let in_use = destroy && !remove_unused(&state, &lock, &scope.instance)?;
+    drop(hooks);
+    state.remove_if_empty(lock)?;
+
+    for (link, programs, qdisc) in done {
+        let qdisc = qdisc.and_then(|qdisc| match qdisc {
+            Qdisc::Absent => None,
+            Qdisc::Removed => Some("clsact qdisc removed: we made it and nobody else uses it"),
+            Qdisc::Foreign => Some("clsact qdisc kept: somebody else made it"),
+            Qdisc::InUse(_) => Some("clsact qdisc kept: other filters are on it"),
+            Qdisc::HasChains => Some("clsact qdisc kept: somebody else's chain is on it"),
+        });
+        if scope.json {
+            print_json(&Record::GuardRemoved { interface: &link.name, programs, qdisc })?;
+            continue;
+        }
+        let what = if programs > 0 { "guard removed" } else { "the guard was not attached" };
+        note!("{}: {what}{}", link.name, qdisc.map_or(String::new(), |qdisc| format!(", {qdisc}")));
+    }
+    if in_use {
+        note!("instance '{}' is still used elsewhere: its rules, keys and counters stay", scope.instance);
+    }
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! `netoken guard --load`: gives an instance its keys, its slots and its rules.
+
+use anyhow::{Result, bail};
+
+use super::of_instance;
+use crate::cli::args::Scope;
+use crate::clock;
+use crate::guard::program::GuardMaps;
+use crate::guard::rules::Rules;
+use crate::guard::running;
+use crate::hooks::clsact::Role;
+use crate::keys::file::KeyDir;
+use crate::keys::{self, Key};
+use crate::privileges;
+use crate::state::{Instance, State};
+
+/// The instance's keys, which must suffice for the rules; nothing if it has no key directory.
+pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> Result<Option<Vec<Key>>> {
+    keys::guard_process()?;
+    let dir = KeyDir::of_instance(instance);
+    let keys = dir.load()?;
+    for ring in rules.map(Rules::rings).unwrap_or_default() {
+        if !keys.iter().any(|key| key.ring() == ring && key.is_live()) {
+            bail!(
+                "{doing}: the rules accept tokens of key ring '{ring}', of which there is no key in {}; copy the key \
+                 file of the host that makes them there, or make one with: netoken key new {ring}",
+                dir.path().display()
+            );
+        }
+    }
+    Ok(dir.exists().then_some(keys))
+}
+
+/// Gives an instance its keys, its slots and its rules, which are from the file `source`.
+pub(super) fn set_rules(
+    instance: &Instance,
+    maps: &GuardMaps,
+    rules: &Rules,
+    source: &str,
+    keys: Option<&[Key]>,
+) -> Result<()> {
+    keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
+    clock::publish(&maps.clock, rules.slots)?;
+    running::load(instance, maps, rules, source)
+}
+
+pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
+    let doing = format!("loading rules into instance '{}'", scope.instance);
+    privileges::check(&doing)?;
+    let keys = load_keys(&doing, &scope.instance, Some(rules))?;
+    let (state, lock) = State::create()?;
+    let loaded = (|| {
+        let instance = state.instance(&scope.instance);
+        let programs = of_instance(&state, &scope.instance)?;
+        if programs.is_empty() {
+            bail!(
+                "{doing}: its guard is not attached; it gets rules when it is: netoken guard --iface ... --attach"
+            );
+        }
+        // Where it is attached at XDP there is nothing that could be marked.
+        if rules.marks() && programs.iter().any(|p| p.role == Role::GuardXdp) {
+            bail!("{doing}: {NO_MARKS}");
+        }
+        set_rules(&instance, &GuardMaps::open(&instance.pins)?, rules, source, keys.as_deref())
+    })();
+    state.remove_if_empty(lock)?;
+    loaded?;
+    note!("instance '{}' has new rules: {}", scope.instance, rules.summary());
+    Ok(())
+}
+
+pub(super) const NO_MARKS: &str = "mode 'mark' needs an skb, which XDP does not have; attach with --hook tc";

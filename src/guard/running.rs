@@ -1,0 +1,200 @@
+//! Remembers which rules are in use. The kernel has them in a form from which nobody could tell what they were called;
+//! so beside it, in the state directory, lies what was loaded:
+//!
+//! ```text
+//! <instance>.guard/<number>.toml    the rules and lists
+//! <instance>.guard/<number>.json    when and from where, and where the counters of each rule are
+//! ```
+//!
+//! As with a policy, both are written before their table is put into use, and older ones are removed behind that.
+//!
+//! A rule has a row of counters, which it keeps as long as it keeps its name. A row is never set to zero, since the
+//! kernel may be counting there: what it had when a rule got it is remembered, and taken off.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::counters::{GuardCounters, Row};
+use super::program::GuardMaps;
+use super::rules::Rules;
+use super::types::Size;
+use crate::clock;
+use crate::state::Instance;
+use crate::token::keyed::Slots;
+
+/// Rules that are in use.
+#[derive(Debug)]
+pub struct Running {
+    /// With the slots that the instance has, whoever set them.
+    pub rules: Rules,
+    /// How many packets got each verdict by each rule, since it has its name.
+    pub counts: Vec<Row>,
+    /// Counts what was put into use.
+    pub number: u64,
+    /// When it was.
+    pub loaded: SystemTime,
+    /// The file that it is from.
+    pub source: String,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Memory {
+    loaded: String,
+    source: String,
+    /// In the order of the rules.
+    rules: Vec<Counted>,
+}
+
+/// Where a rule is counted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Counted {
+    name: String,
+    row: u8,
+    /// What the row had counted before.
+    before: Row,
+}
+
+/// Puts rules into use and remembers them. The caller holds the lock of the state.
+///
+/// # Errors
+/// The running rules are then unchanged.
+pub fn load(instance: &Instance, maps: &GuardMaps, rules: &Rules, source: &str) -> Result<()> {
+    let running = maps.table()?.map_or(0, |table| table.number);
+    let memory = Memory::read(instance, running).unwrap_or_default();
+    let number = running + 1;
+    let next = Memory {
+        loaded: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+        source: source.to_string(),
+        rules: give_rows(rules, &memory, &GuardCounters::read(maps)?)?,
+    };
+    next.write(instance, number, rules)?;
+    let rows: Vec<u8> = next.rules.iter().map(|counted| counted.row).collect();
+    maps.install(rules, number, &rows)?;
+    forget_all_but(instance, number);
+    Ok(())
+}
+
+/// A row for every rule. One that the running rules use is given to nobody else: they count there until the moment of
+/// the change.
+fn give_rows(rules: &Rules, memory: &Memory, counters: &GuardCounters) -> Result<Vec<Counted>> {
+    let known: HashMap<&str, &Counted> = memory.rules.iter().map(|rule| (&*rule.name, rule)).collect();
+    let mut free =
+        (1..Size::GUARD_ROWS.0 as u8).filter(|row| memory.rules.iter().all(|rule| rule.row != *row));
+    let give = |name: &str| match known.get(name) {
+        Some(counted) => Ok((*counted).clone()),
+        None => {
+            let row = free.next().context("giving every rule counters: there are not enough")?;
+            Ok(Counted { name: name.to_string(), row, before: counters.row(row) })
+        }
+    };
+    rules.rules.iter().map(|rule| &*rule.name).map(give).collect()
+}
+
+/// The rules in use. The caller holds the lock of the state, so that they do not change meanwhile.
+///
+/// # Errors
+/// None were ever put into use, or the files about them are gone.
+pub fn read(instance: &Instance, maps: &GuardMaps) -> Result<Running> {
+    let Some(table) = maps.table()? else {
+        bail!("the guard of instance '{}' has no rules", instance.name);
+    };
+    let number = table.number;
+    let lost = || {
+        format!(
+            "reading what is remembered of the guard of instance '{}'; load the rules again to mend that",
+            instance.name
+        )
+    };
+    let (toml, _) = Memory::paths(instance, number);
+    let memory = Memory::read(instance, number).with_context(lost)?;
+    let text = fs::read_to_string(&toml).with_context(lost)?;
+    let mut rules = Rules::from_toml(&text, &instance.guard_dir).with_context(lost)?;
+    let now = clock::published(&maps.clock)?;
+    rules.slots = Slots::new((now.slot_ns / 1_000_000_000) as u32, now.slots_behind, now.slots_ahead).ok();
+    let counters = GuardCounters::read(maps)?;
+    let since = |counted: &Counted| {
+        let now = counters.row(counted.row);
+        now.iter().zip(&counted.before).map(|(now, before)| now.saturating_sub(*before)).collect()
+    };
+    Ok(Running {
+        rules,
+        counts: memory.rules.iter().map(since).collect(),
+        number,
+        loaded: humantime::parse_rfc3339(&memory.loaded).with_context(lost)?,
+        source: memory.source,
+    })
+}
+
+impl Memory {
+    fn paths(instance: &Instance, number: u64) -> (PathBuf, PathBuf) {
+        let path = |kind| instance.guard_dir.join(format!("{number}.{kind}"));
+        (path("toml"), path("json"))
+    }
+
+    fn read(instance: &Instance, number: u64) -> Result<Memory> {
+        let (_, json) = Memory::paths(instance, number);
+        Ok(serde_json::from_str(&fs::read_to_string(json)?)?)
+    }
+
+    fn write(&self, instance: &Instance, number: u64, rules: &Rules) -> Result<()> {
+        let (toml, json) = Memory::paths(instance, number);
+        let write = || -> Result<()> {
+            fs::create_dir_all(&instance.guard_dir)?;
+            fs::write(&toml, super::write::to_toml(rules))?;
+            fs::write(&json, serde_json::to_vec(self)?)?;
+            Ok(())
+        };
+        write().with_context(|| format!("writing {}", toml.display()))
+    }
+}
+
+fn forget_all_but(instance: &Instance, number: u64) {
+    let (toml, json) = Memory::paths(instance, number);
+    for entry in fs::read_dir(&instance.guard_dir).into_iter().flatten().flatten() {
+        if entry.path() != toml && entry.path() != json {
+            // What stays is removed by the next one.
+            fs::remove_file(entry.path()).ok();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn rules(names: &[String]) -> Rules {
+        let rule = |name: &String| {
+            format!("[[rule]]\nname = '{name}'\ndst = '::/0'\nmode = 'drop'\ntokens = '0000000000000001'\n")
+        };
+        Rules::from_toml(&names.iter().map(rule).collect::<String>(), Path::new(".")).unwrap()
+    }
+
+    #[test]
+    fn a_rule_keeps_its_row_as_long_as_it_keeps_its_name() {
+        let many = |from: usize, to: usize| (from..to).map(|n| format!("r{n}")).collect::<Vec<_>>();
+        let counters = GuardCounters::default();
+        let mut memory = Memory::default();
+        // As many rules as there may be, and then as many others.
+        for (from, to) in [(0, 32), (32, 64), (40, 72), (0, 1), (0, 32)] {
+            let names = many(from, to);
+            let given = give_rows(&rules(&names), &memory, &counters).unwrap();
+            for counted in &given {
+                let before = memory.rules.iter().find(|old| old.row == counted.row);
+                let before = before.or(memory.rules.iter().find(|old| old.name == counted.name));
+                assert!(before.is_none_or(|old| (old.row, &old.name) == (counted.row, &counted.name)));
+            }
+            let mut rows: Vec<u8> = given.iter().map(|counted| counted.row).collect();
+            rows.sort_unstable();
+            rows.dedup();
+            assert_eq!((rows.len(), rows.contains(&0)), (names.len(), false));
+            memory.rules = given;
+        }
+    }
+}
