@@ -55,6 +55,12 @@ programs() {
 	grep -vE '^(#|$)' "$here/programs"
 }
 
+# Lines PROGRAM PART of tests/kernels/left-out that are about a kernel.
+left_out() {
+	[ -z "$program$filter" ] || return 0
+	awk -F ' *[|] *' -v kernel="$1" '!/^#/ && index(" " $1 " ", " " kernel " ") { print $2, $3 }' "$here/left-out"
+}
+
 # Copies a program or library and what it is linked against to where it is on this machine.
 pack() {
 	local path
@@ -140,6 +146,8 @@ make_modules() {
 		[ -n "$path" ] || fail "cargo built no test program $name, which is in tests/kernels/programs"
 		echo "$name $path $threads $seconds"
 	done < <(programs) >"$own/etc/kernels/programs"
-	printf 'etc\netc/kernels\netc/kernels/programs\n' | (cd "$own" && cpio -o -H newc -R 0:0 --quiet)
+	left_out "$kernel" >"$own/etc/kernels/left-out"
+	printf 'etc\netc/kernels\netc/kernels/programs\netc/kernels/left-out\n' |
+		(cd "$own" && cpio -o -H newc -R 0:0 --quiet)
 	rm -rf "$own"
 }
