@@ -294,6 +294,19 @@ static __always_inline bool is_source_routed(struct guard_scratch *scratch, cons
 	return !copy_options(scratch, l3, end, len) || !walk_list(len, true) || scratch->tokens;
 }
 
+/* The TCP header, as far as its flags; NULL if the packet ends before. */
+static __always_inline struct tcp_head *tcp_at(void *ctx, const enum hook hook, __u64 l4_off)
+{
+	struct tcp_head *tcp;
+
+	/* One register for the check and for what it bounds, see parse_linear(). */
+	barrier_var(l4_off);
+	if (l4_off > GUARD_L4_OFF_MAX)
+		return NULL;
+	tcp = packet_begin(ctx, hook) + l4_off;
+	return (void *)&tcp->flags + 1 > packet_end(ctx, hook) ? NULL : tcp;
+}
+
 /*
  * One look at what is readable. Leaves in the scratch what is known of the packet, and how much
  * that is in `reach`.
@@ -304,20 +317,16 @@ static __always_inline enum shape guard_look(void *ctx, const enum hook hook, co
 	struct guard_layers layers = {};
 	enum shape shape = guard_network(&layers, ctx, hook, l2_len);
 	struct netoken_flow *flow = &scratch->event.flow;
-	struct tcp_head *tcp = NULL;
+	struct tcp_head *tcp;
 	void *end, *l3;
 	__u32 tcp_len;
 
 	if (shape == SHAPE_OTHER)
 		return shape;
 
-	/* Read anew: behind a call the verifier has forgotten what these point to. */
-	end = packet_end(ctx, hook);
 	if (shape == SHAPE_SYN) {
-		if (layers.l4_off > GUARD_L4_OFF_MAX)
-			return SHAPE_OTHER;
-		tcp = packet_begin(ctx, hook) + layers.l4_off;
-		if ((void *)&tcp->flags + 1 > end)
+		tcp = tcp_at(ctx, hook, layers.l4_off);
+		if (!tcp)
 			shape = SHAPE_SHORT;
 		else if (!opens(tcp->flags))
 			return SHAPE_OTHER;
@@ -331,10 +340,15 @@ static __always_inline enum shape guard_look(void *ctx, const enum hook hook, co
 	flow->dport_be = 0;
 	flow->isn = 0;
 	l3 = packet_begin(ctx, hook) + layers.l3_off;
+	end = packet_end(ctx, hook);
 	if (layers.family)
 		note_addresses(scratch, l3, end, layers.family);
 	if (shape != SHAPE_SYN)
 		return shape;
+	/* Looked at anew: verifiers before 6.8 do not learn from the shape that it is there. */
+	tcp = tcp_at(ctx, hook, layers.l4_off);
+	if (!tcp)
+		return SHAPE_SHORT;
 
 	tcp_len = (tcp->data_offset >> 4) * 4;
 	scratch->tcp_len_bytes = tcp_len;

@@ -75,15 +75,18 @@ static __noinline int classify(struct __sk_buff *skb, __u32 l2_len)
 SEC("tc")
 int netoken_egress(struct __sk_buff *skb)
 {
-	return is_surely_no_syn(skb, ETH_HEADER_LEN) ? TC_ACT_UNSPEC
-						     : classify(skb, ETH_HEADER_LEN);
+	if (unlikely(!is_surely_no_syn(skb, ETH_HEADER_LEN)))
+		return classify(skb, ETH_HEADER_LEN);
+	return TC_ACT_UNSPEC;
 }
 
 /* For a device whose packets begin with layer 3. */
 SEC("tc")
 int netoken_egress3(struct __sk_buff *skb)
 {
-	return is_surely_no_syn(skb, 0) ? TC_ACT_UNSPEC : classify(skb, 0);
+	if (unlikely(!is_surely_no_syn(skb, 0)))
+		return classify(skb, 0);
+	return TC_ACT_UNSPEC;
 }
 
 /* Answers `netoken policy test`, with the function that decides over packets. */

@@ -16,7 +16,7 @@ use crate::packet::{
     checksum, syn,
 };
 use crate::run::{Bench, Random, SLOT, keyed, keys, name};
-use crate::support::Hex;
+use crate::support::{Hex, share_of};
 
 pub const STATIC: [u8; 8] = [0xa1, 0xb2, 0xc3, 0xd4, 0xe5, 0xf6, 0x07, 0x18];
 
@@ -307,14 +307,15 @@ pub fn tc_and_xdp_do_what_the_oracle_says() -> Result<()> {
     let frames = frames()?;
     let mut random = Random::seeded()?;
     let mut verdicts: BTreeMap<&str, usize> = BTreeMap::new();
-    for _ in 0..DRAWN {
+    let drawn = share_of(DRAWN)?;
+    for _ in 0..drawn {
         let (what, frame) = random.one_of(&frames);
         let expected = oracle.judge(frame);
         compare(&mut tc, what, frame, &oracle)?;
         compare(&mut xdp, what, frame, &oracle)?;
         *verdicts.entry(name(expected.verdict)).or_default() += 1;
     }
-    println!("{DRAWN} of {} packets: {verdicts:?}", frames.len());
+    println!("{drawn} of {} packets: {verdicts:?}", frames.len());
     Ok(())
 }
 

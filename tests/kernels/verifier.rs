@@ -16,6 +16,10 @@ use crate::table;
 
 /// BPF_LOG_STATS: how much was processed, and nothing else.
 const STATS: u32 = 4;
+/// BPF_LOG_LEVEL1: each instruction on the way to what it refuses.
+const INSTRUCTIONS: u32 = 1;
+/// How much of that way is shown.
+const WAY_LINES: usize = 80;
 
 /// The constants that the product sets by what the kernel has: they decide what the verifier sees.
 fn settings() -> [(&'static str, bool); 2] {
@@ -68,7 +72,15 @@ pub fn cases(kernel: Option<&str>) -> Vec<Trial> {
 }
 
 fn check(compiler: &str, path: &Path, kernel: Option<&str>) -> Result<()> {
-    let programs = load(path)?;
+    let programs = match load(path, STATS)? {
+        Ok(log) => processed(&log)?,
+        Err((error, log)) => {
+            let way = load(path, STATS | INSTRUCTIONS)?.err().map_or(log.clone(), |(_, log)| log);
+            let lines: Vec<&str> = way.lines().filter(|line| !line.starts_with("libbpf:")).collect();
+            println!("{}", lines[lines.len().saturating_sub(WAY_LINES)..].join("\n"));
+            bail!("the verifier of this kernel refuses it: {error}: {}", reason(&log));
+        }
+    };
     ensure!(!programs.is_empty(), "the kernel did not say how many instructions it processed");
     let Some(kernel) = kernel else {
         programs.iter().for_each(|(program, processed)| println!("{program}: {processed} instructions"));
@@ -93,8 +105,9 @@ fn check(compiler: &str, path: &Path, kernel: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Loads all programs of an object, and returns for each how many instructions were processed.
-fn load(path: &Path) -> Result<Vec<(String, usize)>> {
+/// Loads all programs of an object. Returns what libbpf and the verifier say meanwhile, also beside the error of the
+/// load.
+fn load(path: &Path, log_level: u32) -> Result<Result<String, (libbpf_rs::Error, String)>> {
     static LOG: Mutex<String> = Mutex::new(String::new());
     // libbpf has one printer for the whole process.
     static TURN: Mutex<()> = Mutex::new(());
@@ -105,20 +118,17 @@ fn load(path: &Path) -> Result<Vec<(String, usize)>> {
     let mut object = ObjectBuilder::default().open_file(path).context("opening")?;
     configure(&mut object, &Btf::from_path(path)?)?;
     for mut program in object.progs_mut() {
-        program.set_log_level(STATS);
+        program.set_log_level(log_level);
     }
     LOG.lock().unwrap_or_else(|e| e.into_inner()).clear();
     let before = libbpf_rs::set_print(Some((PrintLevel::Debug, keep)));
     let loaded = object.load();
     libbpf_rs::set_print(before);
     let log = std::mem::take(&mut *LOG.lock().unwrap_or_else(|e| e.into_inner()));
-    match loaded {
-        Ok(_) => processed(&log),
-        Err(error) => {
-            println!("{log}");
-            bail!("the verifier of this kernel refuses it: {error}: {}", reason(&log))
-        }
-    }
+    Ok(match loaded {
+        Ok(_) => Ok(log),
+        Err(error) => Err((error, log)),
+    })
 }
 
 /// Sets those of the constants that the object has: a byte of its own, or the member of a structure.
