@@ -84,7 +84,9 @@ int netoken_egress(struct __sk_buff *skb)
 SEC("tc")
 int netoken_egress3(struct __sk_buff *skb)
 {
-	return is_surely_no_syn(skb, 0) ? TC_ACT_UNSPEC : classify(skb, 0);
+	if (unlikely(!is_surely_no_syn(skb, 0)))
+		return classify(skb, 0);
+	return TC_ACT_UNSPEC;
 }
 
 /* Answers `netoken policy test`, with the function that decides over packets. */

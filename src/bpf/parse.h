@@ -331,20 +331,40 @@ static __noinline bool is_linear(struct __sk_buff *skb)
 	return skb->len <= skb->data_end - skb->data;
 }
 
-/* True if `skb` is a SYN, which this CPU's scratch then describes. */
-static __always_inline bool parse_syn(struct __sk_buff *skb, __u32 l2_len)
+/* Moves up to `pull_len` bytes into the linear part and looks again. */
+static __always_inline enum parsed pull_and_parse(struct __sk_buff *skb, __u32 l2_len,
+						  __u32 pull_len)
 {
-	enum parsed parsed = parse_linear(skb, l2_len);
-	__u32 pull_len = PULL_LEN_BYTES;
+	if (is_linear(skb))
+		return PARSED_OTHER; /* nothing more to see: too short to show a SYN flag */
+	if (bpf_skb_pull_data(skb, skb->len < pull_len ? skb->len : pull_len))
+		return PARSED_OTHER;
+	return parse_linear(skb, l2_len);
+}
 
-	for (int i = 0; i < 2 && parsed == PARSED_SHORT; i++) {
-		if (is_linear(skb))
-			return false; /* nothing more to see: too short to show a SYN flag */
-		if (bpf_skb_pull_data(skb, skb->len < pull_len ? skb->len : pull_len))
-			return false;
-		parsed = parse_linear(skb, l2_len);
-		pull_len = PULL_LEN_MAX_BYTES;
-	}
+/* Out of line, because headers are nearly always in the linear part; and not static, so that the
+ * verifier looks at each once. */
+__noinline int pull_ethernet(struct __sk_buff *skb, __u32 pull_len)
+{
+	return pull_and_parse(skb, ETH_HEADER_LEN, pull_len);
+}
+
+__noinline int pull_bare(struct __sk_buff *skb, __u32 pull_len)
+{
+	return pull_and_parse(skb, 0, pull_len);
+}
+
+/* True if `skb` is a SYN, which this CPU's scratch then describes. */
+static __always_inline bool parse_syn(struct __sk_buff *skb, const __u32 l2_len)
+{
+	int parsed = parse_linear(skb, l2_len);
+
+	if (parsed == PARSED_SHORT)
+		parsed = l2_len ? pull_ethernet(skb, PULL_LEN_BYTES)
+				: pull_bare(skb, PULL_LEN_BYTES);
+	if (parsed == PARSED_SHORT)
+		parsed = l2_len ? pull_ethernet(skb, PULL_LEN_MAX_BYTES)
+				: pull_bare(skb, PULL_LEN_MAX_BYTES);
 	return parsed == PARSED_SYN;
 }
 

@@ -63,6 +63,16 @@ struct option_list {
 	volatile __u8 left;
 };
 
+/* How far a stamp has come; all that is needed to take it back. */
+struct stamp {
+	__u32 old_options_len;
+	__u32 new_options_len;
+	__u32 grow;	  /* bytes */
+	__u32 tail_off;	  /* of the payload, before it moves */
+	__u32 tail_end;	  /* end of the frame, before it grows */
+	__u32 moved_from; /* what lies between here and tail_end has moved */
+};
+
 /* The way of one SYN through the policy. */
 struct search {
 	struct netoken_facts facts;
@@ -81,6 +91,7 @@ struct scratch {
 	struct headers old;
 	struct headers new;
 	struct option_list options;
+	struct stamp stamp;
 	__u8 chunk[CHUNK_LEN_BYTES];
 };
 

@@ -15,32 +15,20 @@
 /* 64 KiB, the largest IP packet */
 #define CHUNKS_MAX 32
 
-/* How far a stamp has come; all that is needed to take it back. */
-struct stamp {
-	__u32 old_options_len;
-	__u32 new_options_len;
-	__u32 grow;	  /* bytes */
-	__u32 tail_off;	  /* of the payload, before it moves */
-	__u32 tail_end;	  /* end of the frame, before it grows */
-	__u32 moved_from; /* what lies between here and tail_end has moved */
-};
-
 #define fault(step) ((config.faults & (step)) != 0)
 
-/* Moves one chunk by `grow` bytes, forwards or, with `back`, to where it was. */
-static __always_inline long move_chunk(struct __sk_buff *skb, struct scratch *scratch, __u32 off,
-				       __u32 len, __u32 grow, bool back)
+/*
+ * Copies `len` bytes of the packet. Returns 0 if it could. Here and below not static, so that the
+ * verifier looks at each once; and so they take no pointer but the context's.
+ */
+__noinline int copy_chunk(struct __sk_buff *skb, __u32 from, __u32 to, __u32 len)
 {
-	__u32 from = back ? off + grow : off;
-	__u32 to = back ? off : off + grow;
+	struct scratch *scratch = this_scratch();
 	__u32 less_one = len - 1;
 
-	/*
-	 * The compiler knows these bounds, the verifier wants to see them checked; and before 6.8
-	 * it learns nothing from `len != 0`, so the check is of one less.
-	 */
+	/* Before 6.8 the verifier learns nothing from `len != 0`, so the check is of one less. */
 	barrier_var(less_one);
-	if (less_one >= CHUNK_LEN_BYTES)
+	if (!scratch || less_one >= CHUNK_LEN_BYTES)
 		return -1;
 	len = less_one + 1;
 	if (bpf_skb_load_bytes(skb, from, scratch->chunk, len))
@@ -48,14 +36,19 @@ static __always_inline long move_chunk(struct __sk_buff *skb, struct scratch *sc
 	return bpf_skb_store_bytes(skb, to, scratch->chunk, len, 0);
 }
 
-/* From the end, so that nothing is overwritten before it was read. */
-static __noinline long move_tail(struct __sk_buff *skb, struct scratch *scratch,
-				 struct stamp *stamp)
+/* Moves the payload, from its end, so that nothing is overwritten before it was read. Returns 0 if
+ * all of it has moved. */
+__noinline int move_tail(struct __sk_buff *skb)
 {
-	if (!scratch || !stamp)
+	struct scratch *scratch = this_scratch();
+	struct stamp *stamp;
+
+	if (!scratch)
 		return -1;
+	stamp = &scratch->stamp;
 	for (int i = 0; i < CHUNKS_MAX; i++) {
 		__u32 len = stamp->moved_from - stamp->tail_off;
+		__u32 from;
 
 		if (len == 0)
 			return 0;
@@ -63,18 +56,16 @@ static __noinline long move_tail(struct __sk_buff *skb, struct scratch *scratch,
 			return -1;
 		if (len > CHUNK_LEN_BYTES)
 			len = CHUNK_LEN_BYTES;
-		if (move_chunk(skb, scratch, stamp->moved_from - len, len, stamp->grow, false))
+		from = stamp->moved_from - len;
+		if (copy_chunk(skb, from, from + stamp->grow, len))
 			return -1;
-		stamp->moved_from -= len;
+		stamp->moved_from = from;
 	}
 	return stamp->moved_from == stamp->tail_off ? 0 : -1;
 }
 
-static __noinline long move_tail_back(struct __sk_buff *skb, struct scratch *scratch,
-				      struct stamp *stamp)
+static __always_inline int move_tail_back(struct __sk_buff *skb, struct stamp *stamp)
 {
-	if (!scratch || !stamp)
-		return -1;
 	for (int i = 0; i < CHUNKS_MAX; i++) {
 		__u32 len = stamp->tail_end - stamp->moved_from;
 
@@ -82,7 +73,7 @@ static __noinline long move_tail_back(struct __sk_buff *skb, struct scratch *scr
 			return 0;
 		if (len > CHUNK_LEN_BYTES)
 			len = CHUNK_LEN_BYTES;
-		if (move_chunk(skb, scratch, stamp->moved_from, len, stamp->grow, true))
+		if (copy_chunk(skb, stamp->moved_from + stamp->grow, stamp->moved_from, len))
 			return -1;
 		stamp->moved_from += len;
 	}
@@ -163,13 +154,12 @@ static __always_inline __u16 sum_changes(const struct scratch *scratch)
  * sum of the pseudo-header, which rises with the length, and the changed bytes are the device's
  * business. Everywhere else it is the complement of the whole sum, which falls.
  */
-static __always_inline bool mend_grown(struct __sk_buff *skb, struct scratch *scratch,
-				       const struct stamp *stamp)
+static __always_inline bool mend_grown(struct __sk_buff *skb, struct scratch *scratch, __u32 grow)
 {
 	const struct syn *syn = &scratch->syn;
 	__be16 old_check = scratch->old.rest.check_be, new_check;
 	__u32 tcp_len = syn->ip_len_bytes - (syn->l4_off - syn->l3_off);
-	__be16 from = bpf_htons(tcp_len), to = bpf_htons(tcp_len + stamp->grow);
+	__be16 from = bpf_htons(tcp_len), to = bpf_htons(tcp_len + grow);
 	__u16 rise = fold((__u16)~from + to), change;
 	__u64 l4_off = syn->l4_off;
 	__u8 *tcp;
@@ -195,15 +185,20 @@ static __always_inline bool mend_grown(struct __sk_buff *skb, struct scratch *sc
 	return true;
 }
 
-/* Puts back every byte that a stamp may have changed, the checksum included. */
-static __noinline bool restore(struct __sk_buff *skb, struct syn *syn, struct scratch *scratch,
-			       struct stamp *stamp)
+/* Puts back every byte that a stamp may have changed, the checksum included. Returns 0 if it could.
+ */
+__noinline int restore(struct __sk_buff *skb)
 {
-	if (!syn || !scratch || !stamp || fault(FAULT_RESTORE))
-		return false;
-	return !move_tail_back(skb, scratch, stamp) &&
-	       store_headers(skb, syn, &scratch->old, stamp->old_options_len, 0) &&
-	       !(stamp->grow && bpf_skb_change_tail(skb, stamp->tail_end, 0));
+	struct scratch *scratch = this_scratch();
+	struct stamp *stamp;
+
+	if (!scratch || fault(FAULT_RESTORE))
+		return -1;
+	stamp = &scratch->stamp;
+	if (move_tail_back(skb, stamp) ||
+	    !store_headers(skb, &scratch->syn, &scratch->old, stamp->old_options_len, 0))
+		return -1;
+	return stamp->grow && bpf_skb_change_tail(skb, stamp->tail_end, 0) ? -1 : 0;
 }
 
 /* Also true if the length would not fit into the IP header: the MTU of loopback is larger than
@@ -228,7 +223,8 @@ stamp_syn(struct __sk_buff *skb, struct scratch *scratch, const __u8 *token, boo
 	struct syn *syn = &scratch->syn;
 	__u32 tcp_len = syn->tcp_len_bytes;
 	__u32 options_len = tcp_len - TCP_HEADER_LEN;
-	struct stamp stamp = {};
+	struct stamp *stamp = &scratch->stamp;
+	__u32 new_len, grow;
 
 	if (syn->is_fragment)
 		return VERDICT_FRAGMENT;
@@ -243,38 +239,39 @@ stamp_syn(struct __sk_buff *skb, struct scratch *scratch, const __u8 *token, boo
 	if (options->has_auth)
 		return VERDICT_AUTH_OPTION;
 
-	stamp.old_options_len = options_len;
-	stamp.new_options_len =
-		append_token(&scratch->new, &scratch->old, options, options_len, token);
-	if (stamp.new_options_len == 0)
+	new_len = append_token(&scratch->new, &scratch->old, options, options_len, token);
+	if (new_len == 0)
 		return VERDICT_NO_ROOM;
-	stamp.grow = stamp.new_options_len - stamp.old_options_len;
-	stamp.tail_off = syn->l4_off + tcp_len;
-	stamp.tail_end = skb->len;
-	stamp.moved_from = stamp.tail_end;
+	grow = new_len - options_len;
+	stamp->old_options_len = options_len;
+	stamp->new_options_len = new_len;
+	stamp->grow = grow;
+	stamp->tail_off = syn->l4_off + tcp_len;
+	stamp->tail_end = skb->len;
+	stamp->moved_from = stamp->tail_end;
 
-	if (stamp.grow) {
+	if (grow) {
 		/* Segments of one skb would each carry the token; resizing would merge them. */
-		if (skb->gso_size || exceeds_mtu(skb, syn, stamp.grow))
+		if (skb->gso_size || exceeds_mtu(skb, syn, grow))
 			return VERDICT_TOO_BIG;
 		if (fault(FAULT_GROW))
 			return VERDICT_HELPER_FAILED;
-		if (bpf_skb_change_tail(skb, stamp.tail_end + stamp.grow, 0))
+		if (bpf_skb_change_tail(skb, stamp->tail_end + grow, 0))
 			return VERDICT_HELPER_FAILED;
-		grow_ip(&scratch->new, syn, stamp.grow);
+		grow_ip(&scratch->new, syn, grow);
 	}
 
 	/* The headers go in behind the payload, which they would overwrite. */
-	if ((!stamp.grow ||
-	     (mend_grown(skb, scratch, &stamp) && !move_tail(skb, scratch, &stamp))) &&
-	    store_headers(skb, syn, &scratch->new, stamp.new_options_len, config.faults) &&
+	if ((!grow || (mend_grown(skb, scratch, grow) &&
+		       (stamp->tail_off == stamp->tail_end || !move_tail(skb)))) &&
+	    store_headers(skb, syn, &scratch->new, new_len, config.faults) &&
 	    !fault(FAULT_CSUM_BYTES) &&
-	    (stamp.grow ||
+	    (grow ||
 	     !bpf_l4_csum_replace(skb, syn->l4_off + TCP_CHECK_OFF, 0, sum_changes(scratch), 0))) {
-		syn->event.new_options_len_bytes = stamp.new_options_len;
+		syn->event.new_options_len_bytes = new_len;
 		return VERDICT_STAMPED;
 	}
-	*must_drop = !restore(skb, syn, scratch, &stamp);
+	*must_drop = restore(skb) != 0;
 	return VERDICT_HELPER_FAILED;
 }
 
