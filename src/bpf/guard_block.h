@@ -52,7 +52,7 @@ static __always_inline void count_refused(const struct netoken_source_key *key,
 		source->refused = 1;
 		return;
 	}
-	__sync_fetch_and_add(&source->refused, 1);
+	__atomic_fetch_add(&source->refused, 1, __ATOMIC_RELAXED);
 	if (source->refused <= settings->refused_max)
 		return;
 	bpf_map_update_elem(&guard_auto_blocked, key, &blocked, BPF_ANY);
@@ -76,7 +76,7 @@ __noinline __u32 watch_source(__u32 verdict)
 	make_source_key(&key, &scratch->event.flow, &table->auto_block);
 	blocked = bpf_map_lookup_elem(&guard_auto_blocked, &key);
 	if (blocked && blocked->until_ns > now_ns) {
-		__sync_fetch_and_add(&blocked->refused, 1);
+		__atomic_fetch_add(&blocked->refused, 1, __ATOMIC_RELAXED);
 		return GUARD_AUTO_BLOCKED;
 	}
 	/* That there was no room is not the fault of who has a right token. */
@@ -99,7 +99,7 @@ static __noinline __u32 raise_alarm(void)
 	within_ns = table->alerts.within_ns;
 	/* A window that has ended has nearly all of time left, and one of older rules too much. */
 	if (alarm->ends_ns - now_ns <= within_ns) {
-		__sync_fetch_and_add(&alarm->refused, 1);
+		__atomic_fetch_add(&alarm->refused, 1, __ATOMIC_RELAXED);
 		if (alarm->refused < alarm->next)
 			return SEVERITY_NONE;
 	}

@@ -1,4 +1,4 @@
-//! What `netoken guard` says of sources that were blocked by themselves, and of alerts.
+//! What `netoken guard` says of sources that were blocked automatically, and of alerts.
 
 use std::io::{self, Write};
 
@@ -53,7 +53,7 @@ pub(super) fn print_blocked(json: bool, instance: &str, maps: &GuardMaps) -> Res
         .collect();
     let mut out = io::stdout().lock();
     writeln!(out)?;
-    table(&mut out, ["BLOCKED BY ITSELF", "UNTIL (UTC)", "REFUSED SINCE"], &rows)
+    table(&mut out, ["BLOCKED AUTOMATICALLY", "UNTIL (UTC)", "REFUSED SINCE"], &rows)
         .context("writing to standard output")
 }
 

@@ -1,4 +1,4 @@
-//! Sources that the kernel has blocked by itself, because they were refused too often: which there are, and letting
+//! Sources that the kernel has blocked automatically, because they were refused too often: which there are, and letting
 //! them in again. When that happens is decided in `src/bpf/guard_block.h`.
 
 use std::net::Ipv6Addr;

@@ -22,7 +22,7 @@ pub struct Rules {
     pub exempt: Vec<Listed>,
     /// Sources whose SYNs are refused, whatever they carry.
     pub blocked: Vec<Listed>,
-    /// When a source is blocked by itself; never, if it is not said.
+    /// When a source is blocked automatically; never, if it is not said.
     pub auto_block: Option<AutoBlock>,
     /// When an alert is raised; never, if it is not said.
     pub alerts: Option<Alerts>,

@@ -1,4 +1,4 @@
-//! Sources that the guard blocks by itself, and alerts, as the command line shows them.
+//! Sources that the guard blocks automatically, and alerts, as the command line shows them.
 
 use std::time::Duration;
 
@@ -59,7 +59,7 @@ fn blocks(hook: &str) -> Result<()> {
         let left = until.duration_since(std::time::SystemTime::now())?;
         ensure!(left > Duration::from_secs(3000) && left <= Duration::from_secs(3600), "{left:?} left");
         let text = query_text()?;
-        ensure!(text.contains("BLOCKED BY ITSELF") && text.contains(shown), "{text}");
+        ensure!(text.contains("BLOCKED AUTOMATICALLY") && text.contains(shown), "{text}");
 
         let unblocked: Value =
             serde_json::from_str(&world.lab.ok(&format!("guard --unblock {shown} --json"))?)?;

@@ -9,6 +9,7 @@ use netoken::guard::program::Kind;
 use netoken::token::keyed::Bind;
 
 use crate::packet::{DST6, LINUX, Packet, syn};
+use crate::replay::in_one_bucket;
 use crate::run::{Bench, SLOT, keyed, name, set_clock};
 use crate::table::{STATIC, with};
 
@@ -151,7 +152,7 @@ pub fn in_mode_observe_nothing_is_dropped() -> Result<()> {
     Ok(())
 }
 
-/// Nor does who is refused because the guard has no room, or whose address cannot be one.
+/// Nor is anybody for an address that cannot be one.
 pub fn without_being_asked_nobody_is_blocked() -> Result<()> {
     for kind in KINDS {
         let on = rules("", "drop");
@@ -188,6 +189,24 @@ pub fn a_source_can_be_let_in_again() -> Result<()> {
         for src in all {
             expect(&mut bench, &from(src), "missing")?;
         }
+    }
+    Ok(())
+}
+
+/// Its tokens are right; that there is no room is not its fault.
+pub fn who_finds_no_room_is_not_counted() -> Result<()> {
+    const WAYS: usize = 8;
+    let packets = in_one_bucket(WAYS + 1)?;
+    let (last, others) = packets.split_last().context("nine")?;
+    for kind in KINDS {
+        let mut bench = Bench::new(kind, &rules("", "drop"))?;
+        for packet in others {
+            expect(&mut bench, packet, "valid")?;
+        }
+        for _ in 0..3 * REFUSED {
+            expect(&mut bench, last, "seen_full")?;
+        }
+        ensure!(blocked(&bench)?.is_empty(), "{:?} are blocked", blocked(&bench)?);
     }
     Ok(())
 }

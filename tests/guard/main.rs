@@ -47,7 +47,7 @@ fn main() -> ExitCode {
         block: too_many_refused_packets_block_their_source_and_no_other
             a_source_that_is_blocked_gets_in_with_a_keyed_token who_is_exempt_is_never_blocked
             in_mode_observe_nothing_is_dropped without_being_asked_nobody_is_blocked a_source_can_be_let_in_again
-            a_block_ends_and_a_window_as_well;
+            who_finds_no_room_is_not_counted a_block_ends_and_a_window_as_well;
         alerts: each_severity_is_told_once_in_a_window;
         lists: exempt_and_blocked_sources_by_their_longest_prefix an_entry_that_has_expired_shows_what_is_around_it
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it;

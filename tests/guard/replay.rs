@@ -70,7 +70,7 @@ pub fn the_bind_mode_leaves_something_free() -> Result<()> {
 }
 
 /// SYNs whose tokens fall into one bucket, which goes by the first two bytes of the MAC.
-fn in_one_bucket(count: usize) -> Result<Vec<Packet>> {
+pub fn in_one_bucket(count: usize) -> Result<Vec<Packet>> {
     let mut found: Vec<Packet> = Vec::new();
     let mut bucket = None;
     for isn in 0..u32::MAX {

@@ -37,7 +37,7 @@ Examples:
   netoken guard --diff guard.toml                           what loading that would change
   netoken guard --query                                     where it is attached, and what it has counted
   netoken guard --watch                                     what comes in, as it comes, until Ctrl-C
-  netoken guard --unblock 192.0.2.7                         let in again what was blocked by itself
+  netoken guard --unblock 192.0.2.7                         let in again who was blocked automatically
   netoken guard --iface eth0 --destroy                      remove it, and its clsact qdisc if nobody else uses it
 
 Begin with mode = \"observe\": everything is counted as if it were enforced, and nothing is dropped.";
@@ -84,7 +84,7 @@ pub(super) struct GuardArgs {
     #[arg(long, conflicts_with = "iface", help_heading = "What to do")]
     watch: bool,
 
-    /// Let in again what was blocked by itself of these sources or around them
+    /// Let in again the automatically blocked sources that are in this prefix or around it
     #[arg(long, value_name = "PREFIX", conflicts_with = "iface", help_heading = "What to do")]
     unblock: Option<Prefix>,
 
