@@ -262,16 +262,11 @@ static __always_inline bool is_mapped(const __u8 *addr)
 	return !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
 }
 
-/* Looks at the options of the packet in the scratch. Says GUARD_NONE if it has a token. Not static,
- * so that the verifier looks at it once. */
-__noinline __u32 look_for_tokens(__u32 packet_len)
+/* Looks at the options of the packet. Says GUARD_NONE if it has a token. */
+static __always_inline __u32 look_at_options(struct guard_scratch *scratch, __u32 packet_len)
 {
-	struct guard_scratch *scratch = this_guard_scratch();
-	__u32 tcp_len;
+	__u32 tcp_len = scratch->tcp_len_bytes;
 
-	if (!scratch)
-		return GUARD_MALFORMED;
-	tcp_len = scratch->tcp_len_bytes;
 	if (tcp_len < TCP_HEADER_LEN ||
 	    scratch->l4_off + tcp_len > scratch->l3_off + scratch->ip_len_bytes ||
 	    scratch->l3_off + scratch->ip_len_bytes > packet_len)
@@ -281,11 +276,21 @@ __noinline __u32 look_for_tokens(__u32 packet_len)
 	return scratch->tokens ? GUARD_NONE : GUARD_MISSING;
 }
 
-static __always_inline __u32 judge_shape(enum shape shape, __u32 packet_len)
+/* The same for the packet in the scratch, where it does not matter what a call costs. Not static,
+ * so that the verifier looks at it once. */
+__noinline __u32 look_for_tokens(__u32 packet_len)
+{
+	struct guard_scratch *scratch = this_guard_scratch();
+
+	return scratch ? look_at_options(scratch, packet_len) : GUARD_MALFORMED;
+}
+
+static __always_inline __u32 judge_shape(struct guard_scratch *scratch, enum shape shape,
+					 __u32 packet_len)
 {
 	switch (shape) {
 	case SHAPE_SYN:
-		return look_for_tokens(packet_len);
+		return look_at_options(scratch, packet_len);
 	case SHAPE_FRAGMENT:
 		return GUARD_FRAGMENT;
 	case SHAPE_DEEP:
@@ -321,7 +326,7 @@ static __always_inline __u32 judge(struct guard_scratch *scratch,
 			verdict = check_source(scratch);
 	}
 	if (verdict == GUARD_NONE)
-		verdict = judge_shape(shape, packet_len);
+		verdict = judge_shape(scratch, shape, packet_len);
 	if (verdict == GUARD_NONE)
 		verdict = judge_token(scratch, rule);
 	if (scratch->has_auto_block && scratch->reach != REACH_NOTHING &&
@@ -334,7 +339,7 @@ static __always_inline __u32 judge(struct guard_scratch *scratch,
 static __always_inline __u32 judge_scrubbed(struct guard_scratch *scratch, enum shape shape,
 					    __u32 packet_len)
 {
-	__u32 verdict = judge_shape(shape, packet_len);
+	__u32 verdict = judge_shape(scratch, shape, packet_len);
 
 	if (verdict == GUARD_MISSING)
 		return GUARD_CLEAN;
@@ -417,7 +422,14 @@ __noinline int find_rule(void)
 	const struct netoken_flow *flow;
 	__u32 at;
 
-	if (!scratch || !table)
+	if (!scratch)
+		return false;
+	scratch->event.rule = 0;
+	scratch->event.mode = MODE_OBSERVE;
+	scratch->event.scrubbed = 0;
+	*(__u64 *)scratch->event.token = 0;
+	scratch->severity = SEVERITY_NONE;
+	if (!table)
 		return false;
 	flow = &scratch->event.flow;
 	at = scratch->reach == REACH_PORT ? match_port(table, flow)
@@ -447,9 +459,9 @@ static __always_inline __u32 scrub_judged(struct guard_scratch *scratch, enum sh
 }
 
 /*
- * Decides about the packet in the scratch. Not static, so that the verifier looks at it once and
- * not for every way in which a packet can be found; so it takes only numbers, and works for both
- * hooks.
+ * Decides by the rule for the packet in the scratch. Not static, so that the verifier looks at it
+ * once and not for every way in which a packet can be found; so it takes only numbers, and works
+ * for both hooks.
  */
 __noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
 {
@@ -459,18 +471,10 @@ __noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
 
 	if (!scratch)
 		return GUARD_UNPROTECTED;
-	scratch->event.rule = 0;
-	scratch->event.mode = MODE_OBSERVE;
-	scratch->event.scrubbed = 0;
-	scratch->severity = SEVERITY_NONE;
+	rule = &scratch->rule;
 	scratch->is_static = false;
 	scratch->tokens = TOKENS_UNKNOWN;
 	scratch->to_blank = 0;
-	*(__u64 *)scratch->event.token = 0;
-	if (!find_rule())
-		return GUARD_UNPROTECTED;
-
-	rule = &scratch->rule;
 	verdict = rule->mode == MODE_SCRUB ? judge_scrubbed(scratch, shape, packet_len)
 					   : judge(scratch, rule, shape, packet_len);
 	scratch->event.rule = rule->id;
@@ -505,7 +509,7 @@ static __always_inline int guard(void *ctx, const enum hook hook, struct guard_s
 
 	if (shape == SHAPE_OTHER)
 		return pass_packet(hook);
-	judged = judge_packet(shape, packet_len(ctx, hook));
+	judged = find_rule() ? judge_packet(shape, packet_len(ctx, hook)) : GUARD_UNPROTECTED;
 	if (judged & JUDGED_SCRUB && !scrub(ctx, hook, scratch))
 		judged = judged >> JUDGED_ROW_SHIFT << JUDGED_ROW_SHIFT | GUARD_NOT_SCRUBBED |
 			 JUDGED_DROP;
