@@ -12,6 +12,7 @@ pub mod events;
 mod file;
 pub mod program;
 pub mod rules;
+mod thresholds;
 
 /// The types and constants that the guard and Rust share, read out of the compiled program's BTF.
 pub mod types {
