@@ -13,6 +13,7 @@ mod file;
 pub mod program;
 pub mod rules;
 pub mod running;
+mod thresholds;
 pub mod write;
 
 /// The types and constants that the guard and Rust share, read out of the compiled program's BTF.

@@ -43,7 +43,7 @@ fn main() -> ExitCode {
             a_full_bucket_refuses_and_forgets_in_time;
         scrub: the_checksum_is_that_of_a_packet_without_a_token a_checksum_that_is_left_to_the_device_stays
             a_whole_checksum_that_looks_partial_is_mended at_the_edge_of_trust_nothing_is_refused
-            what_cannot_be_scrubbed_is_dropped the_application_can_ask_who_it_was;
+            what_cannot_be_scrubbed_is_dropped a_rule_can_mark_and_scrub the_application_can_ask_who_it_was;
         block: too_many_refused_packets_block_their_source_and_no_other
             a_source_that_is_blocked_gets_in_with_a_keyed_token who_is_exempt_is_never_blocked
             in_mode_observe_nothing_is_dropped without_being_asked_nobody_is_blocked a_source_can_be_let_in_again

@@ -130,6 +130,22 @@ pub fn what_cannot_be_scrubbed_is_dropped() -> Result<()> {
     Ok(())
 }
 
+pub fn a_rule_can_mark_and_scrub() -> Result<()> {
+    let rules = RULE.replace("'drop'", "'mark'\nmark = { valid = 1, refused = 2, mask = 3 }");
+    let mut bench = Bench::new(Kind::Tc, &rules)?;
+    for v6 in [false, true] {
+        for (token, mark) in [(STATIC, 0xf1), ([9; 8], 0xf2)] {
+            let packet = with(&syn().family(v6), LINUX, &[token]);
+            let outcome = bench.run(&packet.build())?;
+            ensure!(
+                outcome.mark == mark && !outcome.dropped && outcome.frame == without(&packet),
+                "IPv6 {v6}: {outcome:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
 /// What the application is told of a flow.
 fn peer(bench: &Bench, packet: &Packet) -> Result<Option<Peer>> {
     let octets = |addr: std::net::IpAddr| match addr {
