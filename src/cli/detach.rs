@@ -6,8 +6,9 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::args::Scope;
-use crate::hooks::clsact::{Hooks, Qdisc, remove_unused};
+use crate::hooks::clsact::{Hooks, Qdisc};
 use crate::hooks::netlink::{Link, Netlink};
+use crate::hooks::unused::remove_unused;
 use crate::privileges;
 use crate::state::State;
 

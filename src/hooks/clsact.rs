@@ -2,21 +2,17 @@
 //! maps of the instance in question; everything else on the qdisc is somebody else's and stays as it is.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions, ProgramInfo};
-use libbpf_rs::{MapCore, MapHandle, TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook};
-use nix::errno::Errno;
+use libbpf_rs::{TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook};
 use serde::Serialize;
 
+use super::loaded::{Loaded, Role, loaded_programs};
 use super::netlink::{Filter, Link, Netlink, Side};
 use crate::guard::program as guard;
 use crate::netns::Netns;
-use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, config_among, messages};
+use crate::program::{PROGRAM_NAME, messages};
 use crate::state::{Lock, State};
 use crate::types::Config;
 
@@ -33,26 +29,6 @@ pub struct Place {
     pub handle: Option<u32>,
 }
 
-/// A program of ours that is loaded.
-#[derive(Clone, Debug)]
-pub struct Loaded {
-    /// Where programs of its name are attached.
-    pub role: Role,
-    /// Time since boot at which it was loaded.
-    pub loaded_at: Duration,
-    /// The instance whose maps it uses; none if its pins are gone.
-    pub instance: Option<String>,
-    /// Ids of its maps.
-    map_ids: Vec<u32>,
-}
-
-impl Loaded {
-    /// What it was told; nothing if another version of netoken has loaded it.
-    pub fn config(&self) -> Option<Config> {
-        config_among(&self.map_ids)
-    }
-}
-
 /// A filter of ours.
 #[derive(Clone, Debug)]
 pub struct Attached {
@@ -64,32 +40,6 @@ pub struct Attached {
     pub loaded: Loaded,
     /// Foreign filters that see a packet first and may end its way.
     pub before: usize,
-}
-
-/// What a program of ours is for. Each is attached at a place of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// The classifier, on clsact egress.
-    Stamp,
-    /// The guard, on clsact ingress.
-    Guard,
-    /// The guard, at XDP.
-    GuardXdp,
-}
-
-impl Role {
-    /// By the name of a program and those of its maps; the name alone anybody can have.
-    fn of(name: &OsStr) -> Option<(Role, &'static [&'static str])> {
-        const STAMP: &[&str] = &["policies", "counters", "events", "live", "scratches"];
-        const GUARD: &[&str] =
-            &["guard_rules", "guard_exempt", "guard_blocked", "guard_counters", "guard_live"];
-        match name.to_str()? {
-            PROGRAM_NAME | PROGRAM_NAME_L3 => Some((Role::Stamp, STAMP)),
-            guard::PROGRAM_NAME | guard::PROGRAM_NAME_L3 => Some((Role::Guard, GUARD)),
-            guard::PROGRAM_NAME_XDP => Some((Role::GuardXdp, GUARD)),
-            _ => None,
-        }
-    }
 }
 
 /// What became of the clsact qdisc.
@@ -106,91 +56,6 @@ pub enum Qdisc {
     InUse(usize),
     /// It was ours, but somebody made a chain on it: kept.
     HasChains,
-}
-
-/// Every program of ours that is loaded, in whatever network namespace, by program id.
-///
-/// # Errors
-/// An instance's pins cannot be read, or the kernel refused to list its programs.
-pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
-    let mut owners = HashMap::new();
-    for instance in state.instances() {
-        // The stamp has the one, the guard the other. An attach that was killed leaves an instance without all of
-        // its maps; the next one completes it.
-        for map in ["counters", "guard_counters"] {
-            if let Ok(counters) = MapHandle::from_pinned_path(instance.pins.join(map)) {
-                let id = counters.info().context("asking for a map's id")?.info.id;
-                owners.insert(id, instance.name.clone());
-            }
-        }
-    }
-    Ok(every_program()?
-        .into_iter()
-        .filter_map(|program| {
-            let (role, maps) = Role::of(&program.name)?;
-            let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
-            // One whose pins are gone is ours if it has our maps.
-            let ours = instance.is_some() || has_maps(&program.map_ids, maps);
-            let (loaded_at, map_ids) = (program.load_time, program.map_ids);
-            ours.then_some((program.id, Loaded { role, loaded_at, instance, map_ids }))
-        })
-        .collect())
-}
-
-/// The name of a loaded program; empty if it has none, or has just gone.
-pub(super) fn program_name(id: u32) -> Result<String> {
-    let programs = every_program()?.into_iter();
-    let name = programs.filter(|program| program.id == id).map(|program| program.name).next();
-    Ok(name.unwrap_or_default().to_string_lossy().into_owned())
-}
-
-/// How often to begin again if programs are loaded while they are listed.
-const TRIES: usize = 20;
-
-/// Every program that is loaded. The iterator ends without a word where the kernel refuses, and a list that is
-/// too short would make our own filters look like somebody else's; so its end is held against the kernel's.
-fn every_program() -> Result<Vec<ProgramInfo>> {
-    let doing = "listing the loaded BPF programs";
-    for _ in 0..TRIES {
-        let options = ProgInfoQueryOptions::default().include_map_ids(true);
-        let programs: Vec<ProgramInfo> = ProgInfoIter::with_query_opts(options).collect();
-        match program_after(programs.last().map_or(0, |program| program.id)) {
-            Ok(None) => return Ok(programs),
-            // It has come meanwhile, or it is the one at which the list broke off.
-            Ok(Some(id)) => match libbpf_rs::Program::fd_from_id(id) {
-                Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
-                    return Err(error).with_context(|| format!("{doing}: looking at program {id}"));
-                }
-                _ => {}
-            },
-            Err(Errno::EPERM) => {
-                bail!(
-                    "{doing}: permission denied; it needs CAP_SYS_ADMIN outside of any user namespace (try sudo)"
-                )
-            }
-            Err(errno) => return Err(errno).context(doing),
-        }
-    }
-    bail!("{doing}: others are loaded faster than they can be listed; try again")
-}
-
-/// The id of the next program after that one; nothing if it is the last.
-fn program_after(id: u32) -> Result<Option<u32>, Errno> {
-    let mut next = 0;
-    // SAFETY: the pointer is valid for the call, which writes one u32 to it.
-    let result = unsafe { libbpf_sys::bpf_prog_get_next_id(id, &mut next) };
-    // libbpf returns the error itself, negative.
-    match Errno::from_raw(-result) {
-        _ if result == 0 => Ok(Some(next)),
-        Errno::ENOENT => Ok(None),
-        errno => Err(errno),
-    }
-}
-
-fn has_maps(ids: &[u32], names: &[&str]) -> bool {
-    let maps: Vec<_> = ids.iter().filter_map(|id| MapHandle::from_map_id(*id).ok()).collect();
-    // The kernel cuts names off behind 15 characters.
-    names.iter().all(|name| maps.iter().any(|map| map.name() == &name[..name.len().min(15)]))
 }
 
 /// Our filters on one side of an interface, in the order in which they run.
@@ -566,27 +431,4 @@ fn hold_programs(filters: &[Attached]) -> Result<Vec<(Filter, OwnedFd)>> {
 fn kernel_said(log: &str) -> String {
     let reason = log.lines().find_map(|line| line.split_once("Kernel error message: "));
     reason.map_or(String::new(), |(_, reason)| format!(" ({})", reason.trim()))
-}
-
-/// How long the kernel may take to free a program whose filter is gone: it does so behind a grace period.
-const LINGER: Duration = Duration::from_secs(5);
-
-/// Removes an instance if no program uses it any more. True if nothing of it is left.
-///
-/// # Errors
-/// A pin cannot be removed.
-pub fn remove_unused(state: &State, _lock: &Lock, name: &str) -> Result<bool> {
-    let instance = state.instance(name);
-    if !instance.pins.exists() {
-        return Ok(true);
-    }
-    let deadline = Instant::now() + LINGER;
-    while loaded_programs(state)?.values().any(|program| program.instance.as_deref() == Some(name)) {
-        if Instant::now() >= deadline {
-            return Ok(false);
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    instance.remove()?;
-    Ok(true)
 }

@@ -1,8 +1,11 @@
 //! Attaching the classifier to interfaces, finding it again, and taking it away: what is ours, and nothing else.
 //!
-//! [`netlink`] reads what the kernel has; [`clsact`] and [`xdp`] decide and change.
+//! [`netlink`] reads what the kernel has, [`loaded`] knows which programs are ours; [`clsact`] and [`xdp`] decide and
+//! change, and [`unused`] ends an instance that nothing uses any more.
 
 pub mod clsact;
 pub mod link;
+pub mod loaded;
 pub mod netlink;
+pub mod unused;
 pub mod xdp;

@@ -12,7 +12,7 @@ use libbpf_sys::{
 };
 use serde::Serialize;
 
-use super::clsact::{Loaded, Role, loaded_programs, program_name};
+use super::loaded::{Loaded, Role, loaded_programs, program_name};
 use super::netlink::Link;
 use crate::program::messages;
 use crate::state::{Lock, State};

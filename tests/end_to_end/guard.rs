@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::lab::{PATIENCE, Running};
+use crate::lab::{PATIENCE, Running, wait_until};
 use crate::segment::TOKEN;
 use crate::sockets::{Listener, connect, exchange, expect_dropped};
 use crate::support::ensure_eq;
@@ -125,12 +125,20 @@ fn lets_in(hook: &str, shown: &str, tx: bool) -> Result<()> {
     world.expect_no_bad_packets()
 }
 
+/// What `ip` shows of an interface once it is up, which the kernel says a moment after it was set up.
+pub fn link(ns: &str, iface: &str) -> Result<String> {
+    wait_until(&format!("{iface} of {ns} to be up"), || {
+        let shown = sh(&format!("ip -n {ns} -d link show {iface}"))?;
+        Ok(shown.contains("state UP").then_some(shown))
+    })
+}
+
 /// What can be seen of both ends of the cable.
 pub fn looks(world: &World) -> Result<String> {
     let mut text = String::new();
     for (ns, iface) in [(&world.server, IN), (&world.client, OUT)] {
+        text.push_str(&link(ns, iface)?);
         for command in [
-            format!("ip -n {ns} -d link show {iface}"),
             format!("tc -n {ns} qdisc show dev {iface}"),
             format!("ip netns exec {ns} ethtool -k {iface}"),
             format!("ip netns exec {ns} ethtool -l {iface} 2>&1 || true"),

@@ -12,9 +12,9 @@ use serde_json::Value;
 use crate::guard::{HOOKS, KEYED, STATIC, attach, keyed_policy, looks, place, query, rules, write};
 use crate::lab::{kernel_counter, wait_until};
 use crate::sockets::{Listener, exchange, expect_dropped};
-use crate::support::{ensure_eq, sh, share_of};
+use crate::support::{ensure_eq, share_of};
 use crate::world::{FAMILIES, Family, IN, World};
-use crate::{NET, case, sys};
+use crate::{NET, case, guard, sys};
 
 /// How many times rules are loaded while connections are opened, in each family.
 const LOADS: usize = 250;
@@ -154,7 +154,7 @@ fn attach_foreign(world: &World, flags: u32) -> Result<String> {
 }
 
 fn link(world: &World) -> Result<String> {
-    sh(&format!("ip -n {} -d link show {IN}", world.server))
+    guard::link(&world.server, IN)
 }
 
 fn foreign_stays() -> Result<()> {

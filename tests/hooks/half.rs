@@ -1,6 +1,8 @@
 //! Nothing half done stays, and nothing that was kept is lost: policy and counters live from the first attach
 //! to the last destroy.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours, expect_unloaded, map_id, ours};
@@ -92,8 +94,11 @@ pub fn the_last_destroy_removes_policy_and_counters() -> Result<()> {
     world.syns(4)?;
     let counters = map_id(&world.lab, "default", "counters")?;
 
+    let begin = Instant::now();
     let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
     ensure!(said.contains("instance 'default' is still used") && said.contains("stay"), "{said}");
+    // What is attached here it need not wait for; where it does, it is twice as long.
+    ensure!(begin.elapsed() < Duration::from_secs(5), "it took {:?}", begin.elapsed());
     ensure_eq!(
         counter(&world.lab, &world.ns, "default", "stamped")?,
         4,

@@ -5,8 +5,9 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::MapCore;
-use netoken::hooks::clsact::{Hooks, Place, Qdisc, remove_unused};
+use netoken::hooks::clsact::{Hooks, Place, Qdisc};
 use netoken::hooks::link::find_link;
+use netoken::hooks::unused::remove_unused;
 use netoken::policy::Policy;
 use netoken::program::{Program, Settings};
 use netoken::state::{DIR_VARIABLE, State};

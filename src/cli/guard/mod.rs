@@ -13,7 +13,7 @@ use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
-use crate::hooks::clsact::{Loaded, Role, loaded_programs};
+use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::xdp::{Foreign, Mode};
 use crate::netns::Netns;
 use crate::policy::values::Prefix;

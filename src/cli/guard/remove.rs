@@ -4,8 +4,9 @@ use anyhow::Result;
 
 use super::{Record, print_json};
 use crate::cli::args::Scope;
-use crate::hooks::clsact::{Hooks, Qdisc, remove_unused};
+use crate::hooks::clsact::{Hooks, Qdisc};
 use crate::hooks::netlink::{Netlink, Side};
+use crate::hooks::unused::remove_unused;
 use crate::hooks::xdp::detach_xdp;
 use crate::privileges;
 use crate::state::State;

@@ -8,7 +8,7 @@ use crate::clock;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
 use crate::guard::running;
-use crate::hooks::clsact::Role;
+use crate::hooks::loaded::Role;
 use crate::keys::file::KeyDir;
 use crate::keys::{self, Key};
 use crate::privileges;
