@@ -35,10 +35,12 @@ built() {
 }
 
 build() {
-	local target="${CARGO_TARGET_DIR:-$root/target}" newest tests=() name
+	local target="${CARGO_TARGET_DIR:-$root/target}" newest tests=(--test packets) name kernels
 	say "building the test programs"
-	while read -r name _; do
-		tests+=(--test "$name")
+	while read -r name _ _ kernels; do
+		if [ "$program" = "$name" ] || [[ -z "$program" && "$kernels" != asked ]]; then
+			tests+=(--test "$name")
+		fi
 	done < <(programs)
 	(cd "$root" && cargo test --no-run --quiet --profile guest --target-dir "$target/kernels" "${tests[@]}" \
 		--message-format=json-render-diagnostics) | artifacts >"$work/artifacts"
