@@ -47,6 +47,9 @@ fn main() -> ExitCode {
     cases.extend(cases![&[Need::Root, Need::Tool("setpriv"), Need::BufferLimit];
         stream: a_stream_that_cannot_begin_leaves_all_as_it_was;
     ]);
+    cases.extend(cases![&[Need::Root, Need::Tool("ip"), Need::Tool("ethtool"), Need::Tool("setarch")];
+        state: a_kernel_that_is_too_old_is_named;
+    ]);
     support::run(cases)
 }
 

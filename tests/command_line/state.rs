@@ -69,6 +69,24 @@ pub fn a_pin_of_another_layout_is_another_version() -> Result<()> {
     world.ok("-i c0 --attach --quiet").map(drop)
 }
 
+/// What fails is a map, as a kernel that is really so old is not to be had. What the kernel says of its age it says
+/// itself: by this personality it is a 2.6.
+pub fn a_kernel_that_is_too_old_is_named() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    world.ok("-i c0 --detach")?;
+    break_counters(&world)?;
+    let mut command = Command::new("setarch");
+    command.args(["--uname-2.6", NETOKEN]).env("NETOKEN_RUN", &world.lab.run);
+    command.args(world.args("-i c0 --attach --quiet").split_whitespace());
+    said(&mut command)?.code(1)?.err(&[
+        "loading the classifier",
+        "this kernel is 2.6.",
+        "needs 5.10 or later",
+    ])?;
+    expect_ours(&world.ns, "c0", 0)
+}
+
 pub fn a_pin_of_another_layout_does_not_hurt_what_runs() -> Result<()> {
     let world = World::new()?;
     world.ok("-i c0 --attach --quiet --token 1111111111111111")?;

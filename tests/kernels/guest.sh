@@ -3,7 +3,7 @@
 # kernels and one of modules for each. Sourced by scripts/kernels, which sets $root, $here, $cache and $work.
 
 # What the guests have beside the test programs. What this machine lacks is left out; the tests that need it say so.
-GUEST_TOOLS=(bash dash ip tc ss nstat bridge ethtool nft tcpdump bpftool modprobe setpriv unshare nsenter findmnt mount umount
+GUEST_TOOLS=(bash dash ip tc ss nstat bridge ethtool nft tcpdump bpftool modprobe setarch setpriv unshare nsenter findmnt mount umount
 	timeout curl nginx iperf3 wg awk mawk sed grep cat cut head tail sort uniq wc tr seq sleep env id stat readlink
 	realpath mkdir rmdir rm cp mv ln ls touch chmod mktemp tee sysctl ps pgrep pkill ping find xargs date od cmp
 	dirname basename uname sync capsh paste)

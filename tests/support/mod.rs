@@ -22,6 +22,8 @@ pub enum Need {
     BufferLimit,
     /// A machine on which time says something, which an emulated one is not.
     RealTime,
+    /// A guest of `scripts/kernels`, which does not outlive the test.
+    Guest,
     /// A shell command that succeeds in a network namespace of its own.
     Works(&'static str),
 }
@@ -42,6 +44,10 @@ impl Need {
                 .then(|| "kernel.perf_event_paranoid is -1, which lifts the limit on buffers".to_string()),
             Need::RealTime => std::env::var_os(EMULATED)
                 .map(|_| format!("it measures time, and {EMULATED} says that this machine is emulated")),
+            // Its own kernel says so; a variable could be set by anybody.
+            Need::Guest => (!std::fs::read_to_string("/proc/cmdline")
+                .is_ok_and(|line| line.contains(EMULATED)))
+            .then(|| "it needs a machine that is thrown away, a guest of scripts/kernels".to_string()),
             Need::Works(command) => why_not(command),
             Need::Kernel(major, minor) => {
                 let kernel = netoken::kernel::Kernel::probe();
