@@ -1,7 +1,7 @@
 //! What the guard adds at XDP to the cost of a packet, over a program that only drops, in one run.
 //!
-//! `cargo bench --bench guard`, as root. Rounds of both alternate, and the quickest round of each counts: noise only
-//! ever adds.
+//! `cargo bench --bench guard`, as root; `-- accepted` measures only what has that in its name. Rounds of both
+//! alternate, and the quickest round of each counts: noise only ever adds.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
@@ -119,7 +119,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Prints what the guard adds to a program that only drops.
+/// Prints what the guard adds to a program that only drops, if that is asked for.
 fn compare(
     name: &str,
     frame: &[u8],
@@ -127,6 +127,10 @@ fn compare(
     (program, action): (&GuardProgram, u32),
     (repeat, rounds): (i32, usize),
 ) -> Result<()> {
+    let mut wanted = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).peekable();
+    if wanted.peek().is_some() && !wanted.any(|part| name.contains(&part)) {
+        return Ok(());
+    }
     let (mut drops, mut ours) = (u32::MAX, u32::MAX);
     for _ in 0..rounds {
         drops = drops.min(run(base, frame, XDP_DROP, repeat)?);
