@@ -93,15 +93,14 @@ static __always_inline __u64 first_token(const struct guard_scratch *scratch)
 }
 
 /* Looks at the options of the packet. Says GUARD_NONE if it has one token. */
-static __always_inline __u32 look_at_options(struct guard_scratch *scratch, __u32 packet_len)
+static __always_inline __u32 look_at_options(struct guard_scratch *scratch, __u32 is_whole)
 {
 	__u32 tcp_len = scratch->tcp_len_bytes;
 
-	if (tcp_len < TCP_HEADER_LEN ||
-	    scratch->l4_off + tcp_len > scratch->l3_off + scratch->ip_len_bytes ||
-	    scratch->l3_off + scratch->ip_len_bytes > packet_len)
+	if (!is_whole || tcp_len < TCP_HEADER_LEN ||
+	    scratch->l4_off + tcp_len > scratch->l3_off + scratch->ip_len_bytes)
 		return GUARD_MALFORMED;
-	if (!walk_list(tcp_len - TCP_HEADER_LEN, false))
+	if (!walk_list(scratch, tcp_len - TCP_HEADER_LEN, false))
 		return GUARD_MALFORMED;
 	if (scratch->tokens > 1)
 		return GUARD_DUPLICATE;
@@ -109,11 +108,11 @@ static __always_inline __u32 look_at_options(struct guard_scratch *scratch, __u3
 }
 
 static __always_inline __u32 judge_shape(struct guard_scratch *scratch, enum shape shape,
-					 __u32 packet_len)
+					 __u32 is_whole)
 {
 	switch (shape) {
 	case SHAPE_SYN:
-		return look_at_options(scratch, packet_len);
+		return look_at_options(scratch, is_whole);
 	case SHAPE_FRAGMENT:
 		return GUARD_FRAGMENT;
 	case SHAPE_DEEP:
@@ -214,10 +213,11 @@ static __always_inline __u32 apply_rule(struct guard_scratch *scratch,
 
 /*
  * Decides about the packet in the scratch, by the one table that is in use now even if it is
- * replaced meanwhile. Not static, so that the verifier looks at it once and not for every way in
- * which a packet can be found; so it takes only numbers, and works for both hooks.
+ * replaced meanwhile. `is_whole`: it is as long as its IP header claims. Not static, so that the
+ * verifier looks at it once and not for every way in which a packet can be found; so it takes only
+ * numbers, and works for both hooks.
  */
-__noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
+__noinline __u32 judge_packet(__u32 shape, __u32 is_whole)
 {
 	struct guard_scratch *scratch = this_guard_scratch();
 	const struct netoken_guard_table *table = running_table();
@@ -239,7 +239,7 @@ __noinline __u32 judge_packet(__u32 shape, __u32 packet_len)
 	rule = &table->rules[at];
 
 	scratch->to_blank = 0;
-	found = judge_shape(scratch, shape, packet_len);
+	found = judge_shape(scratch, shape, is_whole);
 	if (found == GUARD_NONE || found == GUARD_DUPLICATE)
 		token = first_token(scratch);
 	verdict = rule->mode == MODE_SCRUB ? judge_scrubbed(scratch, found, token)
@@ -279,7 +279,8 @@ static __always_inline int guard(void *ctx, const enum hook hook, struct guard_s
 
 	if (shape == SHAPE_OTHER)
 		return pass_packet(hook);
-	judged = judge_packet(shape, packet_len(ctx, hook));
+	judged =
+		judge_packet(shape, packet_has(ctx, hook, scratch->l3_off + scratch->ip_len_bytes));
 	if (judged & JUDGED_SCRUB && !scrub(ctx, hook, scratch))
 		judged = judged >> JUDGED_ROW_SHIFT << JUDGED_ROW_SHIFT | GUARD_NOT_SCRUBBED |
 			 JUDGED_DROP;

@@ -39,13 +39,12 @@ static __always_inline bool copy_options(struct guard_scratch *scratch, const vo
 
 /* Walks a list of options in the scratch, `len` bytes long, 0 to 40, and notes our tokens. With
  * `is_ip` it looks for source routes instead, which it counts as tokens. Returns 0 if the list lies
- * about a length. Not static, so that the verifier looks at the loop once. */
-__noinline int walk_list(__u32 len, __u32 is_ip)
+ * about a length. */
+static __always_inline int walk_list(struct guard_scratch *scratch, __u32 len, const bool is_ip)
 {
-	struct guard_scratch *scratch = this_guard_scratch();
 	__u64 off = 0;
 
-	if (!scratch || len > TCP_OPTIONS_MAX)
+	if (len > TCP_OPTIONS_MAX)
 		return 0;
 	scratch->tokens = 0;
 	scratch->token_off = 0;
@@ -77,6 +76,14 @@ __noinline int walk_list(__u32 len, __u32 is_ip)
 		off = below_64(off + option[1]);
 	}
 	return 1;
+}
+
+/* The same for IPv4 options. Not static, so that the verifier looks at the loop once. */
+__noinline int walk_ip_options(__u32 len)
+{
+	struct guard_scratch *scratch = this_guard_scratch();
+
+	return scratch && walk_list(scratch, len, true);
 }
 
 /* Options as they are written in the list below. Their values are any bytes. */

@@ -223,7 +223,7 @@ static __always_inline bool is_source_routed(struct guard_scratch *scratch, cons
 {
 	__u32 len = scratch->l4_off - scratch->l3_off - IPV4_HEADER_LEN;
 
-	return !copy_options(scratch, l3, end, len) || !walk_list(len, true) || scratch->tokens;
+	return !copy_options(scratch, l3, end, len) || !walk_ip_options(len) || scratch->tokens;
 }
 
 /* The TCP header, as far as its flags; NULL if the packet ends before. */
