@@ -99,7 +99,7 @@ static __always_inline __u32 judge_plain(void *ctx, const enum hook hook, const 
 	return apply_rule(scratch, table, rule, judge(scratch, table, rule, found, token));
 }
 
-/* All that becomes of a packet that may open a connection. */
+/* Decides about a plain SYN. False if it is another packet, of which nothing is counted yet. */
 static __always_inline bool guard_plain(void *ctx, const enum hook hook, const __u32 l2_len,
 					int *action)
 {
