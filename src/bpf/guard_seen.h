@@ -89,7 +89,9 @@ static __always_inline __u32 check_seen(struct guard_scratch *scratch, __u64 tok
 	}
 	now_ns = monotonic_ns(scratch);
 	now_units = seen_units(now_ns);
-	until = seen_units(now_ns + (now->slots_behind + now->slots_ahead + 1) * now->slot_ns) + 1;
+	/* One more for what is cut off, and one because this clock and that of the slots are not
+	 * read at the same moment, nor at the same on every CPU. */
+	until = seen_units(now_ns + (now->slots_behind + now->slots_ahead + 1) * now->slot_ns) + 2;
 
 	bpf_spin_lock(&bucket->lock);
 	for (__u32 i = 0; i < SEEN_WAYS; i++) {
