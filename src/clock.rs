@@ -9,7 +9,7 @@
 //!
 //! Nothing else does: when NTP slews the wall clock, it slews both of these with it, and both go on while the
 //! machine sleeps, which CLOCK_MONOTONIC does not. A step moves CLOCK_TAI with the wall clock; a program notices
-//! within a quarter of a second, because it reads a cheaper clock in between.
+//! with the next tick of the kernel, because in each it reads the clock only once.
 
 use std::fs;
 use std::sync::OnceLock;

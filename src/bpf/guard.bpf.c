@@ -13,7 +13,7 @@
 
 #include "kernel.h"
 #include "guard_types.h"
-#include "guard.h"
+#include "guard_plain.h"
 
 /*
  * Out of line, because what is surely no SYN must not pay for the registers and the stack of one;
@@ -68,20 +68,34 @@ __noinline int guard_xdp(struct xdp_md *ctx)
 SEC("tc")
 int netoken_guard(struct __sk_buff *skb)
 {
-	return surely_opens_nothing(skb, HOOK_TC, ETH_HEADER_LEN) ? TC_ACT_UNSPEC : guard_tc(skb);
+	int action = TC_ACT_UNSPEC;
+
+	if (surely_opens_nothing(skb, HOOK_TC, ETH_HEADER_LEN) ||
+	    guard_plain(skb, HOOK_TC, ETH_HEADER_LEN, &action))
+		return action;
+	return guard_tc(skb);
 }
 
 /* For a device whose packets begin with layer 3. */
 SEC("tc")
 int netoken_guard3(struct __sk_buff *skb)
 {
-	return surely_opens_nothing(skb, HOOK_TC, 0) ? TC_ACT_UNSPEC : guard_tc3(skb);
+	int action = TC_ACT_UNSPEC;
+
+	if (surely_opens_nothing(skb, HOOK_TC, 0) || guard_plain(skb, HOOK_TC, 0, &action))
+		return action;
+	return guard_tc3(skb);
 }
 
 SEC("xdp")
 int netoken_guardx(struct xdp_md *ctx)
 {
-	return surely_opens_nothing(ctx, HOOK_XDP, ETH_HEADER_LEN) ? XDP_PASS : guard_xdp(ctx);
+	int action = XDP_PASS;
+
+	if (surely_opens_nothing(ctx, HOOK_XDP, ETH_HEADER_LEN) ||
+	    guard_plain(ctx, HOOK_XDP, ETH_HEADER_LEN, &action))
+		return action;
+	return guard_xdp(ctx);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -86,8 +86,9 @@ __noinline __u32 watch_source(__u32 verdict)
 }
 
 /* The severity that a refused packet raises the alarm to; SEVERITY_NONE nearly always. The lock is
- * taken only where a window or an alert begins. */
-static __noinline __u32 raise_alarm(void)
+ * taken only where a window or an alert begins. Not static, so that the verifier looks at it once.
+ */
+__noinline __u32 raise_alarm(void)
 {
 	const struct netoken_guard_table *table = running_table();
 	__u32 zero = 0, severity = SEVERITY_NONE, before;

@@ -28,14 +28,12 @@ const volatile struct {
 	struct netoken_source source;
 } guard_types = {};
 
-/* How much of a packet's destination is known. */
+/* How much of a packet's destination is known. match_less() counts with the first two. */
 enum reach {
-	REACH_NOTHING,
-	REACH_ADDR,
-	REACH_PORT,
+	REACH_NOTHING = 0,
+	REACH_ADDR = 1,
+	REACH_PORT = 2,
 };
-
-#define TOKENS_UNKNOWN (~0U)
 
 /* What is known of one packet. One for each CPU is enough: an ingress hook is not entered from
  * within itself. */
@@ -48,20 +46,18 @@ struct guard_scratch {
 	__u32 reach;	     /* enum reach */
 	__u32 mark;	     /* what a rule wants of the mark of the skb */
 	__u32 mark_mask;
-	__u32 tokens;	 /* in the options; TOKENS_UNKNOWN until these were looked at */
+	__u32 tokens;	 /* in the options */
 	__u32 token_off; /* of the first one's option */
 	__u64 to_blank;	 /* bit by byte of the options: is a part of a token */
-	/* Of the one table that decides about the packet: its rule, and which lists it has. */
-	struct netoken_guard_rule rule;
+	/* Which lists the table has that decides about the packet. */
 	__u8 generation;
 	__u8 has_exempt;
 	__u8 has_blocked;
-	__u8 has_auto_block;
-	__u8 has_alerts;
 	__u8 is_static; /* a static token makes it valid */
-	__u8 pad[2];
 	__u32 severity; /* of the alert that it raises */
-	__u32 pad2;
+	/* Not of the packet, but what is at hand for it: see monotonic_ns(). */
+	__u64 read_at_jiffies;
+	__u64 monotonic_ns;
 	/* Slack for the verifier, which sees only that an offset is below 64. */
 	__u8 options[TCP_OPTIONS_MAX + 40];
 };
@@ -109,30 +105,6 @@ struct {
 	__uint(max_entries, GUARD_GENERATIONS);
 	__array(values, struct source_prefixes);
 } guard_blocked SEC(".maps");
-
-/* A token that was accepted, and for whom. With its ISN, because of a bind mode nothing else may
- * be known. */
-struct seen_token {
-	__u64 until_ns; /* CLOCK_MONOTONIC; behind it no slot is accepted that the token may have */
-	__u64 token;
-	__u64 who; /* hash of the flow, with the key of the token */
-	__u32 isn;
-	__u32 pad;
-};
-
-struct seen_bucket {
-	struct bpf_spin_lock lock;
-	__u32 pad;
-	struct seen_token tokens[SEEN_WAYS];
-};
-
-/* By bits of the MAC, which are as good as random. Only who has a key can add to it. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, struct seen_bucket);
-	__uint(max_entries, SEEN_BUCKETS);
-} guard_seen SEC(".maps");
 
 /* A source in the window that began with its first refused packet. */
 struct refused_source {

@@ -11,6 +11,7 @@
 #define NETOKEN_GUARD_PARSE_H
 
 #include "guard_maps.h"
+#include "guard_options.h"
 #include "hook.h"
 #include "wire.h"
 
@@ -184,105 +185,36 @@ static __always_inline enum shape guard_network(struct guard_layers *layers, voi
 	return SHAPE_OTHER;
 }
 
+static __always_inline void note_ipv4(struct guard_scratch *scratch, const struct iphdr *ip)
+{
+	struct netoken_flow *flow = &scratch->event.flow;
+
+	flow->family = 4;
+	scratch->reach = REACH_ADDR;
+	scratch->ip_len_bytes = bpf_ntohs(ip->tot_len);
+	copy_mapped(flow->saddr, ip->saddr);
+	copy_mapped(flow->daddr, ip->daddr);
+}
+
+static __always_inline void note_ipv6(struct guard_scratch *scratch, const struct ipv6hdr *ip)
+{
+	struct netoken_flow *flow = &scratch->event.flow;
+
+	flow->family = 6;
+	scratch->reach = REACH_ADDR;
+	scratch->ip_len_bytes = IPV6_HEADER_LEN + bpf_ntohs(ip->payload_len);
+	__builtin_memcpy(flow->saddr, &ip->saddr, ADDR_LEN);
+	__builtin_memcpy(flow->daddr, &ip->daddr, ADDR_LEN);
+}
+
 /* Notes the addresses. The IP header has been seen to be there; the check is for the verifier. */
 static __always_inline void note_addresses(struct guard_scratch *scratch, void *l3, void *end,
 					   __u32 family)
 {
-	struct netoken_flow *flow = &scratch->event.flow;
-
-	if (family == 6) {
-		struct ipv6hdr *ip = l3;
-
-		if ((void *)(ip + 1) > end)
-			return;
-		flow->family = 6;
-		scratch->reach = REACH_ADDR;
-		scratch->ip_len_bytes = IPV6_HEADER_LEN + bpf_ntohs(ip->payload_len);
-		__builtin_memcpy(flow->saddr, &ip->saddr, ADDR_LEN);
-		__builtin_memcpy(flow->daddr, &ip->daddr, ADDR_LEN);
-	} else {
-		struct iphdr *ip = l3;
-
-		if ((void *)(ip + 1) > end)
-			return;
-		flow->family = 4;
-		scratch->reach = REACH_ADDR;
-		scratch->ip_len_bytes = bpf_ntohs(ip->tot_len);
-		copy_mapped(flow->saddr, ip->saddr);
-		copy_mapped(flow->daddr, ip->daddr);
-	}
-}
-
-/* Copies as many bytes of options as the header claims, zeros behind them. False if they are not
- * all there. */
-static __always_inline bool copy_options(struct guard_scratch *scratch, const void *tcp,
-					 const void *end, __u32 options_len)
-{
-	const __u64 *long_word = tcp + TCP_HEADER_LEN;
-	__u64 *to = (__u64 *)scratch->options;
-	__u32 i;
-
-	for (i = 0; i < TCP_OPTIONS_MAX / 8; i++) {
-		to[i] = 0;
-		if (i * 8 >= options_len)
-			continue;
-		if (i * 8 + 4 == options_len) {
-			if ((const void *)(long_word + i) + 4 > end)
-				return false;
-			*(__u32 *)&to[i] = *(const __u32 *)(long_word + i);
-			continue;
-		}
-		if ((const void *)(long_word + i + 1) > end)
-			return false;
-		to[i] = long_word[i];
-	}
-	return true;
-}
-
-/* IPv4 options have the form of TCP's, and stand at the same distance from their header. */
-#define IPOPT_LSRR 131 /* RFC 791 section 3.1, loose and strict source route */
-#define IPOPT_SSRR 137
-
-/* Walks a list of options in the scratch, `len` bytes long, 0 to 40, and notes our tokens. With
- * `is_ip` it looks for source routes instead, which it counts as tokens. Returns 0 if the list lies
- * about a length. Not static, so that the verifier looks at the loop once. */
-__noinline int walk_list(__u32 len, __u32 is_ip)
-{
-	struct guard_scratch *scratch = this_guard_scratch();
-	__u64 off = 0;
-
-	if (!scratch || len > TCP_OPTIONS_MAX)
-		return 0;
-	scratch->tokens = 0;
-	scratch->token_off = 0;
-	scratch->to_blank = 0;
-	for (int i = 0; i < TCP_OPTIONS_MAX; i++) {
-		const __u8 *option = &scratch->options[off];
-
-		if (off >= len || option[0] == TCPOPT_EOL)
-			break;
-		if (option[0] == TCPOPT_NOP) {
-			off = below_64(off + 1);
-			continue;
-		}
-		/* 0 and 1 would never end the walk, more than is left would leave the header. */
-		if (off + 2 > len || option[1] < 2 || off + option[1] > len)
-			return 0;
-		if (is_ip) {
-			if (option[0] == IPOPT_LSRR || option[0] == IPOPT_SSRR)
-				scratch->tokens++;
-		} else if (option[0] == config.option_kind && option[1] >= 4 &&
-			   option[2] == config.exid >> 8 && option[3] == (config.exid & 0xff)) {
-			/* Whatever becomes of the list: who reads it may get so far. */
-			scratch->to_blank |= ((1ULL << option[1]) - 1) << off;
-			if (option[1] != OPTION_LEN)
-				return 0;
-			if (scratch->tokens++ == 0)
-				scratch->token_off = off;
-		}
-		off = below_64(off + option[1]);
-	}
-	return 1;
+	if (family == 6 && l3 + IPV6_HEADER_LEN <= end)
+		note_ipv6(scratch, l3);
+	else if (family == 4 && l3 + IPV4_HEADER_LEN <= end)
+		note_ipv4(scratch, l3);
 }
 
 /* Whether IPv4 options send the packet on to another address. A list that lies counts as well. */
@@ -291,7 +223,7 @@ static __always_inline bool is_source_routed(struct guard_scratch *scratch, cons
 {
 	__u32 len = scratch->l4_off - scratch->l3_off - IPV4_HEADER_LEN;
 
-	return !copy_options(scratch, l3, end, len) || !walk_list(len, true) || scratch->tokens;
+	return !copy_options(scratch, l3, end, len) || !walk_ip_options(len) || scratch->tokens;
 }
 
 /* The TCP header, as far as its flags; NULL if the packet ends before. */

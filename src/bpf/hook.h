@@ -26,20 +26,16 @@ static __always_inline void *packet_end(void *ctx, const enum hook hook)
 
 /* Out of line: the compiler would share the loads with those that become pointers, and cut them to
  * 32 bits. */
-static __noinline __u32 xdp_len(struct xdp_md *ctx)
-{
-	return ctx->data_end - ctx->data;
-}
-
 static __noinline __u32 skb_linear_len(struct __sk_buff *skb)
 {
 	return skb->data_end - skb->data;
 }
 
-/* Of the whole packet, in bytes. */
-static __always_inline __u32 packet_len(void *ctx, const enum hook hook)
+/* Whether the whole packet is at least so long. */
+static __always_inline bool packet_has(void *ctx, const enum hook hook, __u32 len_bytes)
 {
-	return hook == HOOK_XDP ? xdp_len(ctx) : ((struct __sk_buff *)ctx)->len;
+	return hook == HOOK_XDP ? packet_begin(ctx, hook) + len_bytes <= packet_end(ctx, hook)
+				: len_bytes <= ((struct __sk_buff *)ctx)->len;
 }
 
 /* Makes `len` bytes readable. False if they were already, or cannot be. Ends all pointers. */

@@ -61,8 +61,8 @@ struct netoken_key_count {
 	__u64 made_at_ns;
 	__u64 accepted_at_ns;
 	/* Not a count, but what is at hand where a token is made: see unix_time_ns(). */
-	__u64 coarse_at_ns;
-	__u64 tai_less_coarse_ns;
+	__u64 read_at_jiffies;
+	__u64 clock_ns;
 };
 
 /* Which keyed tokens somebody accepts. */

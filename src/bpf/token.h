@@ -9,44 +9,30 @@
 #include "keys.h"
 #include "siphash.h"
 #include "types.h"
+#include "wire.h"
 
 #define MAC_BITS (MAC_LEN * 8)
-#define TAI_IS_FRESH_NS 250000000
 #define MESSAGE_LEN_SHORT 28
 #define MESSAGE_LEN_LONG 52
-
-/* Bytes in the order in which they stand in memory, as a little-endian number. */
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define le16(bytes) (bytes)
-#define le32(bytes) (bytes)
-#define le64(bytes) (bytes)
-#else
-#define le16(bytes) __builtin_bswap16(bytes)
-#define le32(bytes) __builtin_bswap32(bytes)
-#define le64(bytes) __builtin_bswap64(bytes)
-#endif
 
 /* Four bytes of the message. */
 #define message_part(pointer) ((__u64)le32(*(const __u32 *)(pointer)))
 
 /*
- * Unix time, exact to a tick of the kernel. Reading a clock costs as much as the MAC; the coarse
- * one next to nothing. So only what lies between the two is read, now and then: often enough to
- * notice that the wall clock was set or that the machine has slept.
+ * Unix time, exact to a tick of the kernel. Reading a clock costs as much as the MAC, jiffies
+ * nothing; so it is read once in a jiffy, which is also often enough to notice that it was set or
+ * that the machine has slept.
  */
 static __always_inline __u64 unix_time_ns(const struct netoken_clock *now,
 					  struct netoken_key_count *count)
 {
-	__u64 coarse_ns;
+	__u64 jiffies = bpf_jiffies64();
 
-	if (!has_tai)
-		return bpf_ktime_get_boot_ns() + now->boot_offset_ns;
-	coarse_ns = bpf_ktime_get_coarse_ns();
-	if (coarse_ns - count->coarse_at_ns > TAI_IS_FRESH_NS) {
-		count->coarse_at_ns = coarse_ns;
-		count->tai_less_coarse_ns = bpf_ktime_get_tai_ns() - coarse_ns;
+	if (count->read_at_jiffies != jiffies) {
+		count->clock_ns = has_tai ? bpf_ktime_get_tai_ns() : bpf_ktime_get_boot_ns();
+		count->read_at_jiffies = jiffies;
 	}
-	return coarse_ns + count->tai_less_coarse_ns + now->tai_offset_ns;
+	return count->clock_ns + (has_tai ? now->tai_offset_ns : now->boot_offset_ns);
 }
 
 /* The message's first eight bytes. */
@@ -55,23 +41,14 @@ static __always_inline __u64 message_head(__u32 bind, __be16 tag_be, __u32 key_i
 	return TOKEN_VERSION | bind << 8 | (__u64)le16(tag_be) << 16 | (__u64)key_id << 32;
 }
 
-/*
- * The hash of which the first bytes are the MAC. Not inlined, because a check may need it for
- * several bind modes.
- */
-static __noinline __u64 hash_flow(const struct netoken_key *key, const struct netoken_flow *flow,
-				  __u64 head, __u32 slot)
+/* The hash of which the first bytes are the MAC. */
+static __always_inline __u64 hash_flow(const struct netoken_key *key,
+				       const struct netoken_flow *flow, __u64 head, __u32 slot)
 {
 	__u32 bind = head >> 8 & 0xff;
-	const __u8 *saddr, *daddr;
+	const __u8 *saddr = flow->saddr, *daddr = flow->daddr;
 	struct siphash sip;
 	__u64 ports;
-
-	/* The verifier of 5.10 wants to know in here, too. */
-	if (!key || !flow)
-		return 0;
-	saddr = flow->saddr;
-	daddr = flow->daddr;
 
 	sip_begin(&sip, key->secret);
 	sip_word(&sip, head);
@@ -159,10 +136,12 @@ static __always_inline bool make_token(struct netoken_event *event,
 
 /*
  * Says whether a keyed token belongs to this flow and this moment. `token` is the option's eight
- * bytes as they stand in memory, read as one number.
+ * bytes as they stand in memory, read as one number. `bound` becomes the bind mode of one that
+ * does.
  */
 static __always_inline enum netoken_check check_token(const struct netoken_flow *flow, __u64 token,
-						      const struct netoken_accept *accept)
+						      const struct netoken_accept *accept,
+						      enum netoken_bind *bound)
 {
 	struct netoken_key_count *count;
 	const struct netoken_clock *now;
@@ -205,6 +184,7 @@ static __always_inline enum netoken_check check_token(const struct netoken_flow 
 			continue;
 		count->accepted++;
 		count->accepted_at_ns = now_ns;
+		*bound = bind;
 		return CHECK_VALID;
 	}
 	return CHECK_WRONG_MAC;

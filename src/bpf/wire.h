@@ -31,6 +31,17 @@
 #define TCPOPT_MD5SIG 19 /* RFC 2385 */
 #define TCPOPT_AO 29	 /* RFC 5925 */
 
+/* Bytes in the order in which they stand in memory, as a little-endian number. */
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define le16(bytes) (bytes)
+#define le32(bytes) (bytes)
+#define le64(bytes) (bytes)
+#else
+#define le16(bytes) __builtin_bswap16(bytes)
+#define le32(bytes) __builtin_bswap32(bytes)
+#define le64(bytes) __builtin_bswap64(bytes)
+#endif
+
 /* The part of a TCP header that decides what the packet is: through the flags. */
 struct tcp_head {
 	__be16 sport_be;

@@ -139,7 +139,7 @@ impl GuardProgram {
             pin_below(dir, &mut maps.guard_rules)?;
             pin_below(dir, &mut maps.guard_exempt)?;
             pin_below(dir, &mut maps.guard_blocked)?;
-            pin_below(dir, &mut maps.guard_seen)?;
+            pin_below(dir, &mut maps.guard_tokens)?;
             pin_below(dir, &mut maps.guard_peers)?;
             pin_below(dir, &mut maps.guard_refused)?;
             pin_below(dir, &mut maps.guard_auto_blocked)?;

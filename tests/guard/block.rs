@@ -196,7 +196,7 @@ pub fn a_source_can_be_let_in_again() -> Result<()> {
 /// Its tokens are right; that there is no room is not its fault.
 pub fn who_finds_no_room_is_not_counted() -> Result<()> {
     const WAYS: usize = 8;
-    let packets = in_one_bucket(WAYS + 1)?;
+    let packets = in_one_bucket(WAYS + 1, Bind::Server)?;
     let (last, others) = packets.split_last().context("nine")?;
     for kind in KINDS {
         let mut bench = Bench::new(kind, &rules("", "drop"))?;

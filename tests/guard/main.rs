@@ -6,6 +6,7 @@
 mod alerts;
 mod block;
 mod forged;
+mod layouts;
 mod lists;
 mod oracle;
 #[path = "../packets/packet.rs"]
@@ -40,7 +41,9 @@ fn main() -> ExitCode {
             the_packet_stays_as_it_came marks_are_set_at_tc without_rules_everything_passes;
         forged: a_million_forged_syns_and_none_is_accepted;
         replay: a_token_is_good_for_one_flow_and_its_retransmissions the_bind_mode_leaves_something_free
-            a_full_bucket_refuses_and_forgets_in_time;
+            a_full_bucket_refuses_and_forgets_in_time nothing_of_what_is_free_may_differ
+            what_is_bound_to_the_flow_needs_no_room a_clock_that_is_set_makes_nothing_good_again;
+        layouts: every_byte_of_what_stacks_send_counts;
         scrub: the_checksum_is_that_of_a_packet_without_a_token a_checksum_that_is_left_to_the_device_stays
             a_whole_checksum_that_looks_partial_is_mended at_the_edge_of_trust_nothing_is_refused
             what_cannot_be_scrubbed_is_dropped a_rule_can_mark_and_scrub the_application_can_ask_who_it_was;

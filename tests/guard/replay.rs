@@ -1,5 +1,6 @@
 //! A token that was accepted once, on another flow.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
@@ -7,7 +8,7 @@ use netoken::guard::program::Kind;
 use netoken::token::keyed::Bind;
 
 use crate::packet::{LINUX, Packet, syn};
-use crate::run::{Bench, SLOT, keyed, name, set_clock};
+use crate::run::{Bench, SLOT, SLOT_S, keyed, name, set_clock, set_clock_to};
 use crate::table::with;
 
 const RULE: &str = "[[rule]]\nname = 'a'\ndst = ['0.0.0.0/0', '::/0']\nmode = 'drop'\nkeys = 'edge'\nbinds = ['flow', \
@@ -69,14 +70,97 @@ pub fn the_bind_mode_leaves_something_free() -> Result<()> {
     Ok(())
 }
 
+/// The same packet with one bit turned over, for each bit of the source and, if wanted, of the destination.
+fn with_one_bit_turned(packet: &Packet, destination_too: bool) -> Vec<Packet> {
+    let turned = |addr: IpAddr, bit: u32| match addr {
+        IpAddr::V4(addr) => IpAddr::from(Ipv4Addr::from_bits(addr.to_bits() ^ 1 << bit)),
+        IpAddr::V6(addr) => IpAddr::from(Ipv6Addr::from_bits(addr.to_bits() ^ 1 << bit)),
+    };
+    let addr_bits = if packet.src.is_ipv4() { 32 } else { 128 };
+    let mut all = Vec::new();
+    for bit in 0..addr_bits {
+        all.push(Packet { src: turned(packet.src, bit), ..packet.clone() });
+        if destination_too {
+            all.push(Packet { dst: turned(packet.dst, bit), ..packet.clone() });
+        }
+    }
+    for bit in 0..16 {
+        all.push(Packet { sport: packet.sport ^ 1 << bit, ..packet.clone() });
+        if destination_too {
+            all.push(Packet { dport: packet.dport ^ 1 << bit, ..packet.clone() });
+        }
+    }
+    all
+}
+
+pub fn nothing_of_what_is_free_may_differ() -> Result<()> {
+    for kind in [Kind::Tc, Kind::Xdp] {
+        let mut bench = Bench::new(kind, RULE)?;
+        for v6 in [false, true] {
+            for bind in [Bind::Server, Bind::Isn] {
+                // What is bound to the ISN alone is the same for both families.
+                let packet = Packet { isn: 1 + u32::from(v6), ..syn().family(v6) };
+                let first = with(&packet, LINUX, &[keyed(&packet, 1, 17, bind, SLOT)?.0]);
+                expect(&mut bench, "the first", &first, "valid")?;
+                for other in with_one_bit_turned(&first, bind == Bind::Isn) {
+                    let what = format!("{bind:?}, from {} {}", other.src, other.sport);
+                    expect(&mut bench, &what, &other, "replayed")?;
+                    expect(&mut bench, "a retransmission", &first, "valid")?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Nobody else can use such a token, so it is not remembered.
+pub fn what_is_bound_to_the_flow_needs_no_room() -> Result<()> {
+    let packets = in_one_bucket(12, Bind::Flow)?;
+    for kind in [Kind::Tc, Kind::Xdp] {
+        let mut bench = Bench::new(kind, RULE)?;
+        for packet in packets.iter().chain(&packets) {
+            expect(&mut bench, "one of many", packet, "valid")?;
+        }
+        for other in with_one_bit_turned(&packets[0], true) {
+            expect(&mut bench, "on another flow", &other, "bad_mac")?;
+        }
+    }
+    Ok(())
+}
+
+/// As long as its slot is accepted, a token stays the token of the flow that it came with, whatever the wall clock says.
+pub fn a_clock_that_is_set_makes_nothing_good_again() -> Result<()> {
+    for kind in [Kind::Tc, Kind::Xdp] {
+        let mut bench = Bench::new(kind, RULE)?;
+        let packet = syn();
+        let first = with(&packet, LINUX, &[keyed(&packet, 1, 17, Bind::Server, SLOT)?.0]);
+        let other = Packet { sport: first.sport + 1, ..first.clone() };
+        expect(&mut bench, "the first", &first, "valid")?;
+        for (slot, is_accepted) in
+            [(SLOT + 1, true), (SLOT - 1, true), (SLOT + 2, false), (SLOT - 2, false), (SLOT, true)]
+        {
+            set_clock_to(&bench.program.maps, SLOT_S, slot)?;
+            let what = format!("in slot {slot}");
+            if is_accepted {
+                expect(&mut bench, &what, &other, "replayed")?;
+                expect(&mut bench, &what, &first, "valid")?;
+            } else {
+                let refused = if slot > SLOT { "stale_slot" } else { "future_slot" };
+                expect(&mut bench, &what, &other, refused)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// SYNs whose tokens fall into one bucket, which goes by the first two bytes of the MAC.
-pub fn in_one_bucket(count: usize) -> Result<Vec<Packet>> {
+pub fn in_one_bucket(count: usize, bind: Bind) -> Result<Vec<Packet>> {
     let mut found: Vec<Packet> = Vec::new();
     let mut bucket = None;
     for isn in 0..u32::MAX {
         let mut packet = syn();
         packet.isn = isn;
-        let token = keyed(&packet, 1, 17, Bind::Server, SLOT)?;
+        let token = keyed(&packet, 1, 17, bind, SLOT)?;
         if *bucket.get_or_insert([token.0[3], token.0[4]]) == [token.0[3], token.0[4]] {
             found.push(with(&packet, LINUX, &[token.0]));
         }
@@ -89,7 +173,7 @@ pub fn in_one_bucket(count: usize) -> Result<Vec<Packet>> {
 
 pub fn a_full_bucket_refuses_and_forgets_in_time() -> Result<()> {
     const WAYS: usize = 8;
-    let packets = in_one_bucket(WAYS + 1)?;
+    let packets = in_one_bucket(WAYS + 1, Bind::Server)?;
     let (last, others) = packets.split_last().expect("nine");
     for kind in [Kind::Tc, Kind::Xdp] {
         let mut bench = Bench::new(kind, RULE)?;

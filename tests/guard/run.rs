@@ -63,8 +63,13 @@ fn flow(packet: &Packet) -> Result<Flow> {
 
 /// Makes it the middle of slot [`SLOT`], which is that long.
 pub fn set_clock(maps: &GuardMaps, slot_s: u32) -> Result<()> {
+    set_clock_to(maps, slot_s, SLOT)
+}
+
+/// Makes it the middle of a slot, of which one before and one behind are accepted as well.
+pub fn set_clock_to(maps: &GuardMaps, slot_s: u32, slot: u32) -> Result<()> {
     let mut now = netoken::types::Clock { slot_ns: u64::from(slot_s) * 1_000_000_000, ..Default::default() };
-    let wanted = Duration::from_millis((u64::from(SLOT) * 1000 + 500) * u64::from(slot_s));
+    let wanted = Duration::from_millis((u64::from(slot) * 1000 + 500) * u64::from(slot_s));
     let offset = |source| {
         Ok::<_, anyhow::Error>(
             wanted.as_nanos() as i64 - clock::as_seen(&Default::default(), source)?.as_nanos() as i64,

@@ -271,7 +271,7 @@ fn frames() -> Result<Vec<(String, Vec<u8>)>> {
     Ok(frames)
 }
 
-fn compare(bench: &mut Bench, what: &str, frame: &[u8], oracle: &Oracle) -> Result<()> {
+pub fn compare(bench: &mut Bench, what: &str, frame: &[u8], oracle: &Oracle) -> Result<()> {
     let (expected, (after, check_at)) = (oracle.judge(frame), oracle.scrubbed(frame));
     let got = bench.run(frame)?;
     ensure!(

@@ -183,7 +183,7 @@ pub fn slots_change_at_their_edges_and_wrap() -> Result<()> {
                 (Duration::from_millis(20), slot),
                 (margin, slot),
                 (length - margin, slot),
-                // The kernel's coarse clock is up to a tick behind, which is 10 ms at most.
+                // The clock is read once in a tick, which is 10 ms at most.
                 (length + Duration::from_millis(20), slot + 1),
             ] {
                 set_clock(&stamper.bench.program.maps, slot.into(), length_s, into)?;

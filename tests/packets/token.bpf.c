@@ -74,10 +74,11 @@ SEC("tc")
 int check_one(struct __sk_buff *skb)
 {
 	struct token_order order = {};
+	enum netoken_bind bind;
 
 	if (bpf_skb_load_bytes(skb, ORDER_OFF, &order, sizeof(order)))
 		return TC_ACT_SHOT;
-	order.result = check_token(&order.flow, order.token, &order.accept);
+	order.result = check_token(&order.flow, order.token, &order.accept, &bind);
 	return bpf_skb_store_bytes(skb, ORDER_OFF, &order, sizeof(order), 0) ? TC_ACT_SHOT : 0;
 }
 

@@ -1,0 +1,103 @@
+//! The option lists that real stacks and scanners send, each as it is, with tokens behind it, and with every byte of it
+//! changed. The guard recognises such a list as a whole and walks any other one, and it walks each that comes in a VLAN:
+//! whichever way it takes, the oracle has to agree.
+
+use anyhow::{Result, ensure};
+use netoken::guard::program::Kind;
+use netoken::token::keyed::Bind;
+
+use crate::packet::{LINUX, MSS, Packet, syn};
+use crate::run::{Bench, Random, SLOT, keyed};
+use crate::support::share_of;
+use crate::table::{RULES, STATIC, compare, oracle, with};
+
+const STACKS: &[(&str, &[u8])] = &[
+    ("nothing", &[]),
+    ("mss", MSS),
+    ("linux", LINUX),
+    ("linux, no timestamps", &[2, 4, 5, 0xb4, 1, 1, 4, 2, 1, 3, 3, 7]),
+    ("windows", &[2, 4, 5, 0xb4, 1, 3, 3, 8, 1, 1, 4, 2]),
+    ("macos", &[2, 4, 5, 0xb4, 1, 3, 3, 6, 1, 1, 8, 10, 0x11, 0x22, 0x33, 0x44, 0, 0, 0, 0, 4, 2, 0, 0]),
+    ("freebsd", &[2, 4, 5, 0xb4, 1, 3, 3, 6, 4, 2, 8, 10, 0x11, 0x22, 0x33, 0x44, 0, 0, 0, 0]),
+    ("openbsd", &[2, 4, 5, 0xb4, 1, 1, 4, 2, 1, 3, 3, 6, 1, 1, 8, 10, 0x11, 0x22, 0x33, 0x44, 0, 0, 0, 0]),
+];
+
+/// What stands behind the list: a name, the port it goes to, and the packet that has it.
+type Ending = (&'static str, u16, fn(&Packet, &[u8]) -> Result<Packet>);
+
+const ENDINGS: &[Ending] = &[
+    ("no token", 443, |p, list| Ok(with(p, list, &[]))),
+    ("a keyed token", 443, |p, list| Ok(with(p, list, &[keyed(p, 1, 17, Bind::Server, SLOT)?.0]))),
+    ("a static token", 22, |p, list| Ok(with(p, list, &[STATIC]))),
+    ("a token in vain", 443, |p, list| Ok(with(p, list, &[STATIC]))),
+    ("a token that is scrubbed", 5001, |p, list| Ok(with(p, list, &[STATIC]))),
+    ("two tokens", 22, |p, list| Ok(with(p, list, &[STATIC, STATIC]))),
+];
+
+/// Kinds and lengths that mean something, and others; to these come the neighbours of what stood there.
+const TELLING: &[u8] = &[0, 1, 2, 3, 4, 5, 8, 10, 12, 19, 34, 0x4e, 0x54, 253, 254, 255];
+
+/// Each of the packets with a name, without a link header as well as with one.
+fn packets() -> Result<Vec<(String, Packet)>> {
+    let mut packets = Vec::new();
+    for v6 in [false, true] {
+        for (stack, list) in STACKS {
+            for (ending, port, make) in ENDINGS {
+                let base = if v6 { syn().to("2001:db8:1::10", *port) } else { syn().to("192.0.2.10", *port) };
+                let packet = make(&base, list)?;
+                if packet.options.len() <= 40 {
+                    packets.push((format!("{stack}, {ending}, to {port}, v6 {v6}"), packet));
+                }
+            }
+        }
+    }
+    Ok(packets)
+}
+
+/// The packet and all that differ from it in one byte of the options or in the length of these.
+fn variants(what: &str, packet: &Packet) -> Vec<(String, Packet)> {
+    let mut all = vec![(what.to_string(), packet.clone())];
+    for (at, old) in packet.options.iter().enumerate() {
+        let near = [old.wrapping_add(1), old.wrapping_sub(1), old ^ 0x80];
+        for new in TELLING.iter().chain(&near).filter(|new| *new != old) {
+            let mut changed = packet.clone();
+            changed.options[at] = *new;
+            all.push((format!("{what}, byte {at} is {new} and not {old}"), changed));
+        }
+    }
+    for words in 0..=15 {
+        all.push((format!("{what}, data offset {words}"), packet.clone().data_offset(words)));
+    }
+    all
+}
+
+pub fn every_byte_of_what_stacks_send_counts() -> Result<()> {
+    /// A run at XDP takes the kernel ten times as long as one at TC.
+    const XDP_EVERY: usize = 10;
+    let mut random = Random::seeded()?;
+    let percent = share_of(40)?;
+    let (mut tc, mut xdp) = (Bench::new(Kind::Tc, RULES)?, Bench::new(Kind::Xdp, RULES)?);
+    let mut bare = Bench::new(Kind::TcLayer3, RULES)?;
+    let (with_link, without_link) = (oracle(14)?, oracle(0)?);
+    let mut count = 0;
+    for (what, packet) in packets()? {
+        for (at, (what, packet)) in variants(&what, &packet).into_iter().enumerate() {
+            if at > 0 && random.below(100) >= percent {
+                continue;
+            }
+            let (frame, tagged) = (packet.build(), packet.clone().vlan(7).build());
+            let expected = with_link.judge(&frame);
+            ensure!(with_link.judge(&tagged) == expected, "{what}: the oracle goes by the VLAN");
+            compare(&mut tc, &what, &frame, &with_link)?;
+            compare(&mut tc, &format!("{what}, vlan"), &tagged, &with_link)?;
+            compare(&mut bare, &what, &packet.without_link_header().build(), &without_link)?;
+            if at == 0 || random.below(XDP_EVERY) == 0 {
+                compare(&mut xdp, &what, &frame, &with_link)?;
+                compare(&mut xdp, &format!("{what}, vlan"), &tagged, &with_link)?;
+            }
+            count += 1;
+        }
+    }
+    println!("{count} packets");
+    Ok(())
+}
