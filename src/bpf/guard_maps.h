@@ -87,29 +87,6 @@ struct {
 	__array(values, struct guard_generation);
 } guard_rules SEC(".maps");
 
-struct source_prefixes {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(key_size, sizeof(struct netoken_source_key));
-	__uint(value_size, sizeof(struct netoken_source));
-	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-};
-
-/* By generation. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__type(key, __u32);
-	__uint(max_entries, GUARD_GENERATIONS);
-	__array(values, struct source_prefixes);
-} guard_exempt SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__type(key, __u32);
-	__uint(max_entries, GUARD_GENERATIONS);
-	__array(values, struct source_prefixes);
-} guard_blocked SEC(".maps");
-
 /* A token that was accepted, and for whom. With its ISN, because of a bind mode nothing else may
  * be known. */
 struct seen_token {
