@@ -3,6 +3,9 @@
 //! `cargo bench --bench guard`, as root. Rounds of both alternate, and the quickest round of each counts: noise only
 //! ever adds.
 
+#[path = "support/lists.rs"]
+mod lists;
+
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::time::{Instant, SystemTime};
@@ -19,6 +22,7 @@ use netoken::token::keyed::{Bind, Flow, Slots, Stamp, make};
 const REPEAT: i32 = 20_000;
 const ROUNDS: usize = 40;
 const SINGLE_ROUNDS: usize = 10_000;
+const SPREAD_RUNS: usize = 100_000;
 const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
 const SECRET: [u8; 16] = [7; 16];
@@ -49,8 +53,12 @@ fn main() -> Result<()> {
     let auto_blocked = load(&auto_block(1))?;
     let alerting = load(&format!("alerts = {{ within = '1h', low = {} }}\n{ONE_MODE}", i64::MAX))?;
     let list = dir.path().join("blocked");
-    std::fs::write(&list, (0..MILLION).map(|at| format!("{}\n", host(at))).collect::<String>())?;
+    std::fs::write(&list, (0..MILLION).map(|at| format!("{}\n", lists::host(at))).collect::<String>())?;
     let million = load(&format!("blocked_file = '{}'\n{ONE_MODE}", list.display()))?;
+    std::fs::write(&list, lists::mixed(MILLION))?;
+    let mixed = load(&format!("blocked_file = '{}'\n{ONE_MODE}", list.display()))?;
+    std::fs::write(&list, lists::clustered(MILLION))?;
+    let clustered = load(&format!("blocked_file = '{}'\n{ONE_MODE}", list.display()))?;
 
     println!("{:<42} {:>9} {:>9} {:>9}", "", "drop only", "guard", "added");
     for (name, frame, program, action) in [
@@ -70,15 +78,27 @@ fn main() -> Result<()> {
         ("SYN, one source blocked, not it", frame(4, 0x02, 443, false, Bind::Server)?, &one, XDP_DROP),
         (
             "SYN, one source blocked, it is",
-            from(frame(4, 0x02, 443, false, Bind::Server)?, [198, 51, 100, 7]),
+            from(frame(4, 0x02, 443, false, Bind::Server)?, &[198, 51, 100, 7]),
             &one,
             XDP_DROP,
         ),
         ("SYN, a million blocked, not it", frame(4, 0x02, 443, false, Bind::Server)?, &million, XDP_DROP),
         (
             "SYN, a million blocked, it is",
-            from(frame(4, 0x02, 443, false, Bind::Server)?, host(MILLION / 3).octets()),
+            from(frame(4, 0x02, 443, false, Bind::Server)?, &lists::host(MILLION / 3).octets()),
             &million,
+            XDP_DROP,
+        ),
+        (
+            "SYN, a million of mixed lengths, not it",
+            frame(4, 0x02, 443, false, Bind::Server)?,
+            &mixed,
+            XDP_DROP,
+        ),
+        (
+            "SYN, a million in one IPv6 /64, it is",
+            from(frame(6, 0x02, 443, false, Bind::Server)?, &lists::in_cluster(MILLION / 3).octets()),
+            &clustered,
             XDP_DROP,
         ),
         (
@@ -116,6 +136,16 @@ fn main() -> Result<()> {
         let frame = frame(family, 0x02, 443, true, Bind::Server)?;
         compare(name, &frame, base, (program, XDP_PASS), (1, SINGLE_ROUNDS))?;
     }
+    println!("one run at a time, each from another source, of which the median counts");
+    for (name, family, program) in [
+        ("SYN without token, refused, IPv4", 4, &plain),
+        ("SYN, one source blocked, IPv4", 4, &one),
+        ("SYN, a million blocked, IPv4", 4, &million),
+        ("SYN, a million of mixed lengths, IPv4", 4, &mixed),
+        ("SYN, a million in one /64, IPv6", 6, &clustered),
+    ] {
+        compare_spread(name, family, base, program)?;
+    }
     Ok(())
 }
 
@@ -136,14 +166,29 @@ fn compare(
     Ok(())
 }
 
-/// Spread over the address space, as sources of a flood are.
-fn host(at: usize) -> std::net::Ipv4Addr {
-    let bits = (at as u32).wrapping_mul(2_654_435_761);
-    std::net::Ipv4Addr::from_bits(if bits == 0xc000_0201 { 1 } else { bits })
+/// The same with every run from another source, as in a flood: so the list is not in the caches. The median of runs, one
+/// at a time.
+fn compare_spread(name: &str, family: u8, base: i32, program: &GuardProgram) -> Result<()> {
+    let frame = frame(family, 0x02, 443, false, Bind::Server)?;
+    let median = |fd| -> Result<u32> {
+        let mut all = (0..SPREAD_RUNS)
+            .map(|at| match family {
+                4 => run(fd, &from(frame.clone(), &lists::host(MILLION + at).octets()), XDP_DROP, 1),
+                _ => run(fd, &from(frame.clone(), &lists::in_cluster(MILLION + at).octets()), XDP_DROP, 1),
+            })
+            .collect::<Result<Vec<u32>>>()?;
+        let (_, median, _) = all.select_nth_unstable(SPREAD_RUNS / 2);
+        Ok(*median)
+    };
+    let (drops, ours) = (median(base)?, median(program.as_fd().as_raw_fd())?);
+    println!("{name:<42} {drops:>6} ns {ours:>6} ns {:>6} ns", i64::from(ours) - i64::from(drops));
+    Ok(())
 }
 
-fn from(mut frame: Vec<u8>, src: [u8; 4]) -> Vec<u8> {
-    frame[26..30].copy_from_slice(&src);
+/// With another source, of the family that it has.
+fn from(mut frame: Vec<u8>, src: &[u8]) -> Vec<u8> {
+    let at = if src.len() == 4 { 26 } else { 22 };
+    frame[at..at + src.len()].copy_from_slice(src);
     frame
 }
 
@@ -155,6 +200,7 @@ fn load(rules: &str) -> Result<GuardProgram> {
         Secret::from_bytes(&SECRET),
         SystemTime::now(),
     )?])?;
+    clock::publish(&program.maps.clock, Some(slots()?))?;
     let rules = Rules::from_toml(rules, Path::new("/"))?;
     let start = Instant::now();
     program.maps.set_rules(&rules)?;
@@ -196,6 +242,11 @@ fn run(fd: i32, frame: &[u8], action: u32, repeat: i32) -> Result<u32> {
     Ok(options.duration)
 }
 
+/// Long ones: the tokens are made before the measuring.
+fn slots() -> Result<Slots> {
+    Slots::new(3600, 1, 1)
+}
+
 /// A frame with right lengths, with the options that Linux sends and, if it is asked for, a token that is right now.
 fn frame(family: u8, flags: u8, dport: u16, token: bool, bind: Bind) -> Result<Vec<u8>> {
     let ends: [std::net::IpAddr; 2] = match family {
@@ -207,7 +258,7 @@ fn frame(family: u8, flags: u8, dport: u16, token: bool, bind: Bind) -> Result<V
     if token {
         let flow = Flow::new((ends[0], 40_000).into(), (ends[1], dport).into(), isn)?;
         // One ahead, so that it is still accepted when the measuring is over.
-        let slot = Slots::default().at(clock::now()) + 1;
+        let slot = slots()?.at(clock::now()) + 1;
         options.extend([253, 12, 0x4e, 0x54]);
         options.extend(make(&Secret::from_bytes(&SECRET), Stamp { tag: 17, key_id: 3, bind, slot }, &flow).0);
     }

@@ -12,9 +12,9 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMapMut, PrintLevel};
 use plain::Plain;
 
 use crate::clock;
+use crate::inner;
 use crate::kernel::Kernel;
 use crate::keys::live::LiveKeys;
-use crate::policy::install::inner;
 use crate::skel::types::rodata;
 use crate::skel::{NetokenSkelBuilder, OpenNetokenMaps};
 use crate::types::{Config, Live};
@@ -286,7 +286,7 @@ impl Maps {
     /// # Errors
     /// The kernel refused to open it.
     pub fn policy(&self) -> Result<Option<MapHandle>> {
-        inner(&self.policies, 0).context("looking for the policy in use")
+        inner::get(&self.policies, 0).context("looking for the policy in use")
     }
 }
 

@@ -25,7 +25,7 @@ const volatile struct {
 	struct netoken_guard_alert alert;
 	struct netoken_guard_table table;
 	struct netoken_source_key source_key;
-	struct netoken_source source;
+	enum netoken_source_list source_list;
 } guard_types = {};
 
 /* How much of a packet's destination is known. */

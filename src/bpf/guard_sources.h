@@ -1,89 +1,111 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * The lists of sources: who needs no token, and who is refused whatever he sends.
+ *
+ * User space has cut nested prefixes into ranges that do not overlap (src/guard/sources.rs), so
+ * that one search decides. Its cost depends on how many there are, and not on how they lie.
  */
 #ifndef NETOKEN_GUARD_SOURCES_H
 #define NETOKEN_GUARD_SOURCES_H
 
 #include "guard_maps.h"
 
-struct source_prefixes {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(key_size, sizeof(struct netoken_source_key));
-	__uint(value_size, sizeof(struct netoken_source));
+/* The page where the search begins, of each generation, list and family. An array as it is, because
+ * looking into that takes no call. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct netoken_source_page);
+	__uint(max_entries, SOURCE_TOPS);
+} guard_lists SEC(".maps");
+
+struct source_pages {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct netoken_source_page));
 	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(map_flags, BPF_F_INNER_MAP);
 };
 
-/* By generation. */
+/* By generation: the pages that others lead to. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__type(key, __u32);
 	__uint(max_entries, GUARD_GENERATIONS);
-	__array(values, struct source_prefixes);
-} guard_exempt SEC(".maps");
+	__array(values, struct source_pages);
+} guard_sources SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__type(key, __u32);
-	__uint(max_entries, GUARD_GENERATIONS);
-	__array(values, struct source_prefixes);
-} guard_blocked SEC(".maps");
+/* The last boundary of a page that is not behind an address. */
+static __always_inline __u32 find_boundary(const struct netoken_source_page *page, __u64 high,
+					   __u64 low)
+{
+	__u32 at = 0, left = page->count;
 
-static __always_inline bool has_expired(const struct netoken_source *source)
+	for (__u32 i = 0; i < SOURCE_PAGE_BITS; i++) {
+		__u32 half = left / 2;
+		/* For the verifier; a page has no more. */
+		__u32 probe = (at + half) & (SOURCE_PAGE_BOUNDARIES - 1);
+
+		if (!half)
+			break;
+		if (page->high[probe] < high ||
+		    (page->high[probe] == high && page->low[probe] <= low))
+			at = probe;
+		left -= half;
+	}
+	return at;
+}
+
+static __always_inline bool is_over(__u64 expires_ns)
 {
 	__u32 zero = 0;
 	struct netoken_clock *now;
 
-	if (!source->expires_ns)
-		return false;
+	if (!expires_ns || expires_ns == SOURCE_FOR_EVER)
+		return !expires_ns;
 	now = bpf_map_lookup_elem(&clock, &zero);
-	return now && bpf_ktime_get_boot_ns() + now->boot_offset_ns >= source->expires_ns;
+	return now && bpf_ktime_get_boot_ns() + now->boot_offset_ns >= expires_ns;
 }
 
-/* Whether the source of a flow is below one of these prefixes. */
-static __always_inline bool is_listed(void *prefixes, const struct netoken_flow *flow)
+/* Whether the source of the packet in the scratch is on a list. */
+static __always_inline bool is_listed(const struct guard_scratch *scratch,
+				      const enum netoken_source_list list)
 {
-	struct netoken_source_key key = {
-		.prefixlen = SOURCE_FAMILY_BITS + ADDR_LEN * 8,
-		.family = flow->family,
-	};
+	const struct netoken_flow *flow = &scratch->event.flow;
+	const __u64 *addr = (const __u64 *)flow->saddr;
+	__u32 generation = scratch->generation, is_v6 = flow->family == 6;
+	__u32 at = (generation * SOURCE_LISTS + list) * SOURCE_FAMILIES + is_v6;
+	/* IPv4 is mapped into IPv6, and has here no more than its address. */
+	__u64 high = is_v6 ? bpf_be64_to_cpu(addr[0]) : (__u32)bpf_be64_to_cpu(addr[1]);
+	__u64 low = is_v6 ? bpf_be64_to_cpu(addr[1]) : 0;
+	const struct netoken_source_page *page = bpf_map_lookup_elem(&guard_lists, &at);
+	void *pages;
 
-	__builtin_memcpy(key.addr, flow->saddr, ADDR_LEN);
-	/* Around a prefix that has expired there may be one that has not. */
-	for (int i = 0; i <= GUARD_EXPIRED_MAX; i++) {
-		const struct netoken_source *source = bpf_map_lookup_elem(prefixes, &key);
-
-		if (!source)
-			return false;
-		if (!has_expired(source))
-			return true;
-		if (source->prefixlen <= SOURCE_FAMILY_BITS)
-			return false;
-		key.prefixlen = source->prefixlen - 1;
-	}
-	return false;
+	if (!page)
+		return false;
+	at = find_boundary(page, high, low);
+	if (!page->leads_on)
+		return !is_over(page->expires_ns[at]);
+	at += page->first_page;
+	pages = bpf_map_lookup_elem(&guard_sources, &generation);
+	page = pages ? bpf_map_lookup_elem(pages, &at) : NULL;
+	return page && !is_over(page->expires_ns[find_boundary(page, high, low)]);
 }
 
-/* Out of line, because few instances have lists. Says GUARD_NONE if the source is on none. */
-static __noinline __u32 check_source(const struct guard_scratch *scratch)
+/*
+ * What the lists say of the source of the packet in the scratch: GUARD_NONE if it is on none. Not
+ * static, so that the verifier looks at it once.
+ */
+__noinline __u32 check_source(void)
 {
-	__u32 generation;
-	void *prefixes;
+	struct guard_scratch *scratch = this_guard_scratch();
 
 	if (!scratch)
 		return GUARD_BLOCKED;
-	generation = scratch->generation;
-	if (scratch->has_exempt) {
-		prefixes = bpf_map_lookup_elem(&guard_exempt, &generation);
-		if (prefixes && is_listed(prefixes, &scratch->event.flow))
-			return GUARD_EXEMPT;
-	}
-	if (scratch->has_blocked) {
-		prefixes = bpf_map_lookup_elem(&guard_blocked, &generation);
-		if (prefixes && is_listed(prefixes, &scratch->event.flow))
-			return GUARD_BLOCKED;
-	}
+	if (scratch->has_exempt && is_listed(scratch, SOURCES_EXEMPT))
+		return GUARD_EXEMPT;
+	if (scratch->has_blocked && is_listed(scratch, SOURCES_BLOCKED))
+		return GUARD_BLOCKED;
 	return GUARD_NONE;
 }
 
