@@ -36,7 +36,7 @@ pub struct Seen {
     #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
     /// Inode number of the network namespace.
-    pub netns: u32,
+    pub netns_inode: u32,
     /// Index of the interface in that namespace.
     pub ifindex: u32,
     /// Source; none if the packet does not show it. The port is 0 if only that is not shown.
@@ -90,7 +90,7 @@ impl Seen {
         };
         Some(Seen {
             time: clock.at(event.time_ns),
-            netns: event.netns_ino,
+            netns_inode: event.netns_ino,
             ifindex: event.ifindex,
             src: end(flow.saddr, flow.sport_be),
             dst: end(flow.daddr, flow.dport_be),
@@ -112,7 +112,7 @@ pub struct Alert {
     #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
     /// Inode number of the network namespace where the last of them came in.
-    pub netns: u32,
+    pub netns_inode: u32,
     /// Index of the interface there.
     pub ifindex: u32,
     /// `low`, `medium`, `high` or `critical`.
@@ -130,7 +130,7 @@ impl Alert {
         alert.copy_from_bytes(bytes).ok()?;
         Some(Alert {
             time: clock.at(alert.time_ns),
-            netns: alert.netns_ino,
+            netns_inode: alert.netns_ino,
             ifindex: alert.ifindex,
             severity: match Severity(alert.severity.into()) {
                 Severity::SEVERITY_LOW => "low",

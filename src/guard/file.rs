@@ -1,7 +1,7 @@
 //! The guard's file: read from TOML and checked as a whole, with the lists that it names.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -254,10 +254,20 @@ impl Rules {
     /// # Errors
     /// A file cannot be read or says nonsense; the message shows the place in it.
     pub fn from_file(path: &Path) -> Result<Rules> {
+        Rules::read(path).map(|(rules, _)| rules)
+    }
+
+    /// The same, and all files that were read, of which the first is this one.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read(path: &Path) -> Result<(Rules, Vec<PathBuf>)> {
         let text =
             fs::read_to_string(path).with_context(|| format!("reading the rules {}", path.display()))?;
         let dir = path.parent().unwrap_or(Path::new(""));
-        Rules::from_toml(&text, dir).with_context(|| format!("checking the rules {}", path.display()))
+        let mut files = vec![path.to_path_buf()];
+        let rules = Rules::parse(&text, dir, &mut files);
+        Ok((rules.with_context(|| format!("checking the rules {}", path.display()))?, files))
     }
 
     /// Checks the text of a file. Lists that it names are looked for in `dir`.
@@ -265,6 +275,11 @@ impl Rules {
     /// # Errors
     /// It says nonsense; the message shows the line.
     pub fn from_toml(text: &str, dir: &Path) -> Result<Rules> {
+        Rules::parse(text, dir, &mut Vec::new())
+    }
+
+    /// The same, with the lists that it names added to `files`.
+    fn parse(text: &str, dir: &Path, files: &mut Vec<PathBuf>) -> Result<Rules> {
         let file: RulesFile = toml::from_str(text)?;
         let slots =
             file.slots.map(|s| Slots::new(s.length, s.behind, s.ahead)).transpose().context("'slots'")?;
@@ -279,14 +294,15 @@ impl Rules {
             }
             rules.push(rule.check().context(place)?);
         }
-        let list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
+        let mut list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
             let mut listed: Vec<Listed> = inline
                 .into_iter()
                 .map(ListedFile::check)
                 .collect::<Result<_>>()
                 .context(format!("'{name}'"))?;
             if let Some(file) = file {
-                listed.extend(list_file(&dir.join(file))?);
+                files.push(dir.join(file));
+                listed.extend(list_file(&files[files.len() - 1])?);
             }
             check_list(&listed).context(format!("'{name}'"))?;
             Ok::<_, anyhow::Error>(listed)
