@@ -35,7 +35,7 @@ struct {
 	__array(values, struct source_pages);
 } guard_sources SEC(".maps");
 
-/* The last boundary of a page that is not behind an address. */
+/* The last boundary of a page that is not behind an address; the first, if all are. */
 static __always_inline __u32 find_boundary(const struct netoken_source_page *page, __u64 high,
 					   __u64 low)
 {
@@ -67,6 +67,30 @@ static __always_inline bool is_over(__u64 expires_ns)
 	return now && bpf_ktime_get_boot_ns() + now->boot_offset_ns >= expires_ns;
 }
 
+/* Until when the range of an address is on a list; 0 if it is not. */
+static __always_inline __u64 look_up(const struct netoken_source_page *page, __u32 generation,
+				     __u64 high, __u64 low)
+{
+	__u32 at = find_boundary(page, high, low);
+	void *pages;
+
+	if (!page->leads_on)
+		return page->expires_ns[at];
+	pages = bpf_map_lookup_elem(&guard_sources, &generation);
+	if (!pages)
+		return 0;
+	for (__u32 level = 1; level < SOURCE_LEVELS; level++) {
+		at += page->first_page;
+		page = bpf_map_lookup_elem(pages, &at);
+		if (!page)
+			return 0;
+		at = find_boundary(page, high, low);
+		if (!page->leads_on)
+			return page->expires_ns[at];
+	}
+	return 0;
+}
+
 /* Whether the source of the packet in the scratch is on a list. */
 static __always_inline bool is_listed(const struct guard_scratch *scratch,
 				      const enum netoken_source_list list)
@@ -79,17 +103,8 @@ static __always_inline bool is_listed(const struct guard_scratch *scratch,
 	__u64 high = is_v6 ? bpf_be64_to_cpu(addr[0]) : (__u32)bpf_be64_to_cpu(addr[1]);
 	__u64 low = is_v6 ? bpf_be64_to_cpu(addr[1]) : 0;
 	const struct netoken_source_page *page = bpf_map_lookup_elem(&guard_lists, &at);
-	void *pages;
 
-	if (!page)
-		return false;
-	at = find_boundary(page, high, low);
-	if (!page->leads_on)
-		return !is_over(page->expires_ns[at]);
-	at += page->first_page;
-	pages = bpf_map_lookup_elem(&guard_sources, &generation);
-	page = pages ? bpf_map_lookup_elem(pages, &at) : NULL;
-	return page && !is_over(page->expires_ns[find_boundary(page, high, low)]);
+	return page && !is_over(look_up(page, generation, high, low));
 }
 
 /*

@@ -19,8 +19,9 @@ enum netoken_guard_size {
 	SOURCE_LISTS = 2,
 	SOURCE_FAMILIES = 2, /* IPv4, IPv6 */
 	SOURCE_TOPS = GUARD_GENERATIONS * SOURCE_LISTS * SOURCE_FAMILIES,
-	SOURCE_PAGE_BITS = 11,
-	SOURCE_PAGE_BOUNDARIES = 1 << 11,
+	SOURCE_LEVELS = 3,
+	SOURCE_PAGE_BITS = 8,
+	SOURCE_PAGE_BOUNDARIES = 1 << 8,
 	/* Bits of netoken_source_key in front of the address. */
 	SOURCE_FAMILY_BITS = 8,
 	/* Tokens that have been accepted: how many stand in one bucket, and buckets. */
@@ -173,9 +174,10 @@ struct netoken_source_key {
 #define SOURCE_FOR_EVER (~0ULL)
 
 /*
- * Boundaries of ranges of addresses, rising; the first is the lowest address of all. What a
- * boundary says holds up to the next one. A page that leads on has the first boundary of each of
- * the pages that it leads to.
+ * Boundaries of ranges of addresses, rising. What a boundary says holds up to the next one; the
+ * first one of a list is the lowest address of all. A page that leads on has the first boundary of
+ * each of the pages that it leads to. A search reads one page of each level: they are small, so
+ * that what it reads of the lowest level, which is in no cache, is close together.
  */
 struct netoken_source_page {
 	__u32 count; /* at least 1 */

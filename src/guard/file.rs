@@ -20,8 +20,8 @@ const RULES_MAX: usize = Size::GUARD_RULES_MAX.0 as usize;
 const MATCHES_MAX: usize = Size::GUARD_MATCHES_MAX.0 as usize;
 const TAGS_MAX: usize = Size::GUARD_TAGS_MAX.0 as usize;
 const STATICS_MAX: usize = Size::GUARD_STATICS_MAX.0 as usize;
-/// Each may begin a range and end one, and for so many boundaries there is room in a page of pages.
-const LIST_MAX: usize = (Size::SOURCE_PAGE_BOUNDARIES.0 as usize).pow(2) / 2 - 1;
+/// Each may begin a range and end one, and for so many boundaries there is room in the pages of all levels.
+const LIST_MAX: usize = (Size::SOURCE_PAGE_BOUNDARIES.0 as usize).pow(Size::SOURCE_LEVELS.0) / 2 - 1;
 
 /// The file as it is written.
 #[derive(Deserialize)]
@@ -442,7 +442,7 @@ mod tests {
                 format!("{} is listed twice", list[0].src)
             );
             list.push(listed(src));
-            let error = format!("there are 2097152 prefixes of IPv{family}; there is room for 2097151");
+            let error = format!("there are 8388608 prefixes of IPv{family}; there is room for 8388607");
             assert_eq!(check_list(&list).unwrap_err().to_string(), error);
         }
     }

@@ -1,5 +1,6 @@
 //! Turns the lists of sources into what the kernel searches, and puts it there. Nested prefixes become ranges that do
-//! not overlap, by their boundaries; sorted and in pages, of which the first one leads to the others if there are several.
+//! not overlap, by their boundaries, sorted and in pages. If one page is not enough, there is one with the first boundary
+//! of each, and so on.
 //!
 //! A source is on a list if any entry around it has not ended. So a range has to know only when the last one of those
 //! ends, and it does not matter how many entries are around one another.
@@ -25,6 +26,7 @@ const FOR_EVER: u64 = u64::MAX;
 const NOT_LISTED: u64 = 0;
 
 const PAGE: usize = Size::SOURCE_PAGE_BOUNDARIES.0 as usize;
+const LEVELS: u32 = Size::SOURCE_LEVELS.0;
 
 /// What holds from an address on, up to the next boundary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,40 +107,58 @@ pub(super) fn install(maps: &GuardMaps, generation: u8, rules: &Rules) -> Result
         let at = (u32::from(generation) * Size::SOURCE_LISTS.0 + number.0) * Size::SOURCE_FAMILIES.0;
         lists.extend([(at, boundaries(list, 4)), (at + 1, boundaries(list, 6))]);
     }
-    // What a page has no room for is in others, to which it leads.
-    let (short, long): (Vec<_>, Vec<_>) = lists.into_iter().partition(|(_, list)| list.len() <= PAGE);
-    for (at, list) in &short {
-        write(&maps.lists, *at, page(list)?)?;
+    let count = lists.iter().map(|(_, list)| pages_below(list.len())).sum();
+    if count == 0 {
+        inner::take(&maps.sources, generation.into())?;
+        return lists.iter().try_for_each(|(at, list)| write(&maps.lists, *at, page(list, None)));
     }
-    if long.is_empty() {
-        return inner::take(&maps.sources, generation.into());
-    }
-    let count = long.iter().map(|(_, list)| list.chunks(PAGE).len()).sum();
     let (key, value) = (size_of::<u32>(), size_of::<SourcePage>());
-    let pages = inner::create(MapType::Array, "guard_pages", key, value, count, libbpf_sys::BPF_F_INNER_MAP)?;
-    let mut numbers = 0..;
-    for (at, list) in &long {
-        let firsts: Vec<Boundary> = list.chunks(PAGE).map(|chunk| chunk[0]).collect();
-        let mut top = page(&firsts)?;
-        (top.leads_on, top.first_page) = (1, numbers.start);
-        for (chunk, number) in list.chunks(PAGE).zip(&mut numbers) {
-            write(&pages, number, page(chunk)?)?;
+    let flags = libbpf_sys::BPF_F_INNER_MAP;
+    let pages = inner::create(MapType::Array, "guard_pages", key, value, count, flags)?;
+    let mut next = 0;
+    for (at, mut row) in lists {
+        // From the lowest level upwards, until a page has room for what is left.
+        let mut below = None;
+        for _ in 1..LEVELS {
+            if row.len() <= PAGE {
+                break;
+            }
+            let first = next;
+            for (chunk, number) in row.chunks(PAGE).zip(0..) {
+                let below = below.map(|first: u32| first + number * PAGE as u32);
+                write(&pages, next, page(chunk, below))?;
+                next += 1;
+            }
+            row = row.chunks(PAGE).map(|chunk| chunk[0]).collect();
+            below = Some(first);
         }
-        write(&maps.lists, *at, top)?;
+        if row.len() > PAGE {
+            bail!("a list makes more ranges of addresses than there is room for");
+        }
+        write(&maps.lists, at, page(&row, below))?;
     }
     inner::put(&maps.sources, generation.into(), &pages)
 }
 
-fn page(boundaries: &[Boundary]) -> Result<Box<SourcePage>> {
-    if boundaries.len() > PAGE {
-        bail!("the list makes more than {} ranges of addresses", PAGE * PAGE);
-    }
-    let mut page = Box::new(SourcePage { count: boundaries.len() as u32, ..Default::default() });
+/// How many pages a list takes beside the first one.
+fn pages_below(boundaries: usize) -> usize {
+    let rows = std::iter::successors(Some(boundaries), |row| (*row > PAGE).then(|| row.div_ceil(PAGE)));
+    rows.skip(1).sum()
+}
+
+/// At most as many boundaries as a page has room for. `below` is the first of the pages that they lead to.
+fn page(boundaries: &[Boundary], below: Option<u32>) -> Box<SourcePage> {
+    let mut page = Box::new(SourcePage {
+        count: boundaries.len() as u32,
+        leads_on: below.is_some().into(),
+        first_page: below.unwrap_or_default(),
+        ..Default::default()
+    });
     for (at, boundary) in boundaries.iter().enumerate() {
         (page.high[at], page.low[at]) = ((boundary.addr >> 64) as u64, boundary.addr as u64);
         page.expires_ns[at] = boundary.expires_ns;
     }
-    Ok(page)
+    page
 }
 
 fn write(map: &MapHandle, at: u32, page: Box<SourcePage>) -> Result<()> {

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, Result, ensure};
 use netoken::guard::program::Kind;
+use netoken::guard::types::Size;
 
 use crate::packet::{Packet, syn};
 use crate::run::{Bench, Random, name};
@@ -202,7 +203,7 @@ pub fn random_lists_decide_as_a_look_at_every_entry() -> Result<()> {
     Ok(())
 }
 
-/// Among a million of each family every look goes through two pages, and at their ends from one to the next.
+/// Among a million of each family every look goes through three pages, and at their ends from one to the next.
 pub fn a_million_entries_and_then_few_and_none() -> Result<()> {
     const STEP: u32 = 4200;
     let count = share_of(1_000_000)? as u32;
@@ -218,9 +219,11 @@ pub fn a_million_entries_and_then_few_and_none() -> Result<()> {
     let long = format!("blocked_file = '{}'\n{RULE}", file.display());
     let mut places = vec![0, 1, count / 3, count - 2, count - 1];
     // Each entry makes two ranges, so that pages end at multiples of the half of what is in one.
-    places.extend(
-        (1..count / 1024).step_by(37).flat_map(|page| [page * 1024 - 1, page * 1024, page * 1024 + 1]),
-    );
+    let page = Size::SOURCE_PAGE_BOUNDARIES.0;
+    for (entries, step) in [(page / 2, 255), (page * page / 2, 5)] {
+        let ends = (1..count / entries).step_by(step);
+        places.extend(ends.flat_map(|end| [end * entries - 1, end * entries, end * entries + 1]));
+    }
 
     let mut bench = Bench::new(Kind::Xdp, &long)?;
     for place in places {
