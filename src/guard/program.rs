@@ -13,7 +13,7 @@ use plain::Plain;
 use super::compile::RingNumbers;
 use super::rules::Rules;
 use super::sources;
-use super::types::{Config, Live, Size, Table};
+use super::types::{Config, Size, Table};
 use crate::clock;
 use crate::guard_skel::GuardSkelBuilder;
 use crate::inner;
@@ -254,16 +254,5 @@ impl GuardMaps {
         inner::put(&self.rules, 0, &next).context("putting the rules into use")?;
         // Only now: the update has waited for those who still used them.
         inner::take(&self.sources, running.into())
-    }
-
-    /// Tells the attached programs whether somebody reads the events; without a reader they send none.
-    ///
-    /// # Errors
-    /// The kernel refused to write it.
-    pub fn set_reader(&self, has_reader: bool) -> Result<()> {
-        let live = Live { has_reader: has_reader.into() };
-        // SAFETY: plain data without padding.
-        let bytes = unsafe { plain::as_bytes(&live) };
-        self.live.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("turning events on or off")
     }
 }
