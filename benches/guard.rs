@@ -10,12 +10,14 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::time::{Instant, SystemTime};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use libbpf_cargo::SkeletonBuilder;
 use libbpf_rs::{Object, ObjectBuilder};
 use netoken::clock;
+use netoken::guard::counters::GuardCounters;
 use netoken::guard::program::{GuardProgram, Kind, Settings};
 use netoken::guard::rules::Rules;
+use netoken::guard::types::Verdict;
 use netoken::keys::{Key, Secret};
 use netoken::token::keyed::{Bind, Flow, Slots, Stamp, make};
 
@@ -157,11 +159,14 @@ fn compare(
     (program, action): (&GuardProgram, u32),
     (repeat, rounds): (i32, usize),
 ) -> Result<()> {
+    let blocked = || Ok::<_, anyhow::Error>(GuardCounters::read(&program.maps)?.of(Verdict::GUARD_BLOCKED));
+    let before = blocked()?;
     let (mut drops, mut ours) = (u32::MAX, u32::MAX);
     for _ in 0..rounds {
         drops = drops.min(run(base, frame, XDP_DROP, repeat)?);
         ours = ours.min(run(program.as_fd().as_raw_fd(), frame, action, repeat).context(name.to_string())?);
     }
+    ensure!((blocked()? > before) == name.ends_with(", it is"), "{name}: that is not true of its source");
     println!("{name:<42} {drops:>6} ns {ours:>6} ns {:>6} ns", i64::from(ours) - i64::from(drops));
     Ok(())
 }

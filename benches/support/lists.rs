@@ -9,11 +9,11 @@ pub fn host(at: usize) -> Ipv4Addr {
     Ipv4Addr::from_bits(if bits == 0xc000_0201 { 1 } else { bits })
 }
 
-/// So many IPv4 prefixes of 16 to 32 bits, as many of each length as there are, one a line. Many are around others.
+/// So many IPv4 prefixes of 20 to 32 bits, as many of each length, one a line. Many are around others.
 pub fn mixed(count: usize) -> String {
     let mut known = HashSet::new();
     let prefixes = (0..).map(|at| {
-        let bits = 16 + (at % 17) as u32;
+        let bits = 20 + (at % 13) as u32;
         (host(at).to_bits() >> (32 - bits) << (32 - bits), bits)
     });
     let new = prefixes.filter(|prefix| known.insert(*prefix)).take(count);

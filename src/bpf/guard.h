@@ -267,7 +267,7 @@ static __always_inline __u32 judge(struct guard_scratch *scratch,
 		if (flow->family == 6 && is_mapped(flow->saddr))
 			return GUARD_MALFORMED;
 		if (scratch->has_exempt | scratch->has_blocked)
-			verdict = check_source();
+			verdict = check_source(scratch);
 	}
 	if (verdict == GUARD_NONE)
 		verdict = judge_shape(scratch, shape, packet_len);

@@ -91,35 +91,37 @@ static __always_inline __u64 look_up(const struct netoken_source_page *page, __u
 	return 0;
 }
 
-/* Whether the source of the packet in the scratch is on a list. */
-static __always_inline bool is_listed(const struct guard_scratch *scratch,
-				      const enum netoken_source_list list)
+/* Whether the source of the packet in the scratch is on a list, enum netoken_source_list. Not
+ * static, so that the verifier looks at it once. */
+__noinline int is_listed(__u32 list)
 {
-	const struct netoken_flow *flow = &scratch->event.flow;
-	const __u64 *addr = (const __u64 *)flow->saddr;
-	__u32 generation = scratch->generation, is_v6 = flow->family == 6;
-	__u32 at = (generation * SOURCE_LISTS + list) * SOURCE_FAMILIES + is_v6;
-	/* IPv4 is mapped into IPv6, and has here no more than its address. */
-	__u64 high = is_v6 ? bpf_be64_to_cpu(addr[0]) : (__u32)bpf_be64_to_cpu(addr[1]);
-	__u64 low = is_v6 ? bpf_be64_to_cpu(addr[1]) : 0;
-	const struct netoken_source_page *page = bpf_map_lookup_elem(&guard_lists, &at);
+	struct guard_scratch *scratch = this_guard_scratch();
+	const struct netoken_source_page *page;
+	const struct netoken_flow *flow;
+	__u32 at, generation, is_v6;
+	const __u64 *addr;
+	__u64 high, low;
 
+	if (!scratch)
+		return false;
+	flow = &scratch->event.flow;
+	addr = (const __u64 *)flow->saddr;
+	is_v6 = flow->family == 6;
+	/* IPv4 is mapped into IPv6, and has here no more than its address. */
+	high = is_v6 ? bpf_be64_to_cpu(addr[0]) : (__u32)bpf_be64_to_cpu(addr[1]);
+	low = is_v6 ? bpf_be64_to_cpu(addr[1]) : 0;
+	generation = scratch->generation;
+	at = (generation * SOURCE_LISTS + list) * SOURCE_FAMILIES + is_v6;
+	page = bpf_map_lookup_elem(&guard_lists, &at);
 	return page && !is_over(look_up(page, generation, high, low));
 }
 
-/*
- * What the lists say of the source of the packet in the scratch: GUARD_NONE if it is on none. Not
- * static, so that the verifier looks at it once.
- */
-__noinline __u32 check_source(void)
+/* What the lists say of the source of the packet in the scratch: GUARD_NONE if it is on none. */
+static __always_inline __u32 check_source(const struct guard_scratch *scratch)
 {
-	struct guard_scratch *scratch = this_guard_scratch();
-
-	if (!scratch)
-		return GUARD_BLOCKED;
-	if (scratch->has_exempt && is_listed(scratch, SOURCES_EXEMPT))
+	if (scratch->has_exempt && is_listed(SOURCES_EXEMPT))
 		return GUARD_EXEMPT;
-	if (scratch->has_blocked && is_listed(scratch, SOURCES_BLOCKED))
+	if (scratch->has_blocked && is_listed(SOURCES_BLOCKED))
 		return GUARD_BLOCKED;
 	return GUARD_NONE;
 }
