@@ -2,10 +2,12 @@
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use netoken::guard::program::Kind;
-use netoken::guard::types::Size;
+use netoken::guard::types::{Size, Verdict};
 
 use crate::packet::{Packet, syn};
 use crate::run::{Bench, Random, name};
@@ -248,4 +250,34 @@ pub fn a_million_entries_and_then_few_and_none() -> Result<()> {
     }
     bench.set_rules(RULE)?;
     expect(&mut bench, &[(&one, "missing"), (&other, "missing")])
+}
+
+/// Rules and lists are replaced in one step: from a mixture of both the source would be on no list.
+pub fn while_lists_are_replaced_a_source_is_on_the_old_one_or_the_new_one() -> Result<()> {
+    // More than fit into one page.
+    let around: String = (0..500).map(|at| format!("'172.16.{}.{}', ", at / 128, at % 128 * 2)).collect();
+    let rules = ["exempt", "blocked"].map(|name| format!("{name} = [{around} '10.1.2.3']\n{RULE}"));
+    let bench = Bench::new(Kind::Xdp, &rules[0])?;
+    let frame = from("10.1.2.3").build();
+    let done = AtomicBool::new(false);
+    let runs = thread::scope(|scope| {
+        let packets = scope.spawn(|| {
+            let mut runs = 0;
+            while !done.load(Ordering::Relaxed) {
+                bench.run_uncounted(&frame)?;
+                runs += 1;
+            }
+            Ok::<u64, anyhow::Error>(runs)
+        });
+        let replaced = share_of(50).and_then(|rounds| {
+            (0..rounds).try_for_each(|_| rules.iter().rev().try_for_each(|rules| bench.set_rules(rules)))
+        });
+        done.store(true, Ordering::Relaxed);
+        let runs = packets.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        replaced.map(|()| runs)
+    })?;
+    let counters = bench.counters()?;
+    let (exempt, blocked) = (counters.of(Verdict::GUARD_EXEMPT), counters.of(Verdict::GUARD_BLOCKED));
+    ensure!(exempt > 0 && blocked > 0 && exempt + blocked == runs, "{runs} packets: {}", counters.line());
+    Ok(())
 }
