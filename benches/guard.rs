@@ -3,22 +3,28 @@
 //! `cargo bench --bench guard`, as root; `-- accepted` measures only what has that in its name. Rounds of both
 //! alternate, and the quickest round of each counts: noise only ever adds.
 
+#[path = "support/lists.rs"]
+mod lists;
+
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::time::{Instant, SystemTime};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use libbpf_cargo::SkeletonBuilder;
 use libbpf_rs::{Object, ObjectBuilder};
 use netoken::clock;
+use netoken::guard::counters::GuardCounters;
 use netoken::guard::program::{GuardProgram, Kind, Settings};
 use netoken::guard::rules::Rules;
+use netoken::guard::types::Verdict;
 use netoken::keys::{Key, Secret};
 use netoken::token::keyed::{Bind, Flow, Slots, Stamp, make};
 
 const REPEAT: i32 = 20_000;
 const ROUNDS: usize = 40;
 const SINGLE_ROUNDS: usize = 10_000;
+const SPREAD_RUNS: usize = 100_000;
 const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
 const SECRET: [u8; 16] = [7; 16];
@@ -49,8 +55,12 @@ fn main() -> Result<()> {
     let auto_blocked = load(&auto_block(1))?;
     let alerting = load(&format!("alerts = {{ within = '1h', low = {} }}\n{ONE_MODE}", i64::MAX))?;
     let list = dir.path().join("blocked");
-    std::fs::write(&list, (0..MILLION).map(|at| format!("{}\n", host(at))).collect::<String>())?;
+    std::fs::write(&list, (0..MILLION).map(|at| format!("{}\n", lists::host(at))).collect::<String>())?;
     let million = load(&format!("blocked_file = '{}'\n{ONE_MODE}", list.display()))?;
+    std::fs::write(&list, lists::mixed(MILLION))?;
+    let mixed = load(&format!("blocked_file = '{}'\n{ONE_MODE}", list.display()))?;
+    std::fs::write(&list, lists::clustered(MILLION))?;
+    let clustered = load(&format!("blocked_file = '{}'\n{ONE_MODE}", list.display()))?;
 
     println!("{:<42} {:>9} {:>9} {:>9}", "", "drop only", "guard", "added");
     for (name, frame, program, action) in [
@@ -76,15 +86,27 @@ fn main() -> Result<()> {
         ("SYN, one source blocked, not it", frame(4, 0x02, 443, false, Bind::Server)?, &one, XDP_DROP),
         (
             "SYN, one source blocked, it is",
-            from(frame(4, 0x02, 443, false, Bind::Server)?, [198, 51, 100, 7]),
+            from(frame(4, 0x02, 443, false, Bind::Server)?, &[198, 51, 100, 7]),
             &one,
             XDP_DROP,
         ),
         ("SYN, a million blocked, not it", frame(4, 0x02, 443, false, Bind::Server)?, &million, XDP_DROP),
         (
             "SYN, a million blocked, it is",
-            from(frame(4, 0x02, 443, false, Bind::Server)?, host(MILLION / 3).octets()),
+            from(frame(4, 0x02, 443, false, Bind::Server)?, &lists::host(MILLION / 3).octets()),
             &million,
+            XDP_DROP,
+        ),
+        (
+            "SYN, a million of mixed lengths, not it",
+            frame(4, 0x02, 443, false, Bind::Server)?,
+            &mixed,
+            XDP_DROP,
+        ),
+        (
+            "SYN, a million in one IPv6 /64, it is",
+            from(frame(6, 0x02, 443, false, Bind::Server)?, &lists::in_cluster(MILLION / 3).octets()),
+            &clustered,
             XDP_DROP,
         ),
         (
@@ -129,7 +151,23 @@ fn main() -> Result<()> {
     ] {
         compare(name, &each(bind)?, base, (&all_modes, XDP_PASS), (1, SINGLE_ROUNDS))?;
     }
+    println!("one run at a time, each from another source, of which the median counts");
+    for (name, family, program) in [
+        ("SYN without token, refused, IPv4", 4, &plain),
+        ("SYN, one source blocked, IPv4", 4, &one),
+        ("SYN, a million blocked, IPv4", 4, &million),
+        ("SYN, a million of mixed lengths, IPv4", 4, &mixed),
+        ("SYN, a million in one /64, IPv6", 6, &clustered),
+    ] {
+        compare_spread(name, family, base, program)?;
+    }
     Ok(())
+}
+
+/// Whether a row was asked for: all are, if none is.
+fn is_wanted(name: &str) -> bool {
+    let mut parts = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).peekable();
+    parts.peek().is_none() || parts.any(|part| name.contains(&part))
 }
 
 /// Prints what the guard adds to a program that only drops, if that is asked for.
@@ -140,23 +178,41 @@ fn compare(
     (program, action): (&GuardProgram, u32),
     (repeat, rounds): (i32, usize),
 ) -> Result<()> {
-    let mut wanted = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).peekable();
-    if wanted.peek().is_some() && !wanted.any(|part| name.contains(&part)) {
+    if !is_wanted(name) {
         return Ok(());
     }
+    let blocked = || Ok::<_, anyhow::Error>(GuardCounters::read(&program.maps)?.of(Verdict::GUARD_BLOCKED));
+    let before = blocked()?;
     let (mut drops, mut ours) = (u32::MAX, u32::MAX);
     for frame in frames.iter().cycle().take(rounds) {
         drops = drops.min(run(base, frame, XDP_DROP, repeat)?);
         ours = ours.min(run(program.as_fd().as_raw_fd(), frame, action, repeat).context(name.to_string())?);
     }
+    ensure!((blocked()? > before) == name.ends_with(", it is"), "{name}: that is not true of its source");
     println!("{name:<42} {drops:>6} ns {ours:>6} ns {:>6} ns", i64::from(ours) - i64::from(drops));
     Ok(())
 }
 
-/// Spread over the address space, as sources of a flood are.
-fn host(at: usize) -> std::net::Ipv4Addr {
-    let bits = (at as u32).wrapping_mul(2_654_435_761);
-    std::net::Ipv4Addr::from_bits(if bits == 0xc000_0201 { 1 } else { bits })
+/// The same with every run from another source, as in a flood: so the list is not in the caches. The median of runs, one
+/// at a time.
+fn compare_spread(name: &str, family: u8, base: i32, program: &GuardProgram) -> Result<()> {
+    if !is_wanted(name) {
+        return Ok(());
+    }
+    let frame = frame(family, 0x02, 443, false, Bind::Server)?;
+    let median = |fd| -> Result<u32> {
+        let mut all = (0..SPREAD_RUNS)
+            .map(|at| match family {
+                4 => run(fd, &from(frame.clone(), &lists::host(MILLION + at).octets()), XDP_DROP, 1),
+                _ => run(fd, &from(frame.clone(), &lists::in_cluster(MILLION + at).octets()), XDP_DROP, 1),
+            })
+            .collect::<Result<Vec<u32>>>()?;
+        let (_, median, _) = all.select_nth_unstable(SPREAD_RUNS / 2);
+        Ok(*median)
+    };
+    let (drops, ours) = (median(base)?, median(program.as_fd().as_raw_fd())?);
+    println!("{name:<42} {drops:>6} ns {ours:>6} ns {:>6} ns", i64::from(ours) - i64::from(drops));
+    Ok(())
 }
 
 /// Other options of the same length: NOPs first.
@@ -165,8 +221,10 @@ fn odd(mut frame: Vec<u8>) -> Vec<u8> {
     frame
 }
 
-fn from(mut frame: Vec<u8>, src: [u8; 4]) -> Vec<u8> {
-    frame[26..30].copy_from_slice(&src);
+/// With another source, of the family that it has.
+fn from(mut frame: Vec<u8>, src: &[u8]) -> Vec<u8> {
+    let at = if src.len() == 4 { 26 } else { 22 };
+    frame[at..at + src.len()].copy_from_slice(src);
     frame
 }
 
@@ -178,6 +236,7 @@ fn load(rules: &str) -> Result<GuardProgram> {
         Secret::from_bytes(&SECRET),
         SystemTime::now(),
     )?])?;
+    clock::publish(&program.maps.clock, Some(slots()?))?;
     let rules = Rules::from_toml(rules, Path::new("/"))?;
     let start = Instant::now();
     program.maps.set_rules(&rules)?;
@@ -219,6 +278,11 @@ fn run(fd: i32, frame: &[u8], action: u32, repeat: i32) -> Result<u32> {
     Ok(options.duration)
 }
 
+/// Long ones: the tokens are made before the measuring.
+fn slots() -> Result<Slots> {
+    Slots::new(3600, 1, 1)
+}
+
 /// A frame with right lengths, with the options that Linux sends and, if it is asked for, a token that is right now.
 fn frame(family: u8, flags: u8, dport: u16, token: bool, bind: Bind) -> Result<Vec<u8>> {
     frame_of(0x0102_0304, family, flags, dport, token.then_some(bind))
@@ -237,7 +301,7 @@ fn frame_of(isn: u32, family: u8, flags: u8, dport: u16, bind: Option<Bind>) -> 
     if let Some(bind) = bind {
         let flow = Flow::new((ends[0], 40_000).into(), (ends[1], dport).into(), isn)?;
         // One ahead, so that it is still accepted when the measuring is over.
-        let slot = Slots::default().at(clock::now()) + 1;
+        let slot = slots()?.at(clock::now()) + 1;
         options.extend([253, 12, 0x4e, 0x54]);
         options.extend(make(&Secret::from_bytes(&SECRET), Stamp { tag: 17, key_id: 3, bind, slot }, &flow).0);
     }

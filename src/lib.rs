@@ -19,6 +19,7 @@ pub mod decode;
 pub mod events;
 pub mod guard;
 pub mod hooks;
+mod inner;
 pub mod kernel;
 pub mod keys;
 pub mod netns;

@@ -12,12 +12,13 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMapMut, PrintLevel};
 use plain::Plain;
 
 use crate::clock;
+use crate::events::buffer::set_reader;
+use crate::inner;
 use crate::kernel::Kernel;
 use crate::keys::live::LiveKeys;
-use crate::policy::install::inner;
 use crate::skel::types::rodata;
 use crate::skel::{NetokenSkelBuilder, OpenNetokenMaps};
-use crate::types::{Config, Live};
+use crate::types::Config;
 
 // SAFETY: integers without hidden padding, which types.h asserts.
 unsafe impl Plain for Config {}
@@ -275,10 +276,7 @@ impl Maps {
     /// # Errors
     /// The kernel refused to write it.
     pub fn set_reader(&self, has_reader: bool) -> Result<()> {
-        let live = Live { has_reader: has_reader.into() };
-        // SAFETY: plain data without padding.
-        let bytes = unsafe { plain::as_bytes(&live) };
-        self.live.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("turning events on or off")
+        set_reader(&self.live, has_reader)
     }
 
     /// The map of the policy in use, or nothing if none was ever set.
@@ -286,7 +284,7 @@ impl Maps {
     /// # Errors
     /// The kernel refused to open it.
     pub fn policy(&self) -> Result<Option<MapHandle>> {
-        inner(&self.policies, 0).context("looking for the policy in use")
+        inner::get(&self.policies, 0).context("looking for the policy in use")
     }
 }
 

@@ -25,7 +25,7 @@ const volatile struct {
 	struct netoken_guard_alert alert;
 	struct netoken_guard_table table;
 	struct netoken_source_key source_key;
-	struct netoken_source source;
+	enum netoken_source_list source_list;
 } guard_types = {};
 
 /* How much of a packet's destination is known. match_less() counts with the first two. */
@@ -82,29 +82,6 @@ struct {
 	__uint(max_entries, 1);
 	__array(values, struct guard_generation);
 } guard_rules SEC(".maps");
-
-struct source_prefixes {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(key_size, sizeof(struct netoken_source_key));
-	__uint(value_size, sizeof(struct netoken_source));
-	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-};
-
-/* By generation. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__type(key, __u32);
-	__uint(max_entries, GUARD_GENERATIONS);
-	__array(values, struct source_prefixes);
-} guard_exempt SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__type(key, __u32);
-	__uint(max_entries, GUARD_GENERATIONS);
-	__array(values, struct source_prefixes);
-} guard_blocked SEC(".maps");
 
 /* A source in the window that began with its first refused packet. */
 struct refused_source {

@@ -14,8 +14,14 @@ enum netoken_guard_size {
 	GUARD_MATCHES_MAX = 128, /* prefixes times port ranges, of all rules together */
 	GUARD_TAGS_MAX = 8,	 /* of one rule */
 	GUARD_STATICS_MAX = 8,
-	/* Two generations of source prefixes, of which a table names one. */
+	/* Two generations of the lists of sources, of which a table names one. */
 	GUARD_GENERATIONS = 2,
+	SOURCE_LISTS = 2,
+	SOURCE_FAMILIES = 2, /* IPv4, IPv6 */
+	SOURCE_TOPS = GUARD_GENERATIONS * SOURCE_LISTS * SOURCE_FAMILIES,
+	SOURCE_LEVELS = 3,
+	SOURCE_PAGE_BITS = 8,
+	SOURCE_PAGE_BOUNDARIES = 1 << 8,
 	/* Bits of netoken_source_key in front of the address. */
 	SOURCE_FAMILY_BITS = 8,
 	/* Tokens that have been accepted: how many stand in one bucket, and buckets. */
@@ -24,8 +30,6 @@ enum netoken_guard_size {
 	/* Rows of counters: the first for what no rule is about, and one for each rule of two
 	 * tables, so that a rule that comes does not count where one that goes still does. */
 	GUARD_ROWS = 1 + 2 * 32,
-	/* Prefixes around one another that may all have expired before a lookup gives up. */
-	GUARD_EXPIRED_MAX = 4,
 	/* Accepted SYNs that are kept for the application, of which the oldest give way. */
 	GUARD_PEERS_MAX = 65536,
 	/* Source prefixes whose refused packets are counted, and those that are blocked for them.
@@ -78,6 +82,12 @@ enum netoken_guard_mode {
 	MODE_MARK = 1,
 	MODE_DROP = 2,
 	MODE_SCRUB = 3, /* no check, only no tokens behind it */
+};
+
+/* The lists of sources. */
+enum netoken_source_list {
+	SOURCES_EXEMPT = 0,
+	SOURCES_BLOCKED = 1,
 };
 
 /* How many refused packets an alert tells of. */
@@ -141,7 +151,7 @@ struct netoken_guard_alerts {
 /* One generation of rules. User space fills a new one and swaps it in whole. */
 struct netoken_guard_table {
 	__u32 matches_count;
-	__u8 generation; /* of the source prefixes */
+	__u8 generation; /* of the lists of sources */
 	__u8 has_exempt;
 	__u8 has_blocked;
 	__u8 pad;
@@ -152,7 +162,7 @@ struct netoken_guard_table {
 	struct netoken_guard_rule rules[GUARD_RULES_MAX];
 };
 
-/* Longest prefix match: the family exactly, then the leading bits of the source address. */
+/* A source that is counted or blocked for what it sends: the leading bits of its address. */
 struct netoken_source_key {
 	__u32 prefixlen; /* SOURCE_FAMILY_BITS plus the bits of the address that count */
 	__u8 family;	 /* 4 or 6 */
@@ -160,10 +170,25 @@ struct netoken_source_key {
 	__u8 pad[3];
 };
 
-struct netoken_source {
-	__u64 expires_ns; /* Unix time; 0 is never */
-	__u32 prefixlen;  /* of its key */
-	__u8 pad[4];
+/* An `expires_ns` that never comes. */
+#define SOURCE_FOR_EVER (~0ULL)
+
+/*
+ * Boundaries of ranges of addresses, rising. What a boundary says holds up to the next one; the
+ * first one of a list is the lowest address of all. A page that leads on has the first boundary of
+ * each of the pages that it leads to. A search reads one page of each level: they are small, so
+ * that what it reads of the lowest level, which is in no cache, is close together.
+ */
+struct netoken_source_page {
+	__u32 count; /* at least 1 */
+	__u32 leads_on;
+	__u32 first_page;
+	__u32 pad;
+	/* The address as a number, both halves; an IPv4 address is in the first. */
+	__u64 high[SOURCE_PAGE_BOUNDARIES];
+	__u64 low[SOURCE_PAGE_BOUNDARIES];
+	/* Unix time up to which the range is on the list; 0: it is not. */
+	__u64 expires_ns[SOURCE_PAGE_BOUNDARIES];
 };
 
 /* Of one CPU. */
@@ -231,7 +256,8 @@ _Static_assert(sizeof(struct netoken_guard_table) ==
 		       120 + GUARD_MATCHES_MAX * 40 + GUARD_RULES_MAX * 112,
 	       "netoken_guard_table has hidden padding");
 _Static_assert(sizeof(struct netoken_source_key) == 24, "netoken_source_key has hidden padding");
-_Static_assert(sizeof(struct netoken_source) == 16, "netoken_source has hidden padding");
+_Static_assert(sizeof(struct netoken_source_page) == 16 + SOURCE_PAGE_BOUNDARIES * 24,
+	       "netoken_source_page has hidden padding");
 /* What a per-CPU map holds for one key: PCPU_MIN_UNIT_SIZE of include/linux/percpu.h. */
 _Static_assert(sizeof(struct netoken_guard_counters) <= 32768, "netoken_guard_counters is too big");
 _Static_assert(sizeof(struct netoken_guard_auto_block) == 64,

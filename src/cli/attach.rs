@@ -3,14 +3,14 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
 use super::policy::{Progress, put as put_policy, read as read_policy};
-use super::reload::Reload;
+use super::reload::{Loaded, Reload};
+use super::signals::Signals;
 use crate::clock;
 use crate::events::reader::Reader;
 use crate::events::rules::RuleNames;
@@ -59,7 +59,11 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         done: Vec::new(),
     };
     // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
-    let signals = if options.quiet { Ok(Signals::default()) } else { Signals::catch(given.as_ref()) };
+    let signals = if options.quiet {
+        Ok(Signals::default())
+    } else {
+        Signals::catch(matches!(given, Some(Given::File(..))))
+    };
     let attached = signals.and_then(|signals| Ok((job.attach(&lock, &targets, given.as_ref())?, signals)));
     let (Attached { maps, reading, note, had_policy }, signals) = match attached {
         Ok(attached) => attached,
@@ -97,13 +101,22 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     };
     let mut reload = match &given {
         Some(Given::File(path, checked)) => {
-            let files = checked.files.clone();
-            Some(Reload::new(path, options, &instance, &maps, files, &signals.reload))
+            let load = || {
+                let progress = Progress::none();
+                let checked = read_policy(path, options.allow_missing, &progress)?;
+                let (_state, _lock) = State::create().context("loading the policy again")?;
+                put_policy(&instance, &maps, &checked, path, &progress)?;
+                Ok(Loaded { summary: checked.policy.summary(), files: checked.files })
+            };
+            Some(Reload::new("policy", checked.files.clone(), options.watch, &signals.reload, load))
         }
         _ => None,
     };
     // If the telling failed, so will the stream, at once and for the same reason.
-    let mut each_look = || reload.as_mut().map_or(Ok(()), Reload::look);
+    let mut each_look = || {
+        reload.iter_mut().for_each(Reload::look);
+        Ok(())
+    };
     let end =
         stream::run(&maps, &mut stream.reader, &mut output, &mut stream.watch, &signals.stop, &mut each_look);
     let left: Vec<String> = stream.watch.links().iter().map(|link| link.name.clone()).collect();
@@ -154,28 +167,6 @@ impl Given<'_> {
             Given::File(path, checked) => put_policy(instance, maps, checked, path, progress)?,
         };
         Ok(())
-    }
-}
-
-/// What other processes tell this one.
-#[derive(Default)]
-struct Signals {
-    stop: Arc<AtomicBool>,
-    reload: Arc<AtomicBool>,
-}
-
-impl Signals {
-    /// Without a file that could be loaded again, SIGHUP ends the stream: the terminal is gone.
-    fn catch(given: Option<&Given<'_>>) -> Result<Signals> {
-        use signal_hook::consts::{SIGHUP, SIGTERM};
-        let signals = Signals::default();
-        let hangup = if let Some(Given::File(..)) = given { &signals.reload } else { &signals.stop };
-        for (signal, flag) in [(SIGTERM, &signals.stop), (SIGHUP, hangup)] {
-            signal_hook::flag::register(signal, Arc::clone(flag)).context("preparing for signals")?;
-        }
-        let stop = Arc::clone(&signals.stop);
-        ctrlc::set_handler(move || stop.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
-        Ok(signals)
     }
 }
 

@@ -10,6 +10,7 @@ mod key;
 mod policy;
 mod query;
 mod reload;
+mod signals;
 mod table;
 mod token;
 

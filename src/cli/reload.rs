@@ -1,18 +1,13 @@
-//! Loads the policy file of a streaming process again: on SIGHUP, and with `--watch` when a file changes. A file that is
-//! wrong is told and changes nothing.
+//! Loads the file of a streaming process again: on SIGHUP and, if that is asked for, when it changes. A file that is wrong
+//! is told and changes nothing.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-
-use super::args::AttachOptions;
-use super::policy::{Progress, put, read};
-use crate::program::Maps;
-use crate::state::{Instance, State};
+use anyhow::Result;
 
 /// How often files are looked at. A look follows names and links anew, so it does not matter how a file is replaced:
 /// written in place, renamed over, or behind a link that is moved, as Kubernetes does it.
@@ -21,14 +16,22 @@ const PAUSE: Duration = Duration::from_millis(250);
 /// What tells one state of a file from another; nothing if it is not there.
 type Stamp = Option<(u64, u64, u64, i64, i64)>;
 
-/// The file, and what it was like when it was last loaded.
-pub(super) struct Reload<'a> {
-    path: &'a Path,
-    options: &'a AttachOptions,
-    instance: &'a Instance,
-    maps: &'a Maps,
+/// What is in use since a file was loaded.
+pub(super) struct Loaded {
+    /// In one line.
+    pub summary: String,
     /// The file and all that it names.
+    pub files: Vec<PathBuf>,
+}
+
+/// How to load a file, and what it was like when it was last loaded.
+pub(super) struct Reload<'a, L> {
+    /// What is in the file.
+    what: &'static str,
+    load: L,
     files: Vec<PathBuf>,
+    /// A change is enough.
+    watch: bool,
     asked: &'a AtomicBool,
     loaded: Vec<Stamp>,
     /// At the last look. A file that still changes is not read.
@@ -36,49 +39,55 @@ pub(super) struct Reload<'a> {
     next_look: Instant,
 }
 
-impl<'a> Reload<'a> {
+impl<'a, L: FnMut() -> Result<Loaded>> Reload<'a, L> {
+    /// For a file that was loaded just now, with all that it names. `load` reads it and puts it into use.
     pub fn new(
-        path: &'a Path,
-        options: &'a AttachOptions,
-        instance: &'a Instance,
-        maps: &'a Maps,
+        what: &'static str,
         files: Vec<PathBuf>,
+        watch: bool,
         asked: &'a AtomicBool,
-    ) -> Reload<'a> {
-        let stamps = stamps(&files);
+        load: L,
+    ) -> Reload<'a, L> {
+        let loaded = stamps(&files);
         Reload {
-            path,
-            options,
-            instance,
-            maps,
-            files,
+            what,
+            load,
+            watch,
             asked,
-            loaded: stamps.clone(),
-            seen: stamps,
+            seen: loaded.clone(),
+            loaded,
+            files,
             next_look: Instant::now() + PAUSE,
         }
     }
 
     /// Loads it again if that is asked for or due.
-    ///
-    /// # Errors
-    /// None that comes from the file: those are told.
-    pub fn look(&mut self) -> Result<()> {
+    pub fn look(&mut self) {
         let asked = self.asked.swap(false, Ordering::Relaxed);
         if !asked && !self.has_changed() {
-            return Ok(());
+            return;
         }
         // Before it is read: what changes while it is read is a change.
         self.loaded = stamps(&self.files);
-        match self.load() {
-            Ok(summary) => note!("policy loaded again: {summary}"),
+        match (self.load)() {
+            Ok(Loaded { summary, files }) => {
+                note!("{} loaded again: {summary}", self.what);
+                self.look_at(files);
+            }
             Err(error) => note!("netoken: {error:#}"),
         }
-        Ok(())
+    }
+
+    fn look_at(&mut self, files: Vec<PathBuf>) {
+        if files != self.files {
+            self.loaded = stamps(&files);
+            self.seen.clone_from(&self.loaded);
+            self.files = files;
+        }
     }
 
     fn has_changed(&mut self) -> bool {
-        if !self.options.watch || Instant::now() < self.next_look {
+        if !self.watch || Instant::now() < self.next_look {
             return false;
         }
         self.next_look = Instant::now() + PAUSE;
@@ -87,19 +96,6 @@ impl<'a> Reload<'a> {
         self.seen = now;
         // Between two steps of a replacement a file may not be there.
         is_calm && self.seen != self.loaded && self.seen.first().is_some_and(Option::is_some)
-    }
-
-    fn load(&mut self) -> Result<String> {
-        let progress = Progress::none();
-        let checked = read(self.path, self.options.allow_missing, &progress)?;
-        let (_state, _lock) = State::create().context("loading the policy again")?;
-        put(self.instance, self.maps, &checked, self.path, &progress)?;
-        if checked.files != self.files {
-            self.files.clone_from(&checked.files);
-            self.loaded = stamps(&self.files);
-            self.seen.clone_from(&self.loaded);
-        }
-        Ok(checked.policy.summary())
     }
 }
 

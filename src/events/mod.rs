@@ -1,8 +1,9 @@
 //! What the kernel reports, from the perf buffer to the terminal.
 //!
-//! [`reader`] takes bytes out of the buffer, [`model`] gives them a meaning, [`rules`] knows what rules are called,
-//! [`show`] prints them, [`watch`] notices when an interface or a filter disappears, [`stream`] runs all of it until it is told to stop.
+//! [`buffer`] and [`reader`] take events out of the kernel, [`model`] gives them a meaning, [`rules`] knows what rules
+//! are called, [`show`] prints them, [`watch`] notices when an interface or a filter disappears, [`stream`] runs all of it until it is told to stop.
 
+pub mod buffer;
 pub mod model;
 pub mod reader;
 pub mod rules;

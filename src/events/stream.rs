@@ -99,7 +99,7 @@ impl Stream<'_> {
     /// Prints the totals, unless the same were printed last.
     fn totals(&mut self, reader: &mut Reader<'_>, output: &mut Output) -> Result<()> {
         let counters = Counters::read(self.maps)?;
-        let lost = reader.lost(&counters)?;
+        let lost = reader.lost(counters.events())?;
         // Looking for losses has emptied the buffer; what is counted is shown before the count.
         self.events(reader, output, Duration::ZERO)?;
         let now = (counters, lost);

@@ -2,12 +2,10 @@
 
 use std::collections::HashMap;
 use std::net::Ipv6Addr;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use super::rules::{Alerts, AutoBlock, Listed, Mark, Mode, Rule, Rules};
-use super::types::{
-    Accept, Match, Mode as RawMode, RawAlerts, RawAutoBlock, Rule as RawRule, Size, Source, SourceKey, Table,
-};
+use super::rules::{Alerts, AutoBlock, Mark, Mode, Rule, Rules};
+use super::types::{Accept, Match, Mode as RawMode, RawAlerts, RawAutoBlock, Rule as RawRule, Size, Table};
 use crate::keys::RingName;
 use crate::token::Token;
 
@@ -48,25 +46,6 @@ impl Rules {
         }
         table.matches_count = matches as u32;
         table
-    }
-
-    /// A list as the kernel stores it.
-    pub fn entries(list: &[Listed]) -> impl Iterator<Item = (SourceKey, Source)> + '_ {
-        list.iter().map(|listed| {
-            let (addr, bits) = listed.src.mapped();
-            let until = listed.until.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
-            // 0 is never; what expired in 1970 has expired as well a nanosecond later.
-            let expires_ns = match listed.until {
-                None => 0,
-                Some(_) => {
-                    until.map_or(1, |until| u64::try_from(until.as_nanos()).unwrap_or(u64::MAX)).max(1)
-                }
-            };
-            let prefixlen = Size::SOURCE_FAMILY_BITS.0 + u32::from(bits);
-            let family = listed.src.family();
-            let key = SourceKey { prefixlen, family, addr: addr.octets(), ..Default::default() };
-            (key, Source { expires_ns, prefixlen, ..Default::default() })
-        })
     }
 }
 

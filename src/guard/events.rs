@@ -1,20 +1,17 @@
 //! What the guard reports of single packets: reading it from the perf buffer, and what it means.
 
-use std::cell::RefCell;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
-use libbpf_rs::{ErrorKind, PerfBuffer, PerfBufferBuilder};
+use anyhow::Result;
 use plain::Plain;
 use serde::Serialize;
 
 use super::counters::{GuardCounters, verdict_name};
 use super::program::GuardMaps;
 use super::types::{Event, Mode, RawAlert, Severity};
+use crate::events::buffer::{self, Buffer};
 use crate::events::model::Clock;
-use crate::program::messages;
 use crate::token::Token;
 
 // SAFETY: integers and arrays of them, without hidden padding, which guard_types.h asserts.
@@ -26,9 +23,6 @@ unsafe impl Plain for RawAlert {}
 // By their sizes they are told apart, which a buffer rounds up to 8 bytes.
 const _: () = assert!(size_of::<Event>() == 80 && size_of::<RawAlert>() + 8 < size_of::<Event>());
 
-/// Pages of each CPU's buffer.
-const PAGES: usize = 64;
-
 /// One packet that could open a connection, and what became of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Seen {
@@ -36,7 +30,7 @@ pub struct Seen {
     #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
     /// Inode number of the network namespace.
-    pub netns: u32,
+    pub netns_inode: u32,
     /// Index of the interface in that namespace.
     pub ifindex: u32,
     /// Source; none if the packet does not show it. The port is 0 if only that is not shown.
@@ -90,7 +84,7 @@ impl Seen {
         };
         Some(Seen {
             time: clock.at(event.time_ns),
-            netns: event.netns_ino,
+            netns_inode: event.netns_ino,
             ifindex: event.ifindex,
             src: end(flow.saddr, flow.sport_be),
             dst: end(flow.daddr, flow.dport_be),
@@ -112,7 +106,7 @@ pub struct Alert {
     #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
     /// Inode number of the network namespace where the last of them came in.
-    pub netns: u32,
+    pub netns_inode: u32,
     /// Index of the interface there.
     pub ifindex: u32,
     /// `low`, `medium`, `high` or `critical`.
@@ -130,7 +124,7 @@ impl Alert {
         alert.copy_from_bytes(bytes).ok()?;
         Some(Alert {
             time: clock.at(alert.time_ns),
-            netns: alert.netns_ino,
+            netns_inode: alert.netns_ino,
             ifindex: alert.ifindex,
             severity: match Severity(alert.severity.into()) {
                 Severity::SEVERITY_LOW => "low",
@@ -145,21 +139,27 @@ impl Alert {
     }
 }
 
-#[derive(Debug)]
-struct Inbox {
-    seen: Vec<Seen>,
-    alerts: Vec<Alert>,
-    clock: Clock,
-    received: u64,
+/// What is in the buffer of the guard.
+enum Report {
+    Seen(Seen),
+    Alert(Alert),
+}
+
+impl buffer::Event for Report {
+    fn decode(bytes: &[u8], clock: Clock) -> Option<Report> {
+        let seen = Seen::decode(bytes, clock).map(Report::Seen);
+        seen.or_else(|| Alert::decode(bytes, clock).map(Report::Alert))
+    }
+
+    fn is_counted(&self) -> bool {
+        matches!(self, Report::Seen(_))
+    }
 }
 
 /// The one reader of the guard's events of an instance.
 pub struct Reader<'a> {
-    maps: &'a GuardMaps,
-    buffer: PerfBuffer<'static>,
-    inbox: Rc<RefCell<Inbox>>,
-    /// Events that were handed to the buffer before we read it.
-    before: u64,
+    buffer: Buffer<'a, Report>,
+    alerts: Vec<Alert>,
 }
 
 impl<'a> Reader<'a> {
@@ -168,29 +168,8 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// The kernel refused a perf event.
     pub fn open(maps: &'a GuardMaps) -> Result<Reader<'a>> {
-        let inbox = Rc::new(RefCell::new(Inbox {
-            seen: Vec::new(),
-            alerts: Vec::new(),
-            clock: Clock::now(),
-            received: 0,
-        }));
-        let arrived = Rc::clone(&inbox);
-        let builder = PerfBufferBuilder::new(&maps.events).pages(PAGES).sample_cb(move |_cpu, bytes| {
-            let mut inbox = arrived.borrow_mut();
-            let clock = inbox.clock;
-            match Seen::decode(bytes, clock) {
-                None => inbox.alerts.extend(Alert::decode(bytes, clock)),
-                seen => {
-                    inbox.seen.extend(seen);
-                    inbox.received += 1;
-                }
-            }
-        });
-        let (built, _) = messages(|| builder.build());
-        let buffer = built.context("opening the guard's event buffer; it needs CAP_PERFMON (try sudo)")?;
-        let before = GuardCounters::read(maps)?.events();
-        maps.set_reader(true)?;
-        Ok(Reader { maps, buffer, inbox, before })
+        let handed = || Ok(GuardCounters::read(maps)?.events());
+        Ok(Reader { buffer: Buffer::of(&maps.events, &maps.live, handed)?, alerts: Vec::new() })
     }
 
     /// Waits for events, at most that long, and returns what there is, in the order of each CPU.
@@ -198,16 +177,19 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// The kernel refused to wait.
     pub fn read(&mut self, timeout: Duration) -> Result<Vec<Seen>> {
-        self.inbox.borrow_mut().clock = Clock::now();
-        match self.buffer.poll(timeout) {
-            Err(error) if error.kind() != ErrorKind::Interrupted => Err(error).context("waiting for events"),
-            _ => Ok(std::mem::take(&mut self.inbox.borrow_mut().seen)),
+        let mut all = Vec::new();
+        for report in self.buffer.read(timeout)? {
+            match report {
+                Report::Seen(seen) => all.push(seen),
+                Report::Alert(alert) => self.alerts.push(alert),
+            }
         }
+        Ok(all)
     }
 
     /// The alerts that came with the events.
     pub fn alerts(&mut self) -> Vec<Alert> {
-        std::mem::take(&mut self.inbox.borrow_mut().alerts)
+        std::mem::take(&mut self.alerts)
     }
 
     /// Of the events that `counters` know of, those for which the buffer had no room. What is in the buffer is
@@ -216,14 +198,6 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// The kernel refused to read the buffer.
     pub fn lost(&mut self, counters: &GuardCounters) -> Result<u64> {
-        self.buffer.consume().context("emptying the event buffer")?;
-        Ok((counters.events() - self.before).saturating_sub(self.inbox.borrow().received))
-    }
-}
-
-impl Drop for Reader<'_> {
-    fn drop(&mut self) {
-        // A reader that was killed leaves it on, which costs time and nothing else; the next one turns it off.
-        self.maps.set_reader(false).ok();
+        self.buffer.lost(counters.events())
     }
 }

@@ -1,13 +1,13 @@
 //! The guard's file: read from TOML and checked as a whole, with the lists that it names.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, anyhow, bail};
+use rustc_hash::FxHashSet;
 use serde::Deserialize;
 
-use super::compile::mask;
 use super::rules::{Listed, Mark, Mode, Rule, Rules};
 use super::thresholds::{AlertsFile, AutoBlockFile};
 use super::types::Size;
@@ -20,7 +20,8 @@ const RULES_MAX: usize = Size::GUARD_RULES_MAX.0 as usize;
 const MATCHES_MAX: usize = Size::GUARD_MATCHES_MAX.0 as usize;
 const TAGS_MAX: usize = Size::GUARD_TAGS_MAX.0 as usize;
 const STATICS_MAX: usize = Size::GUARD_STATICS_MAX.0 as usize;
-const EXPIRED_MAX: usize = Size::GUARD_EXPIRED_MAX.0 as usize;
+/// Each may begin a range and end one, and for so many boundaries there is room in the pages of all levels.
+const LIST_MAX: usize = (Size::SOURCE_PAGE_BOUNDARIES.0 as usize).pow(Size::SOURCE_LEVELS.0) / 2 - 1;
 
 /// The file as it is written.
 #[derive(Deserialize)]
@@ -253,10 +254,20 @@ impl Rules {
     /// # Errors
     /// A file cannot be read or says nonsense; the message shows the place in it.
     pub fn from_file(path: &Path) -> Result<Rules> {
+        Rules::read(path).map(|(rules, _)| rules)
+    }
+
+    /// The same, and all files that were read, of which the first is this one.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read(path: &Path) -> Result<(Rules, Vec<PathBuf>)> {
         let text =
             fs::read_to_string(path).with_context(|| format!("reading the rules {}", path.display()))?;
         let dir = path.parent().unwrap_or(Path::new(""));
-        Rules::from_toml(&text, dir).with_context(|| format!("checking the rules {}", path.display()))
+        let mut files = vec![path.to_path_buf()];
+        let rules = Rules::parse(&text, dir, &mut files);
+        Ok((rules.with_context(|| format!("checking the rules {}", path.display()))?, files))
     }
 
     /// Checks the text of a file. Lists that it names are looked for in `dir`.
@@ -264,6 +275,11 @@ impl Rules {
     /// # Errors
     /// It says nonsense; the message shows the line.
     pub fn from_toml(text: &str, dir: &Path) -> Result<Rules> {
+        Rules::parse(text, dir, &mut Vec::new())
+    }
+
+    /// The same, with the lists that it names added to `files`.
+    fn parse(text: &str, dir: &Path, files: &mut Vec<PathBuf>) -> Result<Rules> {
         let file: RulesFile = toml::from_str(text)?;
         let slots =
             file.slots.map(|s| Slots::new(s.length, s.behind, s.ahead)).transpose().context("'slots'")?;
@@ -278,14 +294,15 @@ impl Rules {
             }
             rules.push(rule.check().context(place)?);
         }
-        let list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
+        let mut list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
             let mut listed: Vec<Listed> = inline
                 .into_iter()
                 .map(ListedFile::check)
                 .collect::<Result<_>>()
                 .context(format!("'{name}'"))?;
             if let Some(file) = file {
-                listed.extend(list_file(&dir.join(file))?);
+                files.push(dir.join(file));
+                listed.extend(list_file(&files[files.len() - 1])?);
             }
             check_list(&listed).context(format!("'{name}'"))?;
             Ok::<_, anyhow::Error>(listed)
@@ -317,48 +334,19 @@ impl Rules {
     }
 }
 
-/// No prefix twice, and not more prefixes that expire around one another than a lookup goes through.
+/// No more prefixes of a family than there is room for, and none twice.
 fn check_list(list: &[Listed]) -> Result<()> {
     for family in [4, 6] {
-        let of_family = list.iter().filter(|listed| listed.src.family() == family);
-        let mut sorted: Vec<(u128, u8, &Listed)> = of_family
-            .map(|listed| {
-                let (addr, bits) = listed.src.mapped();
-                (u128::from(addr), bits, listed)
-            })
-            .collect();
-        sorted.sort_unstable_by_key(|(addr, bits, _)| (*addr, *bits));
-        check_nesting(&sorted)?;
-    }
-    Ok(())
-}
-
-/// The same for entries of one family, sorted by address and then length.
-fn check_nesting(sorted: &[(u128, u8, &Listed)]) -> Result<()> {
-    // What stands around the current one, the widest first.
-    let mut around: Vec<(u128, u8, &Listed)> = Vec::new();
-    for (addr, bits, listed) in sorted.iter().copied() {
-        let holds = |(outer, outer_bits, _): &(u128, u8, &Listed)| {
-            u128::from(mask(*outer_bits)) & addr == *outer && *outer_bits <= bits
-        };
-        while around.last().is_some_and(|outer| !holds(outer)) {
-            around.pop();
-        }
-        if around.last().is_some_and(|(_, outer_bits, _)| *outer_bits == bits) {
-            bail!("{} is listed twice", listed.src);
-        }
-        around.push((addr, bits, listed));
-        let expiring = around.iter().rev().take_while(|(_, _, outer)| outer.until.is_some()).count();
-        if expiring > EXPIRED_MAX {
-            bail!(
-                "around {} there are {} prefixes that all expire; the kernel looks through {EXPIRED_MAX}: leave some \
-                 of them away",
-                listed.src,
-                expiring - 1
-            );
+        let count = list.iter().filter(|listed| listed.src.family() == family).count();
+        if count > LIST_MAX {
+            bail!("there are {count} prefixes of IPv{family}; there is room for {LIST_MAX}");
         }
     }
-    Ok(())
+    let mut known = FxHashSet::with_capacity_and_hasher(list.len(), Default::default());
+    match list.iter().find(|listed| !known.insert(listed.src)) {
+        Some(twice) => bail!("{} is listed twice", twice.src),
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -433,9 +421,9 @@ mod tests {
         let text = format!("blocked_file = 'list'\nblocked = ['198.51.100.7']\n{RULE}");
         let rules = Rules::from_toml(&text, dir.path()).unwrap();
         assert_eq!(rules.blocked.len(), 3);
-        let entries: Vec<_> = Rules::entries(&rules.blocked).collect();
-        assert_eq!((entries[1].0.prefixlen, entries[1].1.expires_ns), (8 + 96 + 24, 0));
-        assert_eq!((entries[2].0.prefixlen, entries[2].1.expires_ns), (8 + 128, 1_796_083_200_000_000_000));
+        let until = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_796_083_200);
+        assert_eq!(rules.blocked[1], Listed { src: "192.0.2.0/24".parse().unwrap(), until: None });
+        assert_eq!(rules.blocked[2], Listed { src: "2001:db8::1".parse().unwrap(), until: Some(until) });
         for (line, expect) in [("1.2.3.4 2026-12-01T00:00:00Z more", "line 1: 'more'"), ("x", "line 1: 'x'")]
         {
             fs::write(&path, line).unwrap();
@@ -443,17 +431,19 @@ mod tests {
             assert!(error.contains(expect), "{error}");
         }
     }
-
     #[test]
-    fn prefixes_that_expire_around_one_another_are_limited() {
-        let nested = |from: u8, to: u8| {
-            let entries: Vec<String> = (from..=to)
-                .map(|bits| format!("{{ src = '0.0.0.0/{bits}', until = '2026-12-01T00:00:00Z' }}"))
-                .collect();
-            rules(&format!("blocked = [{}]\n{RULE}", entries.join(", ")))
-        };
-        assert!(nested(8, 11).is_ok());
-        let error = format!("{:#}", nested(8, 12).unwrap_err());
-        assert!(error.contains("around 0.0.0.0/12 there are 4"), "{error}");
+    fn a_list_that_is_too_long_is_refused() {
+        let listed = |text: &str| Listed { src: text.parse().unwrap(), until: None };
+        for (family, src) in [(4, "192.0.2.1"), (6, "2001:db8::1")] {
+            let mut list = vec![listed(src); LIST_MAX];
+            list.push(listed(if family == 4 { "::1" } else { "1.1.1.1" }));
+            assert_eq!(
+                check_list(&list).unwrap_err().to_string(),
+                format!("{} is listed twice", list[0].src)
+            );
+            list.push(listed(src));
+            let error = format!("there are 8388608 prefixes of IPv{family}; there is room for 8388607");
+            assert_eq!(check_list(&list).unwrap_err().to_string(), error);
+        }
     }
 }

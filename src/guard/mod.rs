@@ -13,6 +13,7 @@ mod file;
 pub mod program;
 pub mod rules;
 pub mod running;
+mod sources;
 mod thresholds;
 pub mod write;
 
@@ -25,7 +26,7 @@ pub mod types {
         netoken_guard_event as Event, netoken_guard_match as Match, netoken_guard_mode as Mode,
         netoken_guard_rule as Rule, netoken_guard_severity as Severity, netoken_guard_size as Size,
         netoken_guard_table as Table, netoken_guard_verdict as Verdict, netoken_live as Live,
-        netoken_peer as Peer, netoken_peer_key as PeerKey, netoken_source as Source,
-        netoken_source_key as SourceKey,
+        netoken_peer as Peer, netoken_peer_key as PeerKey, netoken_source_key as SourceKey,
+        netoken_source_list as SourceList, netoken_source_page as SourcePage,
     };
 }

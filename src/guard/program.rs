@@ -2,7 +2,7 @@
 //! descriptors and typed settings.
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
@@ -11,10 +11,12 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use plain::Plain;
 
 use super::compile::RingNumbers;
-use super::rules::{Listed, Rules};
-use super::types::{Config, Live, Size, Source, SourceKey, Table};
+use super::rules::Rules;
+use super::sources;
+use super::types::{Config, Size, Table};
 use crate::clock;
 use crate::guard_skel::GuardSkelBuilder;
+use crate::inner;
 use crate::kernel::Kernel;
 use crate::keys::live::LiveKeys;
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND, messages, pin_below};
@@ -25,9 +27,6 @@ pub const PROGRAM_NAME: &str = "netoken_guard";
 pub const PROGRAM_NAME_L3: &str = "netoken_guard3";
 /// The same for XDP.
 pub const PROGRAM_NAME_XDP: &str = "netoken_guardx";
-
-/// Entries that go into a list with one system call.
-const BATCH: usize = 4096;
 
 // SAFETY: integers and arrays of them, without hidden padding, which guard_types.h asserts.
 unsafe impl Plain for Table {}
@@ -78,10 +77,10 @@ impl Default for Settings {
 pub struct GuardMaps {
     /// Array of one: the rules in use.
     pub rules: MapHandle,
-    /// By generation: sources that need no token.
-    pub exempt: MapHandle,
-    /// By generation: sources that are refused.
-    pub blocked: MapHandle,
+    /// By generation, list and family: the page where the search for a source begins.
+    pub lists: MapHandle,
+    /// By generation: the pages that others lead to, if there are any.
+    pub sources: MapHandle,
     /// By flow: accepted connections of rules that scrub, and the tokens that opened them.
     pub peers: MapHandle,
     /// By source: those that are blocked because they were refused too often; see [`super::blocked`].
@@ -137,8 +136,8 @@ impl GuardProgram {
         if let Some(dir) = pins {
             let maps = &mut open.maps;
             pin_below(dir, &mut maps.guard_rules)?;
-            pin_below(dir, &mut maps.guard_exempt)?;
-            pin_below(dir, &mut maps.guard_blocked)?;
+            pin_below(dir, &mut maps.guard_lists)?;
+            pin_below(dir, &mut maps.guard_sources)?;
             pin_below(dir, &mut maps.guard_tokens)?;
             pin_below(dir, &mut maps.guard_peers)?;
             pin_below(dir, &mut maps.guard_refused)?;
@@ -168,8 +167,8 @@ impl GuardProgram {
             fd: program.as_fd().try_clone_to_owned().context("keeping the program open")?,
             maps: GuardMaps {
                 rules: own(&skel.maps.guard_rules)?,
-                exempt: own(&skel.maps.guard_exempt)?,
-                blocked: own(&skel.maps.guard_blocked)?,
+                lists: own(&skel.maps.guard_lists)?,
+                sources: own(&skel.maps.guard_sources)?,
                 peers: own(&skel.maps.guard_peers)?,
                 auto_blocked: own(&skel.maps.guard_auto_blocked)?,
                 counters: own(&skel.maps.guard_counters)?,
@@ -200,8 +199,8 @@ impl GuardMaps {
         };
         Ok(GuardMaps {
             rules: open("guard_rules")?,
-            exempt: open("guard_exempt")?,
-            blocked: open("guard_blocked")?,
+            lists: open("guard_lists")?,
+            sources: open("guard_sources")?,
             peers: open("guard_peers")?,
             auto_blocked: open("guard_auto_blocked")?,
             counters: open("guard_counters")?,
@@ -217,14 +216,10 @@ impl GuardMaps {
     /// # Errors
     /// The kernel refused to read them.
     pub fn table(&self) -> Result<Option<Table>> {
-        let zero = 0u32.to_ne_bytes();
-        let Some(id) = self.rules.lookup(&zero, MapFlags::ANY).context("looking for the rules in use")?
-        else {
+        let Some(map) = inner::get(&self.rules, 0).context("looking for the rules in use")? else {
             return Ok(None);
         };
-        let id = u32::from_ne_bytes(id.try_into().map_err(|_| anyhow!("a map id of a strange size"))?);
-        let map = MapHandle::from_map_id(id).context("opening the rules in use")?;
-        let bytes = map.lookup(&zero, MapFlags::ANY).context("reading the rules in use")?;
+        let bytes = map.lookup(&0u32.to_ne_bytes(), MapFlags::ANY).context("reading the rules in use")?;
         let mut table = Table::default();
         let read = table.copy_from_bytes(&bytes.context("the rules in use are empty")?);
         read.map_err(|_| anyhow!("the rules in use are of another version of netoken"))?;
@@ -248,80 +243,16 @@ impl GuardMaps {
             .collect::<Result<_>>()?;
         let running = self.table()?.map_or(1, |table| table.generation);
         let generation = (running + 1) % Size::GUARD_GENERATIONS.0 as u8;
-        for (map, list, name) in
-            [(&self.exempt, &rules.exempt, "exempt"), (&self.blocked, &rules.blocked, "blocked")]
-        {
-            set_list(map, generation, list).with_context(|| format!("filling the list of {name} sources"))?;
-        }
+        sources::install(self, generation, rules).context("filling the lists of sources")?;
         let mut table = rules.table(generation, |ring| numbers[&ring]);
         table.number = number;
         table.rules.iter_mut().zip(rows).for_each(|(rule, row)| rule.row = *row);
-        let next = create(MapType::Array, "guard_table", size_of::<u32>(), size_of::<Table>(), 1, 0)?;
+        let next = inner::create(MapType::Array, "guard_table", size_of::<u32>(), size_of::<Table>(), 1, 0)?;
         // SAFETY: plain data without padding.
         let bytes = unsafe { plain::as_bytes(&table) };
-        let zero = 0u32.to_ne_bytes();
-        next.update(&zero, bytes, MapFlags::ANY).context("filling the table of rules")?;
-        let fd = next.as_fd().as_raw_fd().to_ne_bytes();
-        self.rules.update(&zero, &fd, MapFlags::ANY).context("putting the rules into use")
+        next.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("filling the table of rules")?;
+        inner::put(&self.rules, 0, &next).context("putting the rules into use")?;
+        // Only now: the update has waited for those who still used them.
+        inner::take(&self.sources, running.into())
     }
-
-    /// Tells the attached programs whether somebody reads the events; without a reader they send none.
-    ///
-    /// # Errors
-    /// The kernel refused to write it.
-    pub fn set_reader(&self, has_reader: bool) -> Result<()> {
-        let live = Live { has_reader: has_reader.into() };
-        // SAFETY: plain data without padding.
-        let bytes = unsafe { plain::as_bytes(&live) };
-        self.live.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("turning events on or off")
-    }
-}
-
-fn create(
-    kind: MapType,
-    name: &str,
-    key_size: usize,
-    value_size: usize,
-    entries: usize,
-    map_flags: u32,
-) -> Result<MapHandle> {
-    let options = libbpf_sys::bpf_map_create_opts {
-        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
-        map_flags,
-        ..Default::default()
-    };
-    MapHandle::create(kind, Some(name), key_size as u32, value_size as u32, entries as u32, &options)
-        .with_context(|| format!("creating the map '{name}'"))
-}
-
-fn set_list(outer: &MapHandle, generation: u8, list: &[Listed]) -> Result<()> {
-    let next = create(
-        MapType::LpmTrie,
-        "guard_sources",
-        size_of::<SourceKey>(),
-        size_of::<Source>(),
-        list.len().max(1),
-        libbpf_sys::BPF_F_NO_PREALLOC,
-    )?;
-    let entries: Vec<_> = Rules::entries(list).collect();
-    for chunk in entries.chunks(BATCH) {
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for (key, value) in chunk {
-            // SAFETY: both are plain data without hidden padding, which guard_types.h asserts.
-            let (key, value) = unsafe { (plain::as_bytes(key), plain::as_bytes(value)) };
-            keys.extend_from_slice(key);
-            values.extend_from_slice(value);
-        }
-        // Before 5.13 a trie takes them only one by one.
-        if next.update_batch(&keys, &values, chunk.len() as u32, MapFlags::ANY, MapFlags::ANY).is_err() {
-            let (keys, values) = (keys.chunks(size_of::<SourceKey>()), values.chunks(size_of::<Source>()));
-            for (key, value) in keys.zip(values) {
-                next.update(key, value, MapFlags::ANY).context("adding a prefix")?;
-            }
-        }
-    }
-    let fd = next.as_fd().as_raw_fd().to_ne_bytes();
-    outer
-        .update(&u32::from(generation).to_ne_bytes(), &fd, MapFlags::ANY)
-        .context("putting the list in its place")
 }

@@ -30,7 +30,7 @@ impl Role {
     fn of(name: &OsStr) -> Option<(Role, &'static [&'static str])> {
         const STAMP: &[&str] = &["policies", "counters", "events", "live", "scratches"];
         const GUARD: &[&str] =
-            &["guard_rules", "guard_exempt", "guard_blocked", "guard_counters", "guard_live"];
+            &["guard_rules", "guard_lists", "guard_sources", "guard_counters", "guard_live"];
         match name.to_str()? {
             PROGRAM_NAME | PROGRAM_NAME_L3 => Some((Role::Stamp, STAMP)),
             guard::PROGRAM_NAME | guard::PROGRAM_NAME_L3 => Some((Role::Guard, GUARD)),

@@ -18,6 +18,7 @@ use plain::Plain;
 use super::compile::{Compiled, Naming, compile};
 use super::read::Progress;
 use super::{Policy, compile::Refused};
+use crate::inner;
 use crate::keys::RingName;
 use crate::program::Maps;
 use crate::types::{Entry, Facts, Generation, Hits, Record, SetKey, Size};
@@ -78,11 +79,11 @@ impl Maps {
         // A command that was killed may have left something there.
         self.empty(next.slot)?;
         self.fill(&compiled.generation, compiled, next.slot, progress)?;
-        let generation = create(MapType::Array, "policy", 4, size_of::<Generation>(), 1, 0)?;
+        let generation = inner::create(MapType::Array, "policy", 4, size_of::<Generation>(), 1, 0)?;
         // SAFETY: plain data without hidden padding, which types.h asserts.
         let bytes = unsafe { plain::as_bytes(&next) };
         generation.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("filling the generation")?;
-        put(&self.policies, 0, &generation).context("putting the policy into use")?;
+        inner::put(&self.policies, 0, &generation).context("putting the policy into use")?;
         // Only now: the update has waited for those who still used the other slot.
         if let Some(before) = before {
             self.empty(before.slot)?;
@@ -127,7 +128,7 @@ impl Maps {
         let map = entries.create(size_of::<Facts>(), size_of::<Entry>(), compiled.entries.len())?;
         let pairs = compiled.entries.iter().map(|(key, entry)| (key, entry));
         update_all(&map, pairs, "loading entries", progress)?;
-        put(entries.outer, slot, &map)?;
+        inner::put(entries.outer, slot, &map)?;
 
         // Number 0 is none.
         if compiled.records.len() == 1 {
@@ -136,7 +137,7 @@ impl Maps {
         let map = records.create(4, size_of::<Record>(), compiled.records.len())?;
         let numbers: Vec<u32> = (0..compiled.records.len() as u32).collect();
         update_all(&map, numbers.iter().zip(&compiled.records), "loading rules", progress)?;
-        put(records.outer, slot, &map)?;
+        inner::put(records.outer, slot, &map)?;
 
         if compiled.sets.is_empty() {
             return Ok(());
@@ -144,17 +145,11 @@ impl Maps {
         let map = sets.create(size_of::<SetKey>(), 4, compiled.sets.len())?;
         let pairs = compiled.sets.iter().map(|key| (key, &1u32));
         update_all(&map, pairs, "loading sets", progress)?;
-        put(sets.outer, slot, &map)
+        inner::put(sets.outer, slot, &map)
     }
 
-    /// Every change of an outer map waits for a grace period, so what is empty is left alone.
     fn empty(&self, slot: u32) -> Result<()> {
-        for part in self.parts() {
-            if inner(part.outer, slot)?.is_some() {
-                part.outer.delete(&slot.to_ne_bytes()).with_context(|| format!("emptying {}", part.name))?;
-            }
-        }
-        Ok(())
+        self.parts().iter().try_for_each(|part| inner::take(part.outer, slot))
     }
 
     /// The generation in use, or nothing if no policy was ever put into use.
@@ -178,7 +173,7 @@ impl Maps {
         let slot = self.generation()?.map_or(0, |generation| generation.slot);
         let mut maps: Vec<MapHandle> = self.policy()?.into_iter().collect();
         for part in self.parts() {
-            maps.extend(inner(part.outer, slot)?);
+            maps.extend(inner::get(part.outer, slot)?);
         }
         for chunk in 0..Size::HITS_CHUNKS_MAX.0 {
             maps.extend(self.hits_chunk(chunk)?);
@@ -196,7 +191,7 @@ impl Maps {
 
     /// The map of a chunk of hit counters, if there is one.
     fn hits_chunk(&self, chunk: u32) -> Result<Option<MapHandle>> {
-        inner(&self.more_hits, chunk)
+        inner::get(&self.more_hits, chunk)
     }
 
     fn make_room_for_hits(&self, highest: u32) -> Result<()> {
@@ -206,8 +201,8 @@ impl Maps {
         for chunk in 0..=(highest - Size::HITS_FIRST.0) / Size::HITS_CHUNK.0 {
             if self.hits_chunk(chunk)?.is_none() {
                 let entries = Size::HITS_CHUNK.0 as usize;
-                let map = create(MapType::Array, "hits", 4, size_of::<Hits>(), entries, 0)?;
-                put(&self.more_hits, chunk, &map).context("making room for hit counters")?;
+                let map = inner::create(MapType::Array, "hits", 4, size_of::<Hits>(), entries, 0)?;
+                inner::put(&self.more_hits, chunk, &map).context("making room for hit counters")?;
             }
         }
         Ok(())
@@ -275,46 +270,8 @@ impl Maps {
 
 impl Part<'_> {
     fn create(&self, key: usize, value: usize, entries: usize) -> Result<MapHandle> {
-        create(self.kind, self.name, key, value, entries, self.flags)
+        inner::create(self.kind, self.name, key, value, entries, self.flags)
     }
-}
-
-fn create(
-    kind: MapType,
-    name: &str,
-    key: usize,
-    value: usize,
-    entries: usize,
-    map_flags: u32,
-) -> Result<MapHandle> {
-    let options = libbpf_sys::bpf_map_create_opts {
-        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
-        map_flags,
-        ..Default::default()
-    };
-    let entries = u32::try_from(entries.max(1)).context("more entries than a map can have")?;
-    MapHandle::create(kind, Some(name), key as u32, value as u32, entries, &options).with_context(|| {
-        format!("creating a map for {entries} entries of the policy; is there memory for it?")
-    })
-}
-
-/// Puts an inner map into an outer one. When this returns, nobody uses what was there before.
-fn put(outer: &MapHandle, at: u32, map: &MapHandle) -> Result<()> {
-    let fd = map.as_fd().as_raw_fd();
-    outer
-        .update(&at.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)
-        .with_context(|| format!("putting a map into '{}'", outer.name().to_string_lossy()))
-}
-
-/// The inner map at a place of an outer one.
-pub(crate) fn inner(outer: &MapHandle, at: u32) -> Result<Option<MapHandle>> {
-    let Some(id) =
-        outer.lookup(&at.to_ne_bytes(), MapFlags::ANY).context("looking for a part of the policy")?
-    else {
-        return Ok(None);
-    };
-    let id = u32::from_ne_bytes(id.try_into().map_err(|_| anyhow!("a map id of a strange size"))?);
-    MapHandle::from_map_id(id).context("opening a part of the policy").map(Some)
 }
 
 /// Writes all pairs, many with one system call where the kernel can do that: from 5.6 for hash tables and arrays.

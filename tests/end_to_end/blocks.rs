@@ -1,5 +1,6 @@
 //! Sources that the guard blocks automatically, and alerts, as the command line shows them.
 
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -86,6 +87,8 @@ fn alerts() -> Result<()> {
     })?;
     let alert: Value = serde_json::from_str(&line)?;
     ensure_eq!((&alert["severity"], &alert["refused"]), (&Value::from("low"), &Value::from(1)), "{alert}");
+    let netns_inode = std::fs::metadata(format!("/run/netns/{}", world.server))?.ino();
+    ensure_eq!(alert["netns_inode"], netns_inode, "netns_inode of {alert}");
     ensure_eq!(alert["within_s"], 1.0, "within_s of {alert}");
     Ok(())
 }

@@ -1,6 +1,9 @@
 //! The guard at the server, at native and generic XDP and at TC: who has a token connects, who has none does not, and
 //! when it is gone nothing is left of it.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -343,6 +346,11 @@ fn events() -> Result<()> {
         ensure_eq!(event[name], *value, "{name} of {event}");
     }
     ensure_eq!((&event["dropped"], &event["rule"]), (&Value::from(true), &Value::from(1)), "{event}");
+    let netns_inode = fs::metadata(format!("/run/netns/{}", world.server))?.ino();
+    ensure_eq!(event["netns_inode"], netns_inode, "netns_inode of {event}");
+    let hook = query(&world, "guard_hook")?;
+    ensure_eq!(hook["netns"], *world.server, "netns of {hook}");
+    ensure_eq!(hook["netns_inode"], netns_inode, "netns_inode of {hook}");
     world.attach("")?;
     exchange(&world, &listener)?;
     let valid =

@@ -1,16 +1,18 @@
 //! Changing a guard that is at work: its rules and keys under load, what it shows of them, and somebody else's program
 //! in its place.
 
+use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::guard::{HOOKS, KEYED, STATIC, attach, keyed_policy, looks, place, query, rules, write};
-use crate::lab::{kernel_counter, wait_until};
+use crate::lab::{Running, kernel_counter, wait_until};
 use crate::sockets::{Listener, exchange, expect_dropped};
 use crate::support::{ensure_eq, share_of};
 use crate::world::{FAMILIES, Family, IN, World};
@@ -44,6 +46,11 @@ pub fn cases() -> Vec<Trial> {
     cases.push(case("guard: somebody else's XDP program stays", NET, foreign_stays));
     cases.push(case("guard: --force pushes out somebody else's XDP program, and says so", NET, forced));
     cases.push(case("guard: --force cannot push out a program that a BPF link holds", NET, held));
+    cases.push(case(
+        "guard: --watch --rules loads the file again whenever it changes, and on SIGHUP",
+        NET,
+        watches,
+    ));
     cases.push(case("guard: --show counts by rule, and --diff says what would change", NET, shows));
     cases
 }
@@ -252,6 +259,47 @@ fn shown(world: &World, name: &str) -> Result<Value> {
         }
     }
     bail!("no rule '{name}' in {text}")
+}
+
+fn watches() -> Result<()> {
+    let world = World::new(true)?;
+    let path = rules(&world, "drop", STATIC)?;
+    attach(&world, "auto", &path)?;
+    let listener = Listener::open(&world, Family::V4)?;
+    let mut watch = Running::start(&mut world.lab.netoken(&format!("guard --watch --rules {path}")))?;
+    watch.wait_for("the first load", |line| line.contains("has new rules: 1 rule, 0 prefixes exempt"))?;
+    expect_dropped(&world, listener.addr)?;
+    rules(&world, "observe", STATIC)?;
+    watch.wait_for("the change", |line| line.contains("rules loaded again: 1 rule"))?;
+    exchange(&world, &listener)?;
+    // What is wrong is told and changes nothing, and the process goes on.
+    rules(&world, "drp", STATIC)?;
+    let told = |line: &str| line.contains("checking the rules") || line.contains("unknown variant `drp`");
+    watch.wait_for("the error", told)?;
+    watch.signal(Signal::SIGHUP)?;
+    watch.wait_for("the error again", |line| line.contains("checking the rules"))?;
+    exchange(&world, &listener)?;
+    // As an editor does it, and with a list.
+    let list = write(&world, "exempt", "# nobody\n")?;
+    let text = fs::read_to_string(&path)?.replace("drp", "drop");
+    let next = write(&world, "guard.toml~", &format!("exempt_file = '{list}'\n{text}"))?;
+    fs::rename(next, &path)?;
+    watch.wait_for("the new file", |line| line.contains("rules loaded again: 1 rule, 0 prefixes exempt"))?;
+    expect_dropped(&world, listener.addr)?;
+    write(&world, "exempt", "0.0.0.0/0\n")?;
+    watch.wait_for("the list", |line| line.contains("rules loaded again: 1 rule, 1 prefix exempt"))?;
+    exchange(&world, &listener)?;
+    watch.signal(Signal::SIGHUP)?;
+    watch.wait_for("the signal", |line| line.contains("rules loaded again: 1 rule, 1 prefix exempt"))?;
+    watch.signal(Signal::SIGTERM)?;
+    ensure_eq!(watch.end()?.0, Some(0), "exit code");
+    // It stays attached, and without a file SIGHUP ends the stream.
+    exchange(&world, &listener)?;
+    let mut watch = Running::start(&mut world.lab.netoken("guard --watch"))?;
+    watch.wait_for("the stream", |line| line.contains("watching"))?;
+    watch.signal(Signal::SIGHUP)?;
+    ensure_eq!(watch.end()?.0, Some(0), "exit code");
+    Ok(())
 }
 
 fn shows() -> Result<()> {

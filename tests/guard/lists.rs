@@ -1,10 +1,17 @@
 //! Lists of source prefixes, and replacing rules.
 
-use anyhow::{Result, ensure};
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
 use netoken::guard::program::Kind;
+use netoken::guard::types::{Size, Verdict};
 
 use crate::packet::{Packet, syn};
-use crate::run::{Bench, name};
+use crate::run::{Bench, Random, name};
+use crate::support::share_of;
 
 const RULE: &str =
     "[[rule]]\nname = 'a'\ndst = ['0.0.0.0/0', '::/0']\nmode = 'drop'\ntokens = '0000000000000001'\n";
@@ -110,5 +117,167 @@ pub fn rules_without_a_list_forget_it() -> Result<()> {
         bench.set_rules(RULE)?;
         expect(&mut bench, &[("10.1.2.3", "missing"), ("11.0.0.1", "missing")])?;
     }
+    Ok(())
+}
+
+/// An entry, as its text and as numbers.
+struct Entry {
+    is_v6: bool,
+    addr: u128,
+    bits: u32,
+    has_expired: bool,
+    text: String,
+}
+
+impl Entry {
+    /// Few bits differ, so that many are around others.
+    fn random(random: &mut Random) -> Entry {
+        let is_v6 = random.below(2) == 0;
+        let width = if is_v6 { 128 } else { 32 };
+        let bits = random.below(width as usize + 1) as u32;
+        let addr = [0, width / 2 - 1, width - 2].map(|at| (random.below(4) as u128) << at);
+        let addr = addr.into_iter().fold(0, |all, part| all | part) & !host_bits(width, bits);
+        let src = format!("{}/{bits}", ip(is_v6, addr));
+        let until = *random.one_of(&["", "1970-01-02T00:00:00Z", "1970-03-01T00:00:00Z"]);
+        let text = match until {
+            "" => format!("'{src}'"),
+            until => format!("{{ src = '{src}', until = '{until}' }}"),
+        };
+        Entry { is_v6, addr, bits, has_expired: until.starts_with("1970-01"), text }
+    }
+
+    fn holds(&self, is_v6: bool, addr: u128) -> bool {
+        let width = if self.is_v6 { 128 } else { 32 };
+        is_v6 == self.is_v6 && addr & !host_bits(width, self.bits) == self.addr
+    }
+
+    /// Its first and last address, and the next ones outside.
+    fn edges(&self) -> [u128; 4] {
+        let width = if self.is_v6 { 128 } else { 32 };
+        let last = self.addr | host_bits(width, self.bits);
+        [self.addr, last, self.addr.wrapping_sub(1), last.wrapping_add(1)].map(|a| a & host_bits(width, 0))
+    }
+}
+
+/// The bits of an address behind the first `bits` of `width`.
+fn host_bits(width: u32, bits: u32) -> u128 {
+    u128::MAX.checked_shr(128 - width + bits).unwrap_or(0)
+}
+
+fn ip(is_v6: bool, addr: u128) -> IpAddr {
+    if is_v6 { Ipv6Addr::from_bits(addr).into() } else { Ipv4Addr::from_bits(addr as u32).into() }
+}
+
+/// The longest prefix that has not expired, by a look at every entry.
+fn longest(list: &[Entry], is_v6: bool, addr: u128) -> Option<&Entry> {
+    list.iter().filter(|entry| entry.holds(is_v6, addr) && !entry.has_expired).max_by_key(|entry| entry.bits)
+}
+
+pub fn random_lists_decide_as_a_look_at_every_entry() -> Result<()> {
+    let mut random = Random::seeded()?;
+    let mut bench = Bench::new(Kind::Xdp, "")?;
+    for _ in 0..share_of(40)? {
+        let mut list = || {
+            let mut list: Vec<Entry> = (0..20).map(|_| Entry::random(&mut random)).collect();
+            list.sort_by_key(|entry| (entry.is_v6, entry.addr, entry.bits));
+            list.dedup_by_key(|entry| (entry.is_v6, entry.addr, entry.bits));
+            list
+        };
+        let (exempt, blocked) = (list(), list());
+        let text =
+            |list: &[Entry]| list.iter().map(|entry| entry.text.as_str()).collect::<Vec<_>>().join(", ");
+        let rules = format!("exempt = [{}]\nblocked = [{}]\n{RULE}", text(&exempt), text(&blocked));
+        bench.set_rules(&rules)?;
+        for entry in exempt.iter().chain(&blocked) {
+            for addr in entry.edges() {
+                let verdict =
+                    match (longest(&exempt, entry.is_v6, addr), longest(&blocked, entry.is_v6, addr)) {
+                        _ if entry.is_v6 && addr >> 32 == 0xffff => "malformed",
+                        (Some(_), _) => "exempt",
+                        (_, Some(_)) => "blocked",
+                        _ => "missing",
+                    };
+                let src = ip(entry.is_v6, addr).to_string();
+                expect(&mut bench, &[(&src, verdict)]).with_context(|| rules.clone())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Among a million of each family every look goes through three pages, and at their ends from one to the next.
+pub fn a_million_entries_and_then_few_and_none() -> Result<()> {
+    const STEP: u32 = 4200;
+    let count = share_of(1_000_000)? as u32;
+    let v4 = |at: u32| Ipv4Addr::from_bits((at + 1) * STEP);
+    let v6 = |at: u32| Ipv6Addr::from_bits((0x2001_0db8 << 96) + u128::from(at + 1) * u128::from(STEP));
+    let mut text = String::new();
+    for at in 0..count {
+        writeln!(text, "{}\n{}", v4(at), v6(at))?;
+    }
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("blocked");
+    std::fs::write(&file, text)?;
+    let long = format!("blocked_file = '{}'\n{RULE}", file.display());
+    let mut places = vec![0, 1, count / 3, count - 2, count - 1];
+    // Each entry makes two ranges, so that pages end at multiples of the half of what is in one.
+    let page = Size::SOURCE_PAGE_BOUNDARIES.0;
+    for (entries, step) in [(page / 2, 255), (page * page / 2, 5)] {
+        let ends = (1..count / entries).step_by(step);
+        places.extend(ends.flat_map(|end| [end * entries - 1, end * entries, end * entries + 1]));
+    }
+
+    let mut bench = Bench::new(Kind::Xdp, &long)?;
+    for place in places {
+        for addr in [IpAddr::from(v4(place)), v6(place).into()] {
+            let [before, after] = [-1, 1].map(|by: i128| match addr {
+                IpAddr::V4(addr) => ip(false, (i128::from(addr.to_bits()) + by) as u128).to_string(),
+                IpAddr::V6(addr) => ip(true, (addr.to_bits() as i128 + by) as u128).to_string(),
+            });
+            let all = [(&*addr.to_string(), "blocked"), (&*before, "missing"), (&*after, "missing")];
+            expect(&mut bench, &all).with_context(|| format!("entry {place} of {count}"))?;
+        }
+    }
+    let (one, other) = (v4(7).to_string(), v6(7).to_string());
+    // Both generations have had the long list in the end.
+    let short = format!("blocked = ['{one}']\n{RULE}");
+    for rules in [&long, &short, &short] {
+        bench.set_rules(rules)?;
+        expect(
+            &mut bench,
+            &[(&one, "blocked"), (&other, if *rules == long { "blocked" } else { "missing" })],
+        )?;
+    }
+    bench.set_rules(RULE)?;
+    expect(&mut bench, &[(&one, "missing"), (&other, "missing")])
+}
+
+/// Rules and lists are replaced in one step: from a mixture of both the source would be on no list.
+pub fn while_lists_are_replaced_a_source_is_on_the_old_one_or_the_new_one() -> Result<()> {
+    // More than fit into one page.
+    let around: String = (0..500).map(|at| format!("'172.16.{}.{}', ", at / 128, at % 128 * 2)).collect();
+    let rules = ["exempt", "blocked"].map(|name| format!("{name} = [{around} '10.1.2.3']\n{RULE}"));
+    let bench = Bench::new(Kind::Xdp, &rules[0])?;
+    let frame = from("10.1.2.3").build();
+    let done = AtomicBool::new(false);
+    let runs = thread::scope(|scope| {
+        let packets = scope.spawn(|| {
+            let mut runs = 0;
+            while !done.load(Ordering::Relaxed) {
+                bench.run_uncounted(&frame)?;
+                runs += 1;
+            }
+            Ok::<u64, anyhow::Error>(runs)
+        });
+        let replaced = share_of(50).and_then(|rounds| {
+            (0..rounds).try_for_each(|_| rules.iter().rev().try_for_each(|rules| bench.set_rules(rules)))
+        });
+        done.store(true, Ordering::Relaxed);
+        let runs = packets.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        replaced.map(|()| runs)
+    })?;
+    let counters = bench.counters()?;
+    let (exempt, blocked) = (counters.of(Verdict::GUARD_EXEMPT), counters.of(Verdict::GUARD_BLOCKED));
+    ensure!(exempt > 0 && blocked > 0 && exempt + blocked == runs, "{runs} packets: {}", counters.line());
     Ok(())
 }

@@ -37,6 +37,7 @@ Examples:
   netoken guard --diff guard.toml                           what loading that would change
   netoken guard --query                                     where it is attached, and what it has counted
   netoken guard --watch                                     what comes in, as it comes, until Ctrl-C
+  netoken guard --watch --rules guard.toml                  the same; whenever that file changes, it is loaded
   netoken guard --unblock 192.0.2.7                         let in again who was blocked automatically
   netoken guard --iface eth0 --destroy                      remove it, and its clsact qdisc if nobody else uses it
 
@@ -80,7 +81,8 @@ pub(super) struct GuardArgs {
     #[arg(long, help_heading = "What to do")]
     query: bool,
 
-    /// Print every event until Ctrl-C
+    /// Print every event until Ctrl-C; with --rules load the file, and again on SIGHUP and whenever it, or a file that
+    /// it names, changes
     #[arg(long, conflicts_with = "iface", help_heading = "What to do")]
     watch: bool,
 
@@ -99,7 +101,7 @@ pub(super) struct GuardArgs {
 
     /// File that says what is protected, what is accepted there, and which sources are exempt or blocked [default:
     /// the rules that run]
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["show", "diff", "query", "watch", "unblock", "detach", "destroy"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["show", "diff", "query", "unblock", "detach", "destroy"])]
     rules: Option<PathBuf>,
 
     /// Where to attach
@@ -174,6 +176,7 @@ enum Record<'a> {
     GuardHook {
         /// Name of the network namespace; empty for the one that the command ran in.
         netns: &'a str,
+        netns_inode: u32,
         interface: &'a str,
         hook: &'a str,
         program: u32,
@@ -257,7 +260,7 @@ impl GuardArgs {
 }
 
 pub(super) fn run(args: GuardArgs) -> Result<()> {
-    let rules = args.rules.as_deref().map(Rules::from_file).transpose()?;
+    let (rules, files) = args.rules.as_deref().map(Rules::read).transpose()?.unzip();
     if let (true, Some(rules)) = (args.check, &rules) {
         note!("the rules are right: {}", rules.summary());
         return Ok(());
@@ -288,7 +291,12 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
         return query::query(&scope);
     }
     if args.watch {
-        return watch::watch(&scope);
+        let given = args.rules.as_deref().zip(rules.as_ref()).zip(files);
+        return watch::watch(
+            &scope,
+            given.map(|((path, rules), files)| (path, rules, files)),
+            &args.source(),
+        );
     }
     if let Some(prefix) = args.unblock {
         return unblock(&scope, prefix);

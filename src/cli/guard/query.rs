@@ -23,6 +23,7 @@ use crate::state::State;
 /// One program of ours on an interface.
 struct Hook {
     netns: String,
+    netns_inode: u32,
     interface: String,
     hook: &'static str,
     program: u32,
@@ -40,6 +41,7 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
     let mut found = Vec::new();
     for netns in places {
         let name = if netns.name.is_empty() { named.to_string() } else { netns.name.clone() };
+        let netns_inode = netns.inode();
         netns.run(|| {
             let mut netlink = Netlink::connect()?;
             let mut links = netlink.links()?;
@@ -49,7 +51,7 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
             for link in links {
                 let mut push = |hook, program, loaded, filters_before| {
                     let (netns, interface) = (name.clone(), link.name.clone());
-                    found.push(Hook { netns, interface, hook, program, loaded, filters_before });
+                    found.push(Hook { netns, netns_inode, interface, hook, program, loaded, filters_before });
                 };
                 if let Some(ours) = attached_xdp(link.index, &programs)? {
                     push(hook_name(ours.mode), ours.program, ours.loaded, 0);
@@ -91,6 +93,7 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
         for hook in &hooks {
             print_json(&Record::GuardHook {
                 netns: &hook.netns,
+                netns_inode: hook.netns_inode,
                 interface: &hook.interface,
                 hook: hook.hook,
                 program: hook.program,

@@ -44,7 +44,15 @@ pub(super) fn set_rules(
     running::load(instance, maps, rules, source)
 }
 
+/// Puts rules, which are from the file `source`, into use where the guard is attached, and says so.
 pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
+    put(scope, rules, source)?;
+    note!("instance '{}' has new rules: {}", scope.instance, rules.summary());
+    Ok(())
+}
+
+/// The same without a word.
+pub(super) fn put(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
     let doing = format!("loading rules into instance '{}'", scope.instance);
     privileges::check(&doing)?;
     let keys = load_keys(&doing, &scope.instance, Some(rules))?;
@@ -64,9 +72,7 @@ pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
         set_rules(&instance, &GuardMaps::open(&instance.pins)?, rules, source, keys.as_deref())
     })();
     state.remove_if_empty(lock)?;
-    loaded?;
-    note!("instance '{}' has new rules: {}", scope.instance, rules.summary());
-    Ok(())
+    loaded
 }
 
 pub(super) const NO_MARKS: &str = "mode 'mark' needs an skb, which XDP does not have; attach with --hook tc";

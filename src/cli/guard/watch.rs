@@ -2,18 +2,22 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::rules::{load, put};
 use super::{Record, of_instance, print_counters, print_json};
 use crate::cli::args::Scope;
 use crate::cli::blocked::print_alert;
+use crate::cli::reload::{Loaded, Reload};
+use crate::cli::signals::Signals;
 use crate::guard::counters::GuardCounters;
 use crate::guard::events::{Reader, Seen};
 use crate::guard::program::GuardMaps;
+use crate::guard::rules::Rules;
 use crate::privileges;
 use crate::state::{Instance, State};
 
@@ -21,7 +25,10 @@ use crate::state::{Instance, State};
 const PERIOD: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(200);
 
-pub(super) fn watch(scope: &Scope) -> Result<()> {
+/// A file of rules, what it says, and all files that this is from.
+type Given<'a> = (&'a Path, &'a Rules, Vec<PathBuf>);
+
+pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, source: &str) -> Result<()> {
     let doing = format!("watching the guard of instance '{}'", scope.instance);
     privileges::check(&doing)?;
     let Some(state) = State::find()? else { bail!("{doing}: it is not attached anywhere") };
@@ -33,17 +40,29 @@ pub(super) fn watch(scope: &Scope) -> Result<()> {
     // Another one than that of the stamp, whose events have a reader of their own.
     let reading = Instance { name: format!("{}.guard", instance.name), ..state.instance(&scope.instance) };
     let _reading = state.lock_reader(&reading)?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
+    let signals = Signals::catch(given.is_some())?;
     let mut reader = Reader::open(&maps)?;
+    // Last of all, so that what cannot be watched keeps the rules that it has.
+    let mut reload = match given {
+        None => None,
+        Some((path, rules, files)) => {
+            load(scope, rules, source)?;
+            let again = move || {
+                let (rules, files) = Rules::read(path)?;
+                put(scope, &rules, source)?;
+                Ok(Loaded { summary: rules.summary(), files })
+            };
+            Some(Reload::new("rules", files, true, &signals.reload, again))
+        }
+    };
     if !scope.json {
         note!("watching; Ctrl-C ends it, and the guard stays attached");
     }
     let mut counted = GuardCounters::read(&maps)?;
     let mut last = Instant::now();
     loop {
-        let ends = stop.load(Ordering::Relaxed);
+        let ends = signals.stop.load(Ordering::Relaxed);
+        reload.iter_mut().for_each(Reload::look);
         for seen in reader.read(if ends { Duration::ZERO } else { POLL })? {
             print_seen(scope, &seen)?;
         }

@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * The lists of sources: who needs no token, and who is refused whatever he sends.
+ *
+ * User space has cut nested prefixes into ranges that do not overlap (src/guard/sources.rs), so
+ * that one search decides. Its cost depends on how many there are, and not on how they lie.
+ */
+#ifndef NETOKEN_GUARD_SOURCES_H
+#define NETOKEN_GUARD_SOURCES_H
+
+#include "guard_maps.h"
+
+/* The page where the search begins, of each generation, list and family. An array as it is, because
+ * looking into that takes no call. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct netoken_source_page);
+	__uint(max_entries, SOURCE_TOPS);
+} guard_lists SEC(".maps");
+
+struct source_pages {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct netoken_source_page));
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_INNER_MAP);
+};
+
+/* By generation: the pages that others lead to. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__type(key, __u32);
+	__uint(max_entries, GUARD_GENERATIONS);
+	__array(values, struct source_pages);
+} guard_sources SEC(".maps");
+
+/* The last boundary of a page that is not behind an address; the first, if all are. */
+static __always_inline __u32 find_boundary(const struct netoken_source_page *page, __u64 high,
+					   __u64 low)
+{
+	__u32 at = 0, left = page->count;
+
+	for (__u32 i = 0; i < SOURCE_PAGE_BITS; i++) {
+		__u32 half = left / 2;
+		/* For the verifier; a page has no more. */
+		__u32 probe = (at + half) & (SOURCE_PAGE_BOUNDARIES - 1);
+
+		if (!half)
+			break;
+		if (page->high[probe] < high ||
+		    (page->high[probe] == high && page->low[probe] <= low))
+			at = probe;
+		left -= half;
+	}
+	return at;
+}
+
+static __always_inline bool is_over(__u64 expires_ns)
+{
+	__u32 zero = 0;
+	struct netoken_clock *now;
+
+	if (!expires_ns || expires_ns == SOURCE_FOR_EVER)
+		return !expires_ns;
+	now = bpf_map_lookup_elem(&clock, &zero);
+	return now && bpf_ktime_get_boot_ns() + now->boot_offset_ns >= expires_ns;
+}
+
+/* Until when the range of an address is on a list; 0 if it is not. */
+static __always_inline __u64 look_up(const struct netoken_source_page *page, __u32 generation,
+				     __u64 high, __u64 low)
+{
+	__u32 at = find_boundary(page, high, low);
+	void *pages;
+
+	if (!page->leads_on)
+		return page->expires_ns[at];
+	pages = bpf_map_lookup_elem(&guard_sources, &generation);
+	if (!pages)
+		return 0;
+	for (__u32 level = 1; level < SOURCE_LEVELS; level++) {
+		at += page->first_page;
+		page = bpf_map_lookup_elem(pages, &at);
+		if (!page)
+			return 0;
+		at = find_boundary(page, high, low);
+		if (!page->leads_on)
+			return page->expires_ns[at];
+	}
+	return 0;
+}
+
+/* Whether the source of the packet in the scratch is on a list, enum netoken_source_list. Not
+ * static, so that the verifier looks at it once. */
+__noinline int is_listed(__u32 list)
+{
+	struct guard_scratch *scratch = this_guard_scratch();
+	const struct netoken_source_page *page;
+	const struct netoken_flow *flow;
+	__u32 at, generation, is_v6;
+	const __u64 *addr;
+	__u64 high, low;
+
+	if (!scratch)
+		return false;
+	flow = &scratch->event.flow;
+	addr = (const __u64 *)flow->saddr;
+	is_v6 = flow->family == 6;
+	/* IPv4 is mapped into IPv6, and has here no more than its address. */
+	high = is_v6 ? bpf_be64_to_cpu(addr[0]) : (__u32)bpf_be64_to_cpu(addr[1]);
+	low = is_v6 ? bpf_be64_to_cpu(addr[1]) : 0;
+	generation = scratch->generation;
+	at = (generation * SOURCE_LISTS + list) * SOURCE_FAMILIES + is_v6;
+	page = bpf_map_lookup_elem(&guard_lists, &at);
+	return page && !is_over(look_up(page, generation, high, low));
+}
+
+/* What the lists say of the source of the packet in the scratch: GUARD_NONE if it is on none. */
+static __always_inline __u32 check_source(const struct guard_scratch *scratch)
+{
+	if (scratch->has_exempt && is_listed(SOURCES_EXEMPT))
+		return GUARD_EXEMPT;
+	if (scratch->has_blocked && is_listed(SOURCES_BLOCKED))
+		return GUARD_BLOCKED;
+	return GUARD_NONE;
+}
+
+#endif
