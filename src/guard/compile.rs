@@ -1,4 +1,4 @@
-//! Turns rules and lists into what the kernel stores. Nothing else knows how that is.
+//! Turns rules into what the kernel stores; the lists are in [`super::sources`]. Nothing else knows how that is.
 
 use std::collections::HashMap;
 use std::net::Ipv6Addr;
@@ -126,6 +126,6 @@ fn words(bytes: [u8; 16]) -> [u64; 2] {
     [first, second].map(|half| u64::from_ne_bytes(half.try_into().expect("half of 16 bytes")))
 }
 
-pub(super) fn mask(bits: u8) -> Ipv6Addr {
+fn mask(bits: u8) -> Ipv6Addr {
     Ipv6Addr::from(u128::MAX.checked_shl(128 - u32::from(bits)).unwrap_or(0))
 }

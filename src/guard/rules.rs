@@ -1,5 +1,5 @@
 //! What the guard is told: what is protected, what is accepted there, and which sources are on a list. Reading the file
-//! that says so is in [`super::file`], turning it into what the kernel stores in [`super::compile`].
+//! that says so is in [`super::file`], turning it into what the kernel stores in [`super::compile`] and [`super::sources`].
 
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};

@@ -29,8 +29,7 @@ impl Role {
     /// By the name of a program and those of its maps; the name alone anybody can have.
     fn of(name: &OsStr) -> Option<(Role, &'static [&'static str])> {
         const STAMP: &[&str] = &["policies", "counters", "events", "live", "scratches"];
-        const GUARD: &[&str] =
-            &["guard_rules", "guard_lists", "guard_sources", "guard_counters", "guard_live"];
+        const GUARD: &[&str] = &["guard_rules", "guard_counters", "guard_live"];
         match name.to_str()? {
             PROGRAM_NAME | PROGRAM_NAME_L3 => Some((Role::Stamp, STAMP)),
             guard::PROGRAM_NAME | guard::PROGRAM_NAME_L3 => Some((Role::Guard, GUARD)),
