@@ -1,7 +1,7 @@
 //! What keyed tokens are made with. A *ring* is what a policy names, like `edge`; it holds keys, of which one signs
 //! and the others only verify. Each key has an id that is unique within an instance, because a token names it.
 //!
-//! [`file`] keeps them on disk, [`live`] in the kernel, [`rotate`] decides what comes next. A secret is never
+//! [`mod@file`] keeps them on disk, [`live`] in the kernel, [`rotate`] decides what comes next. A secret is never
 //! printed, is not copied where it can be helped, and is wiped when it is dropped.
 
 pub mod file;

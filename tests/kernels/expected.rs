@@ -19,7 +19,6 @@ const HELPERS: &[(&str, bpf::bpf_func_id)] = &[
     ("bpf_perf_event_output", bpf::BPF_FUNC_perf_event_output),
     ("bpf_ringbuf_output", bpf::BPF_FUNC_ringbuf_output),
     ("bpf_check_mtu", bpf::BPF_FUNC_check_mtu),
-    ("bpf_ktime_get_coarse_ns", bpf::BPF_FUNC_ktime_get_coarse_ns),
     ("bpf_ktime_get_tai_ns", bpf::BPF_FUNC_ktime_get_tai_ns),
     ("bpf_timer_init", bpf::BPF_FUNC_timer_init),
     ("bpf_loop", bpf::BPF_FUNC_loop),

@@ -30,16 +30,25 @@ mod watch;
 
 const EXAMPLES: &str = "\
 Examples:
-  netoken guard --check --rules guard.toml                  is the file right? needs no rights
-  netoken guard --iface eth0 --attach --rules guard.toml    let only SYNs with a right token in
-  netoken guard --load --rules guard.toml                   other rules, in one step, where it is attached
-  netoken guard --show                                      the rules that run, and what each has counted
-  netoken guard --diff guard.toml                           what loading that would change
-  netoken guard --query                                     where it is attached, and what it has counted
-  netoken guard --watch                                     what comes in, as it comes, until Ctrl-C
-  netoken guard --watch --rules guard.toml                  the same; whenever that file changes, it is loaded
-  netoken guard --unblock 192.0.2.7                         let in again who was blocked automatically
-  netoken guard --iface eth0 --destroy                      remove it, and its clsact qdisc if nobody else uses it
+  Is the file right? Needs no rights:
+    netoken guard --check --rules guard.toml
+  Let only SYNs with a right token in:
+    netoken guard --iface eth0 --attach --rules guard.toml
+  Put other rules into use, in one step, where it is attached:
+    netoken guard --load --rules guard.toml
+  See which rules run, and what each has counted:
+    netoken guard --show
+  See what loading a file would change:
+    netoken guard --diff guard.toml
+  See where it is attached, and what it has counted:
+    netoken guard --query
+  Watch what comes in, until Ctrl-C; the second also loads the file whenever it changes:
+    netoken guard --watch
+    netoken guard --watch --rules guard.toml
+  Let in again who was blocked automatically:
+    netoken guard --unblock 192.0.2.7
+  Remove it, and its clsact qdisc if nobody else uses it:
+    netoken guard --iface eth0 --destroy
 
 Begin with mode = \"observe\": everything is counted as if it were enforced, and nothing is dropped.";
 
