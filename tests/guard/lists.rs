@@ -252,6 +252,26 @@ pub fn a_million_entries_and_then_few_and_none() -> Result<()> {
     expect(&mut bench, &[(&one, "missing"), (&other, "missing")])
 }
 
+/// As many entries as fit into one page, into two levels of pages, and one more than each.
+pub fn a_list_that_needs_one_page_more() -> Result<()> {
+    let page = Size::SOURCE_PAGE_BOUNDARIES.0;
+    // The lowest address has a boundary of its own, and each entry two.
+    for fits in [(page - 1) / 2, (page * page - 1) / 2] {
+        for count in [fits, fits + 1] {
+            let addr = |at: u32| Ipv4Addr::from_bits((at + 1) * 1000);
+            let list: String = (0..count).map(|at| format!("'{}', ", addr(at))).collect();
+            let mut bench = Bench::new(Kind::Xdp, &format!("blocked = [{list}]\n{RULE}"))?;
+            for at in [0, 1, count / 2, count - 2, count - 1] {
+                let [before, after] = [-1, 1]
+                    .map(|by: i64| ip(false, (i64::from(addr(at).to_bits()) + by) as u128).to_string());
+                let all = [(&*addr(at).to_string(), "blocked"), (&*before, "missing"), (&*after, "missing")];
+                expect(&mut bench, &all).with_context(|| format!("entry {at} of {count}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Rules and lists are replaced in one step: from a mixture of both the source would be on no list.
 pub fn while_lists_are_replaced_a_source_is_on_the_old_one_or_the_new_one() -> Result<()> {
     // More than fit into one page.
