@@ -1,5 +1,6 @@
 //! Network namespaces: which one we are in, which ones have names, and doing something in another one.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
@@ -80,6 +81,19 @@ impl Netns {
             }
         }
         Ok(found)
+    }
+
+    /// Those that have a name, and those that processes run in; each once.
+    pub fn everywhere() -> Vec<Netns> {
+        let named = names().into_iter().map(|name| Path::new(NAMED).join(name));
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let of_processes = processes.map(|entry| entry.path().join("ns/net"));
+        let mut known = HashSet::new();
+        named
+            .chain(of_processes)
+            .filter(|path| fs::metadata(path).is_ok_and(|netns| known.insert(netns.ino())))
+            .filter_map(|path| Netns::open(path.to_str()?).ok())
+            .collect()
     }
 
     /// The number that identifies it while it exists; BPF programs report it in their events.

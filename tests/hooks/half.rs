@@ -1,10 +1,14 @@
 //! Nothing half done stays, and nothing that was kept is lost: policy and counters live from the first attach
 //! to the last destroy.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::lab::wait_until;
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours, expect_unloaded, map_id, ours};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -116,6 +120,34 @@ pub fn the_last_destroy_removes_policy_and_counters() -> Result<()> {
     ensure_eq!(counter(&world.lab, &world.ns, "default", "syns")?, 0, "the counter after the last destroy");
     world.expect_token("4e45544f4b454e31", "the token is the default again")?;
     Ok(())
+}
+
+/// Neither for what is attached in a namespace with a name, nor where only a process holds it.
+pub fn a_destroy_waits_for_nothing_that_is_attached_elsewhere() -> Result<()> {
+    let world = World::new()?;
+    let mut holder = Command::new("unshare").args(["--net", "sleep", "60"]).spawn()?;
+    let nameless = format!("/proc/{}/ns/net", holder.id());
+    let both = [format!("--netns {} --iface s0", world.server_ns), format!("--netns {nameless} --iface lo")];
+    let quick = (|| {
+        let here = fs::metadata("/proc/thread-self/ns/net")?.ino();
+        wait_until("a namespace of its own", || Ok((fs::metadata(&nameless)?.ino() != here).then_some(())))?;
+        both.iter().try_for_each(|place| expect_quick(&world, place))
+    })();
+    holder.kill()?;
+    holder.wait()?;
+    quick
+}
+
+fn expect_quick(world: &World, elsewhere: &str) -> Result<()> {
+    world.ok("-i c0 --attach --quiet")?;
+    world.lab.ok(&format!("{elsewhere} --attach --quiet"))?;
+    let begin = Instant::now();
+    let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+    ensure!(said.contains("instance 'default' is still used"), "{elsewhere}: {said}");
+    // Where it waits, that is twice as long.
+    ensure!(begin.elapsed() < Duration::from_secs(5), "{elsewhere}: it took {:?}", begin.elapsed());
+    world.lab.ok(&format!("{elsewhere} --destroy"))?;
+    expect_no_state(&world.lab)
 }
 
 pub fn destroy_without_an_interface_takes_all() -> Result<()> {
