@@ -49,6 +49,8 @@ fn main() -> Result<()> {
         ("SYN, all but changing the packet", tcp(4, 0x02, 20, 0), &refuse, 0),
         ("SYN, stamped, IPv4", tcp(4, 0x02, 20, 0), &stamp, 12),
         ("SYN, stamped, IPv6", tcp(6, 0x02, 20, 0), &stamp, 12),
+        // A list that no stack sends in a SYN.
+        ("SYN, stamped, options walked", tcp(4, 0x02, 12, 0), &stamp, 12),
         ("SYN, stamped, 100 bytes of payload", tcp(4, 0x02, 20, 100), &stamp, 12),
         ("SYN, keyed by flow, IPv4", tcp(4, 0x02, 20, 0), &flow, 12),
         ("SYN, keyed by flow, IPv6", tcp(6, 0x02, 20, 0), &flow, 12),

@@ -6,7 +6,9 @@
 #define NETOKEN_GUARD_OPTIONS_H
 
 #include "guard_maps.h"
+#include "layouts.h"
 #include "wire.h"
+
 /* Copies as many bytes of options as the header claims, zeros behind them. False if they are not
  * all there. */
 static __always_inline bool copy_options(struct guard_scratch *scratch, const void *tcp,
@@ -86,77 +88,11 @@ __noinline int walk_ip_options(__u32 len)
 	return scratch && walk_list(scratch, len, true);
 }
 
-/* Options as they are written in the list below. Their values are any bytes. */
-#define ANY (-1)
-#define MSS 2, 4, ANY, ANY
-#define WINDOW_SCALE 3, 3, ANY
-#define SACK_PERMITTED 4, 2
-#define TIMESTAMPS 8, 10, ANY, ANY, ANY, ANY, ANY, ANY, ANY, ANY
-#define NOP TCPOPT_NOP
-#define EOL TCPOPT_EOL
-
-#define LAYOUT_WORDS 3
-
-struct layout {
-	__u32 len;
-	__s16 bytes[LAYOUT_WORDS * 8];
-};
-
-#define LAYOUT(...)                                                                                \
-	{                                                                                          \
-		.len = sizeof((__s16[]){ __VA_ARGS__ }) / sizeof(__s16), .bytes = { __VA_ARGS__ }, \
-	}
-
-/* Well-formed lists without a token, the commonest first; each ends with a whole word of four
- * bytes. The compiler makes comparisons of them, nothing is left of the table. */
-static const struct layout layouts[] = {
-	/* Linux, with and without timestamps */
-	LAYOUT(MSS, SACK_PERMITTED, TIMESTAMPS, NOP, WINDOW_SCALE),
-	LAYOUT(MSS, NOP, NOP, SACK_PERMITTED, NOP, WINDOW_SCALE),
-	/* Windows */
-	LAYOUT(MSS, NOP, WINDOW_SCALE, NOP, NOP, SACK_PERMITTED),
-	/* macOS and iOS */
-	LAYOUT(MSS, NOP, WINDOW_SCALE, NOP, NOP, TIMESTAMPS, SACK_PERMITTED, EOL, EOL),
-	/* FreeBSD, and Windows with timestamps */
-	LAYOUT(MSS, NOP, WINDOW_SCALE, SACK_PERMITTED, TIMESTAMPS),
-	/* OpenBSD */
-	LAYOUT(MSS, NOP, NOP, SACK_PERMITTED, NOP, WINDOW_SCALE, NOP, NOP, TIMESTAMPS),
-	/* What floods consist of */
-	LAYOUT(MSS),
-	{},
-};
-
 enum list {
 	LIST_UNKNOWN, /* may be anything */
 	LIST_PLAIN,   /* well-formed, and no token in it */
 	LIST_TOKEN,   /* the same with one token behind it */
 };
-
-/* Whether the options begin with those of the layout. */
-static __always_inline bool is_laid_out(const void *options, const struct layout *layout)
-{
-	const __u64 *words = options;
-
-#pragma unroll
-	for (__u32 i = 0; i < LAYOUT_WORDS; i++) {
-		__u64 bytes = 0, mask = 0;
-
-#pragma unroll
-		for (__u32 j = 0; j < 8; j++) {
-			if (i * 8 + j >= layout->len || layout->bytes[i * 8 + j] == ANY)
-				continue;
-			mask |= 0xffULL << j * 8;
-			bytes |= (__u64)layout->bytes[i * 8 + j] << j * 8;
-		}
-		if (i * 8 + 4 == layout->len) {
-			if ((*(const __u32 *)&words[i] & le32((__u32)mask)) != le32((__u32)bytes))
-				return false;
-		} else if (mask && (words[i] & le64(mask)) != le64(bytes)) {
-			return false;
-		}
-	}
-	return true;
-}
 
 /*
  * Recognises a list by its layout. `token` becomes the bytes of its token as they stand in the
@@ -169,9 +105,7 @@ static __always_inline enum list recognise_list(const void *options, const void 
 	for (__u32 i = 0; i < sizeof(layouts) / sizeof(layouts[0]); i++) {
 		const struct layout *layout = &layouts[i];
 		const __u8 *behind = options + layout->len;
-		/* Behind end-of-list nothing counts. */
-		bool is_closed = layout->len && layout->bytes[layout->len - 1] == EOL;
-		bool has_more = len == layout->len + OPTION_LEN && !is_closed;
+		bool has_more = len == layout->len + OPTION_LEN && !is_closed(layout);
 
 		if (len != layout->len && !has_more)
 			continue;

@@ -7,9 +7,13 @@
 #ifndef NETOKEN_OPTIONS_H
 #define NETOKEN_OPTIONS_H
 
+#include "layouts.h"
 #include "scratch.h"
 #include "types.h"
 #include "wire.h"
+
+_Static_assert(LAYOUT_WORDS * 8 + OPTION_LEN <= TCP_OPTIONS_MAX,
+	       "a token does not fit behind every layout");
 
 struct token_option {
 	__u8 kind;
@@ -18,6 +22,21 @@ struct token_option {
 	__u8 token[TOKEN_LEN];
 	__u8 eol[4]; /* up to three bytes of padding, RFC 9293 section 3.1; one more for the copy */
 };
+
+/*
+ * Whether a list of `len` bytes is one that real stacks send and that ends with an option: it holds
+ * neither a token nor a signature, and leaves room behind it.
+ */
+static __always_inline bool is_plain_list(const struct tcp_rest *tcp, __u32 len)
+{
+#pragma unroll
+	for (__u32 i = 0; i < sizeof(layouts) / sizeof(layouts[0]); i++) {
+		if (!is_closed(&layouts[i]) && len == layouts[i].len &&
+		    is_laid_out(tcp->options, &layouts[i]))
+			return true;
+	}
+	return false;
+}
 
 /*
  * Reads the list in the scratch, which is `len` bytes long, 0 to 40. Returns 0 if it lies about a
@@ -123,12 +142,7 @@ static __always_inline __u32 append_token(struct headers *new_headers,
 	__u32 len;
 
 	__builtin_memcpy(option.token, token, TOKEN_LEN);
-	/* Field by field: the fields differ in alignment, and copies go by the largest that is
-	 * sure.
-	 */
-	__builtin_memcpy(new_headers->ip, old_headers->ip, sizeof(new_headers->ip));
-	__builtin_memcpy(new_headers->tcp, old_headers->tcp, sizeof(new_headers->tcp));
-	__builtin_memcpy(new, old, TCP_REST_LEN);
+	__builtin_memcpy(new_headers, old_headers, offsetof(struct headers, rest) + TCP_REST_LEN);
 	if (list->end + OPTION_LEN > TCP_OPTIONS_MAX) {
 		if (list->end - list->nops + OPTION_LEN > TCP_OPTIONS_MAX)
 			return 0;

@@ -244,11 +244,12 @@ static __always_inline enum parsed describe_syn(struct scratch *scratch, struct 
 	return PARSED_SYN;
 }
 
-static __always_inline enum parsed parse_linear(struct __sk_buff *skb, __u32 l2_len)
+/* *`scratch` is where the SYN is described. */
+static __always_inline enum parsed parse_linear(struct __sk_buff *skb, __u32 l2_len,
+						struct scratch **scratch)
 {
 	struct layers layers;
 	enum parsed parsed = parse_layers(&layers, skb, l2_len);
-	struct scratch *scratch;
 	struct tcp_head *tcp;
 	__u64 l4_off;
 	void *end;
@@ -269,8 +270,8 @@ static __always_inline enum parsed parse_linear(struct __sk_buff *skb, __u32 l2_
 	if (!is_syn(tcp->flags))
 		return PARSED_OTHER;
 
-	scratch = this_scratch();
-	return scratch ? describe_syn(scratch, skb, &layers, tcp, end) : PARSED_OTHER;
+	*scratch = this_scratch();
+	return *scratch ? describe_syn(*scratch, skb, &layers, tcp, end) : PARSED_OTHER;
 }
 
 /* A branch that stays as it is written. The compiler would join the ends of what is done for IPv4
@@ -335,11 +336,13 @@ static __noinline bool is_linear(struct __sk_buff *skb)
 static __always_inline enum parsed pull_and_parse(struct __sk_buff *skb, __u32 l2_len,
 						  __u32 pull_len)
 {
+	struct scratch *scratch;
+
 	if (is_linear(skb))
 		return PARSED_OTHER; /* nothing more to see: too short to show a SYN flag */
 	if (bpf_skb_pull_data(skb, skb->len < pull_len ? skb->len : pull_len))
 		return PARSED_OTHER;
-	return parse_linear(skb, l2_len);
+	return parse_linear(skb, l2_len, &scratch);
 }
 
 /* Out of line, because headers are nearly always in the linear part; and not static, so that the
@@ -354,10 +357,11 @@ __noinline int pull_bare(struct __sk_buff *skb, __u32 pull_len)
 	return pull_and_parse(skb, 0, pull_len);
 }
 
-/* True if `skb` is a SYN, which this CPU's scratch then describes. */
-static __always_inline bool parse_syn(struct __sk_buff *skb, const __u32 l2_len)
+/* This CPU's scratch, which describes the SYN, or NULL if `skb` is none. */
+static __always_inline struct scratch *parse_syn(struct __sk_buff *skb, __u32 l2_len)
 {
-	int parsed = parse_linear(skb, l2_len);
+	struct scratch *scratch = NULL;
+	int parsed = parse_linear(skb, l2_len, &scratch);
 
 	if (parsed == PARSED_SHORT)
 		parsed = l2_len ? pull_ethernet(skb, PULL_LEN_BYTES)
@@ -365,7 +369,9 @@ static __always_inline bool parse_syn(struct __sk_buff *skb, const __u32 l2_len)
 	if (parsed == PARSED_SHORT)
 		parsed = l2_len ? pull_ethernet(skb, PULL_LEN_MAX_BYTES)
 				: pull_bare(skb, PULL_LEN_MAX_BYTES);
-	return parsed == PARSED_SYN;
+	if (parsed != PARSED_SYN)
+		return NULL;
+	return scratch ? scratch : this_scratch();
 }
 
 #endif

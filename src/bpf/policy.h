@@ -303,34 +303,28 @@ static __always_inline void count_hit(__u32 number)
 }
 
 /*
- * Chooses the rule for the SYN in the scratch, leaves it there and counts it; 0 if no rule matches
- * and there is no default. Not static, so that the verifier looks at what follows once and not for
- * every way in which a rule can be found.
+ * Chooses the rule for the SYN in the scratch, leaves it there and counts it; NULL if no rule
+ * matches and there is no default.
  */
-__noinline int choose_rule(struct __sk_buff *skb)
+static __always_inline const struct netoken_rule *lookup_rule(struct __sk_buff *skb,
+							      struct scratch *scratch)
 {
 	const struct netoken_generation *gen = this_generation();
-	struct scratch *scratch = this_scratch();
+	struct search *search = &scratch->search;
 
-	if (!gen || !scratch)
-		return 0;
+	if (!gen)
+		return NULL;
 	/* A policy without rules is the most frequent one, and needs no search. */
 	if (!gen->shape_count) {
-		scratch->search.generation = gen->number;
-		scratch->search.found = gen->default_rule;
+		search->generation = gen->number;
+		search->found = gen->default_rule;
 	} else if (!find_rule(skb)) {
-		return 0;
+		return NULL;
 	}
-	if (!scratch->search.found.action)
-		return 0;
-	count_hit(scratch->search.found.hits);
-	return 1;
-}
-
-static __always_inline const struct netoken_rule *lookup_rule(struct __sk_buff *skb,
-							      const struct scratch *scratch)
-{
-	return choose_rule(skb) ? &scratch->search.found : NULL;
+	if (!search->found.action)
+		return NULL;
+	count_hit(search->found.hits);
+	return &search->found;
 }
 
 /* Answers a question: what find_rule() decides about the facts in it, and when that was. */

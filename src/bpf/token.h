@@ -88,8 +88,8 @@ static __always_inline struct netoken_key_count *count_of_key(__u32 key_id)
 	return bpf_map_lookup_elem(&key_counts, &key_id);
 }
 
-/* Not inlined: a rule with a static token must not pay for the registers that this needs. */
-static __noinline int sign_token(struct netoken_event *event, const struct netoken_token_spec *spec)
+static __always_inline bool sign_token(struct netoken_event *event,
+				       const struct netoken_token_spec *spec)
 {
 	const struct netoken_clock *now;
 	const struct netoken_ring *ring;
@@ -98,19 +98,17 @@ static __noinline int sign_token(struct netoken_event *event, const struct netok
 	__u32 zero = 0, ring_id, key_id;
 	__u64 now_ns, slot, hash;
 
-	if (!event || !spec)
-		return 0;
 	ring_id = spec->ring;
 	now = bpf_map_lookup_elem(&clock, &zero);
 	ring = bpf_map_lookup_elem(&rings, &ring_id);
 	if (!now || !ring)
-		return 0;
+		return false;
 	/* Where none signs, this is no key's id. */
 	key_id = ring->signer - 1;
 	key = bpf_map_lookup_elem(&keys, &key_id);
 	count = count_of_key(key_id);
 	if (!key || key->state != KEY_LIVE || !count)
-		return 0;
+		return false;
 
 	now_ns = unix_time_ns(now, count);
 	slot = now_ns / now->slot_ns;
@@ -120,7 +118,7 @@ static __noinline int sign_token(struct netoken_event *event, const struct netok
 		     hash << (64 - MAC_BITS));
 	count->made++;
 	count->made_at_ns = now_ns;
-	return 1;
+	return true;
 }
 
 /* Writes the token for this SYN into its event. False if there is no key to make it with. */

@@ -1,26 +1,16 @@
-//! The option lists that real stacks and scanners send, each as it is, with tokens behind it, and with every byte of it
-//! changed. The guard recognises such a list as a whole and walks any other one, and it walks each that comes in a VLAN:
-//! whichever way it takes, the oracle has to agree.
+//! The option lists of [`crate::stacks`], with tokens behind them, and with every byte changed. The guard recognises such
+//! a list as a whole and walks any other one, and it walks each that comes in a VLAN: whichever way it takes, the oracle
+//! has to agree.
 
 use anyhow::{Result, ensure};
 use netoken::guard::program::Kind;
 use netoken::token::keyed::Bind;
 
-use crate::packet::{LINUX, MSS, Packet, syn};
+use crate::packet::{Packet, syn};
 use crate::run::{Bench, Random, SLOT, keyed};
+use crate::stacks::{STACKS, variants};
 use crate::support::share_of;
 use crate::table::{RULES, STATIC, compare, oracle, with};
-
-const STACKS: &[(&str, &[u8])] = &[
-    ("nothing", &[]),
-    ("mss", MSS),
-    ("linux", LINUX),
-    ("linux, no timestamps", &[2, 4, 5, 0xb4, 1, 1, 4, 2, 1, 3, 3, 7]),
-    ("windows", &[2, 4, 5, 0xb4, 1, 3, 3, 8, 1, 1, 4, 2]),
-    ("macos", &[2, 4, 5, 0xb4, 1, 3, 3, 6, 1, 1, 8, 10, 0x11, 0x22, 0x33, 0x44, 0, 0, 0, 0, 4, 2, 0, 0]),
-    ("freebsd", &[2, 4, 5, 0xb4, 1, 3, 3, 6, 4, 2, 8, 10, 0x11, 0x22, 0x33, 0x44, 0, 0, 0, 0]),
-    ("openbsd", &[2, 4, 5, 0xb4, 1, 1, 4, 2, 1, 3, 3, 6, 1, 1, 8, 10, 0x11, 0x22, 0x33, 0x44, 0, 0, 0, 0]),
-];
 
 /// What stands behind the list: a name, the port it goes to, and the packet that has it.
 type Ending = (&'static str, u16, fn(&Packet, &[u8]) -> Result<Packet>);
@@ -33,9 +23,6 @@ const ENDINGS: &[Ending] = &[
     ("a token that is scrubbed", 5001, |p, list| Ok(with(p, list, &[STATIC]))),
     ("two tokens", 22, |p, list| Ok(with(p, list, &[STATIC, STATIC]))),
 ];
-
-/// Kinds and lengths that mean something, and others; to these come the neighbours of what stood there.
-const TELLING: &[u8] = &[0, 1, 2, 3, 4, 5, 8, 10, 12, 19, 34, 0x4e, 0x54, 253, 254, 255];
 
 /// Each of the packets with a name, without a link header as well as with one.
 fn packets() -> Result<Vec<(String, Packet)>> {
@@ -52,23 +39,6 @@ fn packets() -> Result<Vec<(String, Packet)>> {
         }
     }
     Ok(packets)
-}
-
-/// The packet and all that differ from it in one byte of the options or in the length of these.
-fn variants(what: &str, packet: &Packet) -> Vec<(String, Packet)> {
-    let mut all = vec![(what.to_string(), packet.clone())];
-    for (at, old) in packet.options.iter().enumerate() {
-        let near = [old.wrapping_add(1), old.wrapping_sub(1), old ^ 0x80];
-        for new in TELLING.iter().chain(&near).filter(|new| *new != old) {
-            let mut changed = packet.clone();
-            changed.options[at] = *new;
-            all.push((format!("{what}, byte {at} is {new} and not {old}"), changed));
-        }
-    }
-    for words in 0..=15 {
-        all.push((format!("{what}, data offset {words}"), packet.clone().data_offset(words)));
-    }
-    all
 }
 
 pub fn every_byte_of_what_stacks_send_counts() -> Result<()> {

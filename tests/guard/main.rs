@@ -15,6 +15,8 @@ mod packet;
 mod replay;
 mod run;
 mod scrub;
+#[path = "../packets/stacks.rs"]
+mod stacks;
 #[path = "../support/mod.rs"]
 mod support;
 mod table;

@@ -7,6 +7,7 @@ mod events;
 mod faults;
 mod keyed;
 mod layout;
+mod layouts;
 mod mutate;
 mod named;
 mod oracle;
@@ -17,6 +18,7 @@ mod reference;
 mod run;
 mod shared;
 mod sizes;
+mod stacks;
 #[path = "../support/mod.rs"]
 mod support;
 mod table;
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
 fn everywhere() -> Vec<Trial> {
     cases![&[Need::Root];
         table: every_combination_comes_out_right;
+        layouts: every_byte_of_what_stacks_send_counts a_restored_list_is_the_one_that_came;
         mutate: a_truncated_frame_leaves_as_it_came mutants_get_what_the_oracle_says;
         others: what_is_not_a_syn_passes_untouched what_is_not_a_syn_passes_without_a_link_header
             only_a_syn_counts;
