@@ -104,9 +104,9 @@ unpack_package() {
 	local kernel="$1" image="$2" parts new="$cache/$1.new" release="${2#linux-image-}" deb
 	rm -rf "$new"
 	mkdir -p "$new/debs" "$new/modules/usr/lib"
-	# From 7 on the image is a shell around two others.
+	# From 7 on the image is a shell around three others.
 	mapfile -t parts < <(private_apt apt-cache depends "$image" |
-		awk '$1 == "Depends:" && $2 ~ /^linux-(binary|modules)-/ { print $2 }')
+		awk '$1 == "Depends:" && $2 ~ /^linux-(base|binary|modules)-/ { print $2 }')
 	if ! (cd "$new/debs" && private_apt apt-get download -q "$image" "${parts[@]}") >"$new/log" 2>&1; then
 		[ -e "$cache/$kernel/release" ] && return
 		echo "$image cannot be fetched: $(grep -m 1 '^E:' "$new/log" || tail -n 1 "$new/log")"
