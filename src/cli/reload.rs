@@ -71,18 +71,14 @@ impl<'a, L: FnMut() -> Result<Loaded>> Reload<'a, L> {
         self.loaded = stamps(&self.files);
         match (self.load)() {
             Ok(Loaded { summary, files }) => {
+                // What a file was like that it did not name before, when it was read, nobody knows: it is read once more.
+                if files != self.files {
+                    self.files = files;
+                    self.asked.store(true, Ordering::Relaxed);
+                }
                 note!("{} loaded again: {summary}", self.what);
-                self.look_at(files);
             }
             Err(error) => note!("netoken: {error:#}"),
-        }
-    }
-
-    fn look_at(&mut self, files: Vec<PathBuf>) {
-        if files != self.files {
-            self.loaded = stamps(&files);
-            self.seen.clone_from(&self.loaded);
-            self.files = files;
         }
     }
 
