@@ -13,7 +13,7 @@ use plain::Plain;
 use super::compile::RingNumbers;
 use super::rules::Rules;
 use super::sources;
-use super::types::{Config, Size, Table};
+use super::types::{Config, Mode, Size, Table};
 use crate::clock;
 use crate::guard_skel::GuardSkelBuilder;
 use crate::inner;
@@ -224,6 +224,16 @@ impl GuardMaps {
         let read = table.copy_from_bytes(&bytes.context("the rules in use are empty")?);
         read.map_err(|_| anyhow!("the rules in use are of another version of netoken"))?;
         Ok(Some(table))
+    }
+
+    /// Whether a rule in use wants marks, which XDP does not have.
+    ///
+    /// # Errors
+    /// The kernel refused to read them.
+    pub fn marks(&self) -> Result<bool> {
+        let table = self.table()?;
+        Ok(table
+            .is_some_and(|table| table.rules.iter().any(|rule| u32::from(rule.mode) == Mode::MODE_MARK.0)))
     }
 
     /// Puts rules and lists into use, without remembering anything of them: see [`super::running::load`].
