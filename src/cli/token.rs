@@ -21,16 +21,31 @@ use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 use crate::token::Token;
 use crate::token::keyed::{Bind, Flow, Parts, Refusal, SLOT_S, Slots, Stamp, Valid, Verifier, make};
 
+const MAKE_EXAMPLE: &str = "\
+Example:
+  netoken token make --keys /etc/netoken/keys/default --key edge --tag 17 \\
+      --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304";
+
+const CHECK_EXAMPLE: &str = "\
+Example:
+  netoken token check 00112d3ab4f30123 --keys /etc/netoken/keys/default \\
+      --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304";
+
+const DECODE_EXAMPLE: &str = "\
+Example:
+  tcpdump -i eth0 -w - 'tcp[tcpflags] & tcp-syn != 0' | netoken token decode -";
+
 const EXAMPLES: &str = "\
 Examples:
   netoken token make --keys /etc/netoken/keys/default --key edge --tag 17 \\
       --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304
-  netoken token check 00113... --keys /etc/netoken/keys/default \\
-      --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304 --time 2026-11-21T08:30:00Z
+  netoken token check 00112d3ab4f30123 --keys /etc/netoken/keys/default \\
+      --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304 \\
+      --time 2026-11-21T08:30:00Z
   tcpdump -i eth0 -w - 'tcp[tcpflags] & tcp-syn != 0' | netoken token decode -
   netoken token decode --keys /etc/netoken/keys/default capture.pcapng
 
-Exit codes: 0 done and, for check, valid; 1 failed, or not valid; 2 wrong usage.";
+Exit codes: 0 done and, for check, valid; 1 failed or not valid; 2 wrong usage.";
 
 /// Make, check and find tokens, without the kernel
 #[derive(Debug, clap::Args)]
@@ -47,10 +62,13 @@ pub(super) struct TokenArgs {
 #[derive(Debug, Subcommand)]
 enum TokenCommand {
     /// Make the token of a SYN
+    #[command(after_help = MAKE_EXAMPLE)]
     Make(MakeArgs),
     /// Say whether a token belongs to a SYN, and if not why
+    #[command(after_help = CHECK_EXAMPLE)]
     Check(CheckArgs),
     /// Show each SYN of a capture, its token, and what else shares the experimental options
+    #[command(after_help = DECODE_EXAMPLE)]
     Decode(DecodeArgs),
 }
 

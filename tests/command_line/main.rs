@@ -55,7 +55,8 @@ fn main() -> ExitCode {
 
 fn everywhere() -> Vec<Trial> {
     cases![&[];
-        help: every_flag_is_described an_example_is_shown the_examples_fit_a_narrow_terminal a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
+        help: every_flag_is_described an_example_is_shown every_command_has_an_example_that_fits
+            options_stand_below_their_heading a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
             wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
         policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
         rules: all_errors_are_shown_in_one_run_with_their_lines

@@ -42,7 +42,8 @@ Examples:
     netoken guard --diff guard.toml
   See where it is attached, and what it has counted:
     netoken guard --query
-  Watch what comes in, until Ctrl-C; the second also loads the file whenever it changes:
+  Watch what comes in, until Ctrl-C; the second also loads the file whenever it
+  changes:
     netoken guard --watch
     netoken guard --watch --rules guard.toml
   Let in again who was blocked automatically:
@@ -50,7 +51,8 @@ Examples:
   Remove it, and its clsact qdisc if nobody else uses it:
     netoken guard --iface eth0 --destroy
 
-Begin with mode = \"observe\": everything is counted as if it were enforced, and nothing is dropped.";
+Begin with mode = \"observe\": everything is counted as if it were enforced, and
+nothing is dropped.";
 
 /// Let only connections with a right token in
 #[derive(Debug, clap::Args)]
@@ -113,8 +115,9 @@ pub(super) struct GuardArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["show", "diff", "query", "unblock", "detach", "destroy"])]
     rules: Option<PathBuf>,
 
-    /// Where to attach
-    #[arg(long, value_enum, default_value_t = HookArg::Auto, help_heading = "With --attach")]
+    /// Where to attach: auto is where it is already, else XDP if the driver runs it, else TC; xdp is by the driver if it
+    /// can, else by the kernel behind it; tc is clsact ingress
+    #[arg(long, value_enum, default_value_t = HookArg::Auto, hide_possible_values = true, help_heading = "With --attach")]
     hook: HookArg,
 
     /// At XDP: push out somebody else's program, which does not come back with --detach

@@ -27,14 +27,19 @@ mod show;
 
 const EXAMPLES: &str = "\
 Examples:
-  netoken policy check policy.toml               is it right? Shows every error with its line; needs no rights
-  netoken policy load policy.toml                put it into use in one step
-  netoken policy show                            what is in use, and how often each rule decided
-  netoken policy diff policy.toml                what loading it would change
-  netoken policy test --dst 192.0.2.1 --port 443 which rule decides over such a SYN, and why
-  netoken policy add --name blocked --dst 198.51.100.0/24 --action drop
-                                                 put a rule in front of the others
-  netoken policy del blocked                     take it out again
+  Is it right? Shows every error with its line; needs no rights:
+    netoken policy check policy.toml
+  Put it into use in one step:
+    netoken policy load policy.toml
+  See what is in use, and how often each rule decided:
+    netoken policy show
+  See what loading it would change:
+    netoken policy diff policy.toml
+  Which rule decides over such a SYN, and why?
+    netoken policy test --dst 192.0.2.1 --port 443
+  Put a rule in front of the others, and take it out again:
+    netoken policy add --name blocked --dst 198.51.100.0/24 --action drop
+    netoken policy del blocked
 
 The language is described in docs/policy.md.";
 
@@ -75,6 +80,7 @@ struct Common {
 
 /// Put a policy into use, in one step
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  netoken policy load policy.toml")]
 struct LoadArgs {
     /// The policy
     file: PathBuf,
