@@ -116,6 +116,13 @@ struct Changed<'a> {
     loaded: bool,
 }
 
+/// What the running instance was given, as `--json` prints it.
+#[derive(Serialize)]
+#[serde(tag = "type", rename = "keys_loaded")]
+struct KeysLoaded<'a> {
+    ids: &'a [u8],
+}
+
 pub(super) fn run(args: KeyArgs) -> Result<()> {
     keys::guard_process()?;
     let dir = KeyDir::of_instance(&args.instance);
@@ -265,7 +272,7 @@ fn load(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
     live.load(&keys)?;
     let ids: Vec<u8> = keys.iter().filter(|key| key.is_live()).map(Key::id).collect();
     if args.json {
-        return print_json(&serde_json::json!({ "type": "keys_loaded", "ids": ids }));
+        return print_json(&KeysLoaded { ids: &ids });
     }
     note!("instance '{}' has {} key{}", args.instance, ids.len(), if ids.len() == 1 { "" } else { "s" });
     Ok(())

@@ -4,6 +4,7 @@
 //! [`said`] runs the program and holds every output against what no output may contain; the other modules
 //! hold the cases.
 
+mod documented;
 mod help;
 mod json;
 mod keys;
@@ -107,6 +108,7 @@ fn with_root() -> Vec<Trial> {
             a_relative_directory_is_below_the_current_one
             a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
             a_query_names_a_broken_instance;
+        documented: every_documented_type_is_printed_as_it_says;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything

@@ -346,9 +346,11 @@ fn events() -> Result<()> {
         Ok(watch.wait_within(std::time::Duration::from_millis(300), |line| line.contains("guarded")))
     })?;
     let event: Value = serde_json::from_str(&missing)?;
-    for (name, value) in [("verdict", "missing"), ("mode", "drop"), ("dst", &listener.addr.to_string())] {
+    let dst = listener.addr.ip().to_string();
+    for (name, value) in [("verdict", "missing"), ("mode", "drop"), ("dst", &dst)] {
         ensure_eq!(event[name], *value, "{name} of {event}");
     }
+    ensure_eq!(event["dport"], listener.addr.port(), "dport of {event}");
     ensure_eq!((&event["dropped"], &event["rule"]), (&Value::from(true), &Value::from(1)), "{event}");
     let netns_inode = fs::metadata(format!("/run/netns/{}", world.server))?.ino();
     ensure_eq!(event["netns_inode"], netns_inode, "netns_inode of {event}");

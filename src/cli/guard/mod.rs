@@ -13,6 +13,7 @@ use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
+use crate::hooks::clsact::Qdisc;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::xdp::{Foreign, Mode};
 use crate::netns::Netns;
@@ -198,6 +199,12 @@ enum Record<'a> {
         /// Foreign filters that see a packet first and may let it pass the guard by.
         filters_before: usize,
     },
+    GuardLoaded {
+        instance: &'a str,
+        rules: usize,
+        exempt: usize,
+        blocked: usize,
+    },
     GuardCounters {
         instance: &'a str,
         #[serde(flatten)]
@@ -238,8 +245,9 @@ enum Record<'a> {
         interface: &'a str,
         /// How many programs of ours were removed.
         programs: usize,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        qdisc: Option<&'a str>,
+        /// Only with `--destroy`: what became of the clsact qdisc.
+        #[serde(flatten)]
+        qdisc: Option<Qdisc>,
     },
 }
 

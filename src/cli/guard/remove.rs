@@ -28,19 +28,12 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
     state.remove_if_empty(lock)?;
 
     for (link, programs, qdisc) in done {
-        let qdisc = qdisc.and_then(|qdisc| match qdisc {
-            Qdisc::Absent => None,
-            Qdisc::Removed => Some("clsact qdisc removed: we made it and nobody else uses it"),
-            Qdisc::Foreign => Some("clsact qdisc kept: somebody else made it"),
-            Qdisc::InUse(_) => Some("clsact qdisc kept: other filters are on it"),
-            Qdisc::HasChains => Some("clsact qdisc kept: somebody else's chain is on it"),
-        });
         if scope.json {
             print_json(&Record::GuardRemoved { interface: &link.name, programs, qdisc })?;
             continue;
         }
         let what = if programs > 0 { "guard removed" } else { "the guard was not attached" };
-        note!("{}: {what}{}", link.name, qdisc.map_or(String::new(), |qdisc| format!(", {qdisc}")));
+        note!("{}: {what}{}", link.name, Qdisc::as_clause(qdisc));
     }
     if in_use {
         note!("instance '{}' is still used elsewhere: its rules, keys and counters stay", scope.instance);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Subcommand};
+use serde::Serialize;
 
 use super::args::instance;
 use crate::keys::file::keys_for;
@@ -121,12 +122,19 @@ fn load(args: &LoadArgs) -> Result<()> {
 }
 
 /// What was put into use, as `--json` prints it.
+#[derive(Serialize)]
+#[serde(tag = "type", rename = "loaded")]
+struct Loaded<'a> {
+    instance: &'a str,
+    generation: u64,
+    rules: usize,
+}
+
 fn tell_loaded(common: &Common, policy: &Policy, generation: u64) -> Result<()> {
     if common.json {
-        let line = serde_json::json!({
-            "type": "loaded", "instance": common.instance, "generation": generation, "rules": policy.rules.len(),
-        });
-        writeln!(io::stdout(), "{line}").context("writing to standard output")?;
+        let loaded = Loaded { instance: &common.instance, generation, rules: policy.rules.len() };
+        writeln!(io::stdout(), "{}", serde_json::to_string(&loaded)?)
+            .context("writing to standard output")?;
     } else {
         note!("instance '{}': {}", common.instance, policy.summary());
     }
