@@ -111,7 +111,7 @@ struct MakeArgs {
     #[command(flatten)]
     flow: FlowArgs,
 
-    /// Ring whose signing key makes it [default: that of the only key]
+    /// Ring whose signing key makes it [default: the only one]
     #[arg(long, value_name = "RING")]
     key: Option<RingName>,
 
@@ -248,14 +248,22 @@ struct Made {
     slot: u32,
 }
 
+fn signing(keys: &[Key], ring: RingName) -> Result<&Key> {
+    signer(keys, ring)
+        .with_context(|| format!("making a token: no key of ring '{ring}' signs; see: netoken key list"))
+}
+
 fn run_make(args: &TokenArgs, wanted: &MakeArgs) -> Result<()> {
     let keys = wanted.source.load()?.unwrap_or_default();
     let key = match (wanted.key, &keys[..]) {
-        (Some(ring), _) => signer(&keys, ring).with_context(|| {
-            format!("making a token: no key of ring '{ring}' signs; see: netoken key list")
-        })?,
+        (Some(ring), _) => signing(&keys, ring)?,
         (None, [key]) => key,
-        (None, all) => bail!("making a token: there are {} keys; say whose with --key RING", all.len()),
+        (None, [first, others @ ..]) if others.iter().all(|other| other.ring() == first.ring()) => {
+            signing(&keys, first.ring())?
+        }
+        (None, all) => {
+            bail!("making a token: there are {} keys, of several rings; say whose with --key RING", all.len())
+        }
     };
     let secret = key.secret().context("making a token: the key has been retired")?;
     let FlowArgs { src, dst, isn, time } = wanted.flow;
