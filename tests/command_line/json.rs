@@ -18,14 +18,13 @@ use crate::world::World;
 const DOCUMENTS: [&str; 3] = ["README.md", "docs/policy.md", "docs/guard.md"];
 
 /// Keys that are not always there, by their type.
-const OPTIONAL: [(&str, &[&str]); 7] = [
+const OPTIONAL: [(&str, &[&str]); 6] = [
     ("interface", &["new_name"]),
     ("removed", &["qdisc", "qdisc_filters"]),
     ("check", &["reason", "ring", "bind", "slot"]),
     ("guard_attached", &["pushed_out"]),
     ("guard_removed", &["qdisc", "qdisc_filters"]),
     ("guard_counters", &["lost"]),
-    ("hook", &["option_kind", "exid", "sample"]),
 ];
 
 fn keys(object: &Value) -> BTreeSet<String> {

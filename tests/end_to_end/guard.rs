@@ -47,6 +47,11 @@ pub fn cases() -> Vec<Trial> {
     cases.push(case("guard: a failed attach of the guard leaves nothing", NET, fails));
     cases.push(case("guard: observe counts and drops nothing", NET, observes));
     cases.push(case("guard: an event says what the guard decided", NET, events));
+    cases.push(case(
+        "guard: --query says where it is and what it was told, of one instance if asked",
+        NET,
+        queries,
+    ));
     cases.push(case("guard: the stamp's destroy leaves a guard of the instance at work", NET, shares));
     cases
 }
@@ -367,6 +372,50 @@ fn events() -> Result<()> {
     watch.signal(nix::sys::signal::Signal::SIGINT)?;
     let (code, seen) = watch.end()?;
     ensure_eq!(code, Some(0), "exit code after {seen:?}");
+    Ok(())
+}
+
+fn queries() -> Result<()> {
+    let world = World::new(true)?;
+    let (server, rules) = (&world.server, rules(&world, "drop", STATIC)?);
+    let told = "--priority 7 --handle 8 --sample 10 --exid 0x1234";
+    world.lab.ok(&format!("guard {} --attach --hook tc {told} --rules {rules}", place(&world)))?;
+    let hook = query(&world, "guard_hook")?;
+    for (name, value) in
+        [("priority", 7), ("handle", 8), ("sample", 10), ("exid", 0x1234), ("option_kind", 253)]
+    {
+        ensure_eq!(hook[name], value, "{name} of {hook}");
+    }
+    let shown = sh(&format!("tc -n {server} filter show dev {IN} ingress"))?;
+    ensure!(shown.contains("pref 7 bpf") && shown.contains("handle 0x8 netoken_guard"), "{shown}");
+    world.lab.ok(&format!(
+        "guard --netns {server} --iface lo --attach --hook xdp --instance blue --rules {rules}"
+    ))?;
+
+    let all = world.lab.ok(&format!("guard --netns {server} --query"))?;
+    for line in [
+        format!("\n{IN} in {server}: ExID 0x1234, events for one of 10 SYNs\n"),
+        "\n\ninstance 'blue': 0 seen".to_string(),
+        "\n\ninstance 'default': 0 seen".to_string(),
+    ] {
+        ensure!(all.contains(&line), "no '{line}' in {all}");
+    }
+    ensure!(!all.contains("lo in"), "what is as usual is told in {all}");
+    let blue = world.lab.ok(&format!("guard --netns {server} --query --instance blue"))?;
+    ensure!(blue.contains(" lo ") && blue.contains("'blue'") && !blue.contains("default"), "{blue}");
+    let none = world.lab.run("guard --query --instance nosuch")?;
+    let said = String::from_utf8(none.stderr)?;
+    ensure!(none.status.code() == Some(1) && said.contains("instance 'nosuch': there is none"), "{said}");
+
+    // What is kept for the next attach is not forgotten.
+    world.lab.ok(&format!("guard {} --detach", place(&world)))?;
+    let all = world.lab.ok("guard --query")?;
+    ensure!(all.contains("instance 'default', not attached here: 0 seen"), "{all}");
+    ensure_eq!(
+        world.lab.run(&format!("guard {} --query", place(&world)))?.status.code(),
+        Some(1),
+        "exit code"
+    );
     Ok(())
 }
 

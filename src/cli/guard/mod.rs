@@ -9,6 +9,7 @@ use serde::{Serialize, Serializer};
 
 use super::args::{Scope, exid, handle, instance};
 use super::blocked::unblock_prefix;
+use super::told::Told;
 use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::program::GuardMaps;
@@ -151,9 +152,9 @@ pub(super) struct GuardArgs {
     #[arg(long, value_name = "NAME|PATH")]
     netns: Option<String>,
 
-    /// Which set of rules, keys and counters to use
-    #[arg(long, value_name = "NAME", default_value = "default", value_parser = instance)]
-    instance: String,
+    /// Which set of rules, keys and counters to use [default: default; with --query: all]
+    #[arg(long, value_name = "NAME", value_parser = instance)]
+    instance: Option<String>,
 
     /// Print one JSON object a line
     #[arg(long)]
@@ -198,6 +199,12 @@ enum Record<'a> {
         since: String,
         /// Foreign filters that see a packet first and may let it pass the guard by.
         filters_before: usize,
+        /// Of the filter at TC; none at XDP.
+        handle: Option<u32>,
+        priority: Option<u16>,
+        /// What its program was told; nothing if another version of netoken has loaded it.
+        #[serde(flatten)]
+        told: Option<&'a Told>,
     },
     GuardLoaded {
         instance: &'a str,
@@ -291,8 +298,8 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
     let scope = Scope {
         ifaces: args.iface.clone(),
         netns: args.netns.clone(),
-        is_one_instance: true,
-        instance: args.instance.clone(),
+        is_one_instance: args.instance.is_some(),
+        instance: args.instance.clone().unwrap_or("default".to_string()),
         json: args.json,
     };
     if args.attach {
@@ -347,11 +354,19 @@ fn hook_name(mode: Mode) -> &'static str {
     }
 }
 
-fn print_counters(scope: &Scope, instance: &str, counters: &GuardCounters, lost: Option<u64>) -> Result<()> {
+/// `found` stands behind the name, for people.
+fn print_counters(
+    scope: &Scope,
+    instance: &str,
+    found: &str,
+    counters: &GuardCounters,
+    lost: Option<u64>,
+) -> Result<()> {
     if scope.json {
         return print_json(&Record::GuardCounters { instance, counters, lost });
     }
     let mut out = io::stdout().lock();
     let lost = lost.filter(|lost| *lost > 0).map_or(String::new(), |lost| format!("; {lost} events lost"));
-    writeln!(out, "instance '{instance}': {}{lost}", counters.line()).context("writing to standard output")
+    writeln!(out, "instance '{instance}'{found}: {}{lost}", counters.line())
+        .context("writing to standard output")
 }

@@ -73,7 +73,7 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, source: &str) -> Re
             last = Instant::now();
             let now = GuardCounters::read(&maps)?;
             if now != counted {
-                print_counters(scope, &instance.name, &now, Some(reader.lost(&now)?))?;
+                print_counters(scope, &instance.name, "", &now, Some(reader.lost(&now)?))?;
                 counted = now;
             }
         }
