@@ -416,6 +416,18 @@ fn queries() -> Result<()> {
         Some(1),
         "exit code"
     );
+
+    // Without an interface all are meant, of one instance.
+    let destroy = |more: &str| -> Result<String> {
+        let output = world.lab.run(&format!("guard --netns {server} --destroy {more}"))?;
+        ensure_eq!(output.status.code(), Some(0), "exit code");
+        Ok(String::from_utf8(output.stderr)?)
+    };
+    let said = destroy("--instance blue")?;
+    ensure!(said.starts_with("lo: guard removed\n"), "{said}");
+    let said = destroy("")?;
+    ensure!(said.contains("its rules and counters are removed"), "{said}");
+    ensure!(!world.lab.run.exists(), "state was left");
     Ok(())
 }
 

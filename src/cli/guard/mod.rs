@@ -108,8 +108,8 @@ pub(super) struct GuardArgs {
     detach: bool,
 
     /// Remove it, the clsact qdisc if we made it and nobody else uses it, and with the last program of the instance
-    /// its rules and counters
-    #[arg(long, requires = "iface", help_heading = "What to do")]
+    /// its rules and counters; without --iface on all interfaces of this network namespace
+    #[arg(long, help_heading = "What to do")]
     destroy: bool,
 
     /// File that says what is protected, what is accepted there, and which sources are exempt or blocked [default:
