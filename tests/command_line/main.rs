@@ -5,6 +5,7 @@
 //! hold the cases.
 
 mod documented;
+mod guard;
 mod help;
 mod json;
 mod keys;
@@ -108,6 +109,8 @@ fn with_root() -> Vec<Trial> {
             a_relative_directory_is_below_the_current_one
             a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
             a_query_names_a_broken_instance;
+        guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
+            a_destroyed_guard_ends_the_watch;
         documented: every_documented_type_is_printed_as_it_says;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;

@@ -355,18 +355,10 @@ fn hook_name(mode: Mode) -> &'static str {
 }
 
 /// `found` stands behind the name, for people.
-fn print_counters(
-    scope: &Scope,
-    instance: &str,
-    found: &str,
-    counters: &GuardCounters,
-    lost: Option<u64>,
-) -> Result<()> {
+fn print_counters(scope: &Scope, instance: &str, found: &str, counters: &GuardCounters) -> Result<()> {
     if scope.json {
-        return print_json(&Record::GuardCounters { instance, counters, lost });
+        return print_json(&Record::GuardCounters { instance, counters, lost: None });
     }
-    let mut out = io::stdout().lock();
-    let lost = lost.filter(|lost| *lost > 0).map_or(String::new(), |lost| format!("; {lost} events lost"));
-    writeln!(out, "instance '{instance}'{found}: {}{lost}", counters.line())
+    writeln!(io::stdout(), "instance '{instance}'{found}: {}", counters.line())
         .context("writing to standard output")
 }

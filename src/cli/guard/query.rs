@@ -133,7 +133,7 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
             writeln!(io::stdout()).context("writing to standard output")?;
         }
         let found = if is_attached { "" } else { ", not attached here" };
-        print_counters(scope, &instance.name, found, &GuardCounters::read(&maps)?, None)?;
+        print_counters(scope, &instance.name, found, &GuardCounters::read(&maps)?)?;
         print_blocked(scope.json, &instance.name, &maps)?;
     }
     Ok(())
