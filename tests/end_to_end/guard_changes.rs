@@ -44,6 +44,7 @@ pub fn cases() -> Vec<Trial> {
         }
     }
     cases.push(case("guard: somebody else's XDP program stays", NET, foreign_stays));
+    cases.push(case("guard: an attach that fails leaves the rules that run", NET, rules_stay));
     cases.push(case("guard: rules that mark are not at XDP, however they come there", NET, marks));
     cases.push(case("guard: --force pushes out somebody else's XDP program, and says so", NET, forced));
     cases.push(case("guard: --force cannot push out a program that a BPF link holds", NET, held));
@@ -193,6 +194,30 @@ fn foreign_stays() -> Result<()> {
     Ok(())
 }
 
+fn rules_stay() -> Result<()> {
+    let world = World::new(true)?;
+    attach(&world, "xdp", &rules(&world, "drop", STATIC)?)?;
+    let listener = Listener::open(&world, Family::V4)?;
+    expect_dropped(&world, listener.addr)?;
+    let before = shown(&world, "all")?;
+    let other = write(
+        &world,
+        "good.toml",
+        "slots = { length = 8 }\n[[rule]]\nname = 'other'\ndst = '192.0.2.1'\nmode = 'drop'\ntokens = '0000000000000001'\n",
+    )?;
+    // The second interface refuses: that of another instance is there.
+    let lo = format!("--netns {} --iface lo", world.server);
+    world.lab.ok(&format!("guard {lo} --attach --hook xdp --instance other --rules {other}"))?;
+    let both = format!("guard {} --iface lo --attach --hook xdp --rules {other}", place(&world));
+    let output = world.lab.run(&both)?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(output.status.code() == Some(1) && said.contains("instance 'other'"), "{said}");
+    ensure_eq!(shown(&world, "all")?["says"], before["says"], "the rules");
+    let text = world.lab.ok("guard --show")?;
+    ensure!(text.contains("guard.toml, loaded") && text.contains("slots = { length = 16,"), "{text}");
+    expect_dropped(&world, listener.addr)
+}
+
 /// Where there is no skb, what is refused would go on without a mark.
 fn marks() -> Result<()> {
     let world = World::new(true)?;
@@ -212,7 +237,9 @@ fn marks() -> Result<()> {
         );
         Ok(())
     };
-    ensure_eq!(attach(&world, "auto", &marks)?["hook"], "clsact ingress", "hook");
+    let output = world.lab.run(&format!("guard {} --attach --rules {marks}", place(&world)))?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(said.contains(": clsact ingress (not at XDP: the rules mark"), "{said}");
     // The rules that run count as much as those that are given.
     world.lab.ok(&format!("guard {} --detach", place(&world)))?;
     refused(&format!("--iface {IN} --hook xdp"))?;

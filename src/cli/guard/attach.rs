@@ -2,13 +2,14 @@
 
 use std::os::fd::AsFd;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use super::rules::{NO_MARKS, load_keys, set_rules};
 use super::{GuardArgs, HookArg, Record, hook_name, print_json};
 use crate::cli::args::Scope;
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
+use crate::guard::running::{self, Running};
 use crate::hooks::clsact::{Attachment, Hooks, Place, attached};
 use crate::hooks::link::link_header;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
@@ -33,6 +34,8 @@ struct Job<'a> {
     state: &'a State,
     instance: &'a Instance,
     done: Vec<(Link, Done)>,
+    /// The rules that others were put into the place of.
+    before: Option<Running>,
 }
 
 pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> Result<()> {
@@ -47,7 +50,7 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job = Job { args, state: &state, instance: &instance, done: Vec::new() };
+    let mut job = Job { args, state: &state, instance: &instance, done: Vec::new(), before: None };
     if let Err(error) = job.attach_all(&lock, &links, rules, keys.as_deref()) {
         job.undo(&lock);
         if is_new {
@@ -93,6 +96,7 @@ impl Job<'_> {
                     if self.args.hook == HookArg::Xdp {
                         bail!("attaching the guard to {}: {NO_MARKS}", link.name);
                     }
+                    why = Some("the rules mark, which needs an skb".to_string());
                     continue;
                 }
                 if !ready {
@@ -133,9 +137,15 @@ impl Job<'_> {
     }
 
     /// Rules come before the program: it must not see a packet without them.
-    fn prepare(&self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
+    fn prepare(&mut self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
         match rules {
-            Some(rules) => set_rules(self.instance, maps, rules, &self.args.source(), keys),
+            Some(rules) => {
+                // What is not remembered any more cannot be put back, and is no reason to keep it.
+                let before = running::read(self.instance, maps).ok();
+                set_rules(self.instance, maps, rules, &self.args.source(), keys)?;
+                self.before = before;
+                Ok(())
+            }
             None if maps.table()?.is_none() => bail!(
                 "attaching the guard: instance '{}' has no rules yet; say which with --rules FILE",
                 self.instance.name
@@ -199,6 +209,16 @@ impl Job<'_> {
 
     /// Last things first.
     fn undo(&mut self, lock: &Lock) {
+        self.undo_hooks(lock);
+        let Some(before) = self.before.take() else { return };
+        let put_back = GuardMaps::open(&self.instance.pins)
+            .and_then(|maps| set_rules(self.instance, &maps, &before.rules, &before.source, None));
+        if let Err(error) = put_back.context("putting back the rules that ran") {
+            note!("netoken: {error:#}");
+        }
+    }
+
+    fn undo_hooks(&mut self, lock: &Lock) {
         for (link, done) in std::mem::take(&mut self.done).iter().rev() {
             let undone = match done {
                 Done::Xdp(program, done) => undo_xdp(lock, link, program.as_fd(), done),
