@@ -4,7 +4,7 @@
 use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use anyhow::{Context, Result};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -291,14 +291,30 @@ impl Maps {
 /// What the program was told that has these maps, as the kernel keeps it; nothing if another version of netoken has
 /// loaded it.
 pub fn config_among(map_ids: &[u32]) -> Option<Config> {
+    static LEN_BYTES: OnceLock<Option<u32>> = OnceLock::new();
+    let len_bytes = *LEN_BYTES.get_or_init(|| {
+        let mut storage = MaybeUninit::uninit();
+        let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
+        Some(opened.ok()?.maps.rodata.value_size())
+    });
+    settings_among(map_ids, len_bytes?, offset_of!(rodata, config))
+}
+
+/// What stands at an offset of the read-only data of the program that has these maps. That is `len_bytes` long, if it is of
+/// this version: longer than the skeleton knows, as compilers put constants of their own behind it.
+pub(crate) fn settings_among<T: Plain + Default>(
+    map_ids: &[u32],
+    len_bytes: u32,
+    offset: usize,
+) -> Option<T> {
     let maps = map_ids.iter().filter_map(|id| MapHandle::from_map_id(*id).ok());
     let settings = maps.into_iter().find(|map| map.name().to_string_lossy().ends_with(".rodata"))?;
     let bytes = settings.lookup(&0u32.to_ne_bytes(), MapFlags::ANY).ok()??;
-    if bytes.len() != size_of::<rodata>() {
+    if bytes.len() != len_bytes as usize {
         return None;
     }
-    let mut config = Config::default();
-    config.copy_from_bytes(bytes.get(offset_of!(rodata, config)..)?).ok()?;
+    let mut config = T::default();
+    config.copy_from_bytes(bytes.get(offset..)?).ok()?;
     Some(config)
 }
 

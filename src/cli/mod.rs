@@ -13,6 +13,7 @@ mod reload;
 mod signals;
 mod table;
 mod token;
+mod told;
 
 use anyhow::Result;
 

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustc_hash::FxHashSet;
 use serde::Deserialize;
 
+use super::forms::{ListedFile, OneOrMany, UntilFile};
 use super::rules::{Listed, Mark, Mode, Rule, Rules};
 use super::thresholds::{AlertsFile, AutoBlockFile};
 use super::types::Size;
@@ -63,7 +64,8 @@ fn one() -> u32 {
 #[serde(deny_unknown_fields)]
 struct RuleFile {
     name: String,
-    dst: OneOrMany<PrefixFile>,
+    /// Prefixes, which are judged with the rest of the rule.
+    dst: OneOrMany<String>,
     port: Option<OneOrMany<PortFile>>,
     mode: ModeFile,
     mark: Option<Mark>,
@@ -88,50 +90,10 @@ enum ModeFile {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany<T> {
-    One(T),
-    Many(Vec<T>),
-}
-
-impl<T> Default for OneOrMany<T> {
-    fn default() -> Self {
-        OneOrMany::Many(Vec::new())
-    }
-}
-
-impl<T> OneOrMany<T> {
-    fn into_vec(self) -> Vec<T> {
-        match self {
-            OneOrMany::One(one) => vec![one],
-            OneOrMany::Many(many) => many,
-        }
-    }
-}
-
-/// What serde would say of a list of either form hides the reason, so the text is kept and judged later.
-#[derive(Deserialize)]
-struct PrefixFile(String);
-
-#[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a port is a number, and a range of them a text like \"8000-8010\"")]
 enum PortFile {
     Number(i64),
     Range(String),
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum ListedFile {
-    Always(String),
-    Until(UntilFile),
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct UntilFile {
-    src: String,
-    until: String,
 }
 
 impl PortFile {
@@ -193,8 +155,7 @@ fn list_file(path: &Path) -> Result<Vec<Listed>> {
 
 impl RuleFile {
     fn check(self) -> Result<Rule> {
-        let dst: Vec<Prefix> =
-            self.dst.into_vec().iter().map(|PrefixFile(text)| text.parse()).collect::<Result<_>>()?;
+        let dst: Vec<Prefix> = self.dst.into_vec().iter().map(|text| text.parse()).collect::<Result<_>>()?;
         if dst.is_empty() {
             bail!("'dst' names no destination");
         }
@@ -280,7 +241,8 @@ impl Rules {
 
     /// The same, with the lists that it names added to `files`.
     fn parse(text: &str, dir: &Path, files: &mut Vec<PathBuf>) -> Result<Rules> {
-        let file: RulesFile = toml::from_str(text)?;
+        let file: RulesFile =
+            toml::from_str(text).map_err(|error| anyhow!("{}", error.to_string().trim_end()))?;
         let slots =
             file.slots.map(|s| Slots::new(s.length, s.behind, s.ahead)).transpose().context("'slots'")?;
 
@@ -402,6 +364,13 @@ mod tests {
             (&format!("{RULE}port = '9-8'"), "ends before it begins"),
             (&format!("{RULE}port = []"), "names no port"),
             (&format!("{RULE}{RULE}"), "line 6: rule 'a': an earlier rule"),
+            (&RULE.replace("tokens = '0000000000000001'", "tokens = 1"), "line 5"),
+            (&RULE.replace("tokens = '0000000000000001'", "keys = ['edge', 5]"), "invalid type: integer `5`"),
+            (&RULE.replace("'10.0.0.0/8'", "true"), "expected one value or a list of them"),
+            (&format!("{RULE}port = ['http', true]"), "a port is a number"),
+            (&format!("exempt = [{{ src = '1.2.3.4' }}]\n{RULE}"), "missing field `until`"),
+            (&format!("exempt = [{{ prefix = '1.2.3.4' }}]\n{RULE}"), "unknown field `prefix`"),
+            (&format!("exempt = [5]\n{RULE}"), "expected a prefix, or { src = PREFIX, until = TIME }"),
             (&format!("blocked = ['1.2.3.4', '1.2.3.4/32']\n{RULE}"), "1.2.3.4/32 is listed twice"),
             (&format!("exempt = [{{ src = '1.2.3.4', until = 'soon' }}]\n{RULE}"), "'soon' is no time"),
             (&format!("blocked_file = 'no-such-file'\n{RULE}"), "no-such-file"),
@@ -410,6 +379,7 @@ mod tests {
         ] {
             let error = format!("{:#}", rules(text).unwrap_err());
             assert!(error.contains(expect), "{text}\ngave {error}");
+            assert!(!error.contains("untagged") && error == error.trim_end(), "{text}\ngave {error}");
         }
     }
 

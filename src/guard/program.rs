@@ -1,9 +1,10 @@
 //! Loads the guard and gives it its rules. The one place that drives the guard's skeleton; what leaves it is file
 //! descriptors and typed settings.
 
-use std::mem::MaybeUninit;
+use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -13,13 +14,14 @@ use plain::Plain;
 use super::compile::RingNumbers;
 use super::rules::Rules;
 use super::sources;
-use super::types::{Config, Size, Table};
+use super::types::{Config, Mode, Size, Table};
 use crate::clock;
 use crate::guard_skel::GuardSkelBuilder;
+use crate::guard_skel::types::rodata;
 use crate::inner;
 use crate::kernel::Kernel;
 use crate::keys::live::LiveKeys;
-use crate::program::{DEFAULT_EXID, DEFAULT_KIND, messages, pin_below};
+use crate::program::{DEFAULT_EXID, DEFAULT_KIND, messages, pin_below, settings_among};
 
 /// The names that `tc filter show`, `ip link` and `bpftool prog` print.
 pub const PROGRAM_NAME: &str = "netoken_guard";
@@ -30,6 +32,21 @@ pub const PROGRAM_NAME_XDP: &str = "netoken_guardx";
 
 // SAFETY: integers and arrays of them, without hidden padding, which guard_types.h asserts.
 unsafe impl Plain for Table {}
+
+// SAFETY: the same.
+unsafe impl Plain for Config {}
+
+/// What the guard was told that has these maps, as the kernel keeps it; nothing if another version of netoken has
+/// loaded it.
+pub(crate) fn config_among(map_ids: &[u32]) -> Option<Config> {
+    static LEN_BYTES: OnceLock<Option<u32>> = OnceLock::new();
+    let len_bytes = *LEN_BYTES.get_or_init(|| {
+        let mut storage = MaybeUninit::uninit();
+        let (opened, _) = messages(|| GuardSkelBuilder::default().open(&mut storage));
+        Some(opened.ok()?.maps.rodata.value_size())
+    });
+    settings_among(map_ids, len_bytes?, offset_of!(rodata, config))
+}
 
 /// Which of the programs to load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,6 +241,16 @@ impl GuardMaps {
         let read = table.copy_from_bytes(&bytes.context("the rules in use are empty")?);
         read.map_err(|_| anyhow!("the rules in use are of another version of netoken"))?;
         Ok(Some(table))
+    }
+
+    /// Whether a rule in use wants marks, which XDP does not have.
+    ///
+    /// # Errors
+    /// The kernel refused to read them.
+    pub fn marks(&self) -> Result<bool> {
+        let table = self.table()?;
+        Ok(table
+            .is_some_and(|table| table.rules.iter().any(|rule| u32::from(rule.mode) == Mode::MODE_MARK.0)))
     }
 
     /// Puts rules and lists into use, without remembering anything of them: see [`super::running::load`].

@@ -10,6 +10,7 @@ use libbpf_rs::{MapCore, MapHandle};
 use nix::errno::Errno;
 
 use crate::guard::program as guard;
+use crate::guard::types as guard_types;
 use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, config_among};
 use crate::state::State;
 use crate::types::Config;
@@ -56,6 +57,11 @@ impl Loaded {
     /// What it was told; nothing if another version of netoken has loaded it.
     pub fn config(&self) -> Option<Config> {
         config_among(&self.map_ids)
+    }
+
+    /// The same of a guard.
+    pub fn guard_config(&self) -> Option<guard_types::Config> {
+        guard::config_among(&self.map_ids)
     }
 }
 

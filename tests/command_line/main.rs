@@ -4,6 +4,8 @@
 //! [`said`] runs the program and holds every output against what no output may contain; the other modules
 //! hold the cases.
 
+mod documented;
+mod guard;
 mod help;
 mod json;
 mod keys;
@@ -55,7 +57,8 @@ fn main() -> ExitCode {
 
 fn everywhere() -> Vec<Trial> {
     cases![&[];
-        help: every_flag_is_described an_example_is_shown the_examples_fit_a_narrow_terminal a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
+        help: every_flag_is_described an_example_is_shown every_command_has_an_example_that_fits
+            options_stand_below_their_heading a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
             wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
         policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
         rules: all_errors_are_shown_in_one_run_with_their_lines
@@ -106,6 +109,9 @@ fn with_root() -> Vec<Trial> {
             a_relative_directory_is_below_the_current_one
             a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
             a_query_names_a_broken_instance;
+        guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
+            a_destroyed_guard_ends_the_watch;
+        documented: every_documented_type_is_printed_as_it_says;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything

@@ -9,10 +9,12 @@ use serde::{Serialize, Serializer};
 
 use super::args::{Scope, exid, handle, instance};
 use super::blocked::unblock_prefix;
+use super::told::Told;
 use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
+use crate::hooks::clsact::Qdisc;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::xdp::{Foreign, Mode};
 use crate::netns::Netns;
@@ -42,7 +44,8 @@ Examples:
     netoken guard --diff guard.toml
   See where it is attached, and what it has counted:
     netoken guard --query
-  Watch what comes in, until Ctrl-C; the second also loads the file whenever it changes:
+  Watch what comes in, until Ctrl-C; the second also loads the file whenever it
+  changes:
     netoken guard --watch
     netoken guard --watch --rules guard.toml
   Let in again who was blocked automatically:
@@ -50,7 +53,8 @@ Examples:
   Remove it, and its clsact qdisc if nobody else uses it:
     netoken guard --iface eth0 --destroy
 
-Begin with mode = \"observe\": everything is counted as if it were enforced, and nothing is dropped.";
+Begin with mode = \"observe\": everything is counted as if it were enforced, and
+nothing is dropped.";
 
 /// Let only connections with a right token in
 #[derive(Debug, clap::Args)]
@@ -104,8 +108,8 @@ pub(super) struct GuardArgs {
     detach: bool,
 
     /// Remove it, the clsact qdisc if we made it and nobody else uses it, and with the last program of the instance
-    /// its rules and counters
-    #[arg(long, requires = "iface", help_heading = "What to do")]
+    /// its rules and counters; without --iface on all interfaces of this network namespace
+    #[arg(long, help_heading = "What to do")]
     destroy: bool,
 
     /// File that says what is protected, what is accepted there, and which sources are exempt or blocked [default:
@@ -113,8 +117,9 @@ pub(super) struct GuardArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["show", "diff", "query", "unblock", "detach", "destroy"])]
     rules: Option<PathBuf>,
 
-    /// Where to attach
-    #[arg(long, value_enum, default_value_t = HookArg::Auto, help_heading = "With --attach")]
+    /// Where to attach: auto is where it is already, else XDP if the driver runs it, else TC; xdp is by the driver if it
+    /// can, else by the kernel behind it; tc is clsact ingress
+    #[arg(long, value_enum, default_value_t = HookArg::Auto, hide_possible_values = true, help_heading = "With --attach")]
     hook: HookArg,
 
     /// At XDP: push out somebody else's program, which does not come back with --detach
@@ -147,9 +152,9 @@ pub(super) struct GuardArgs {
     #[arg(long, value_name = "NAME|PATH")]
     netns: Option<String>,
 
-    /// Which set of rules, keys and counters to use
-    #[arg(long, value_name = "NAME", default_value = "default", value_parser = instance)]
-    instance: String,
+    /// Which set of rules, keys and counters to use [default: default; with --query: all]
+    #[arg(long, value_name = "NAME", value_parser = instance)]
+    instance: Option<String>,
 
     /// Print one JSON object a line
     #[arg(long)]
@@ -194,6 +199,18 @@ enum Record<'a> {
         since: String,
         /// Foreign filters that see a packet first and may let it pass the guard by.
         filters_before: usize,
+        /// Of the filter at TC; none at XDP.
+        handle: Option<u32>,
+        priority: Option<u16>,
+        /// What its program was told; nothing if another version of netoken has loaded it.
+        #[serde(flatten)]
+        told: Option<&'a Told>,
+    },
+    GuardLoaded {
+        instance: &'a str,
+        rules: usize,
+        exempt: usize,
+        blocked: usize,
     },
     GuardCounters {
         instance: &'a str,
@@ -235,8 +252,9 @@ enum Record<'a> {
         interface: &'a str,
         /// How many programs of ours were removed.
         programs: usize,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        qdisc: Option<&'a str>,
+        /// Only with `--destroy`: what became of the clsact qdisc.
+        #[serde(flatten)]
+        qdisc: Option<Qdisc>,
     },
 }
 
@@ -280,8 +298,8 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
     let scope = Scope {
         ifaces: args.iface.clone(),
         netns: args.netns.clone(),
-        is_one_instance: true,
-        instance: args.instance.clone(),
+        is_one_instance: args.instance.is_some(),
+        instance: args.instance.clone().unwrap_or("default".to_string()),
         json: args.json,
     };
     if args.attach {
@@ -336,11 +354,11 @@ fn hook_name(mode: Mode) -> &'static str {
     }
 }
 
-fn print_counters(scope: &Scope, instance: &str, counters: &GuardCounters, lost: Option<u64>) -> Result<()> {
+/// `found` stands behind the name, for people.
+fn print_counters(scope: &Scope, instance: &str, found: &str, counters: &GuardCounters) -> Result<()> {
     if scope.json {
-        return print_json(&Record::GuardCounters { instance, counters, lost });
+        return print_json(&Record::GuardCounters { instance, counters, lost: None });
     }
-    let mut out = io::stdout().lock();
-    let lost = lost.filter(|lost| *lost > 0).map_or(String::new(), |lost| format!("; {lost} events lost"));
-    writeln!(out, "instance '{instance}': {}{lost}", counters.line()).context("writing to standard output")
+    writeln!(io::stdout(), "instance '{instance}'{found}: {}", counters.line())
+        .context("writing to standard output")
 }

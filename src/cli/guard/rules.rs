@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 
-use super::of_instance;
+use super::{Record, of_instance, print_json};
 use crate::cli::args::Scope;
 use crate::clock;
 use crate::guard::program::GuardMaps;
@@ -47,6 +47,14 @@ pub(super) fn set_rules(
 /// Puts rules, which are from the file `source`, into use where the guard is attached, and says so.
 pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
     put(scope, rules, source)?;
+    if scope.json {
+        return print_json(&Record::GuardLoaded {
+            instance: &scope.instance,
+            rules: rules.rules.len(),
+            exempt: rules.exempt.len(),
+            blocked: rules.blocked.len(),
+        });
+    }
     note!("instance '{}' has new rules: {}", scope.instance, rules.summary());
     Ok(())
 }
