@@ -17,6 +17,7 @@ pub mod clock;
 pub mod counters;
 pub mod decode;
 pub mod events;
+pub mod files;
 pub mod guard;
 pub mod hooks;
 mod inner;

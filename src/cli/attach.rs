@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
-use super::policy::{Progress, put as put_policy, read as read_policy};
-use super::reload::{Loaded, Reload};
+use super::policy::{Progress, put as put_policy, read_by as read_policy};
+use super::reload::Reload;
 use super::signals::Signals;
 use crate::clock;
 use crate::events::reader::Reader;
@@ -17,6 +17,7 @@ use crate::events::rules::RuleNames;
 use crate::events::show::{Names, Output, Record};
 use crate::events::stream::{self, End};
 use crate::events::watch::Watch;
+use crate::files::Files;
 use crate::hooks::clsact::{Attachment, Hooks};
 use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
@@ -33,11 +34,12 @@ use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let progress = Progress::new(scope.json);
+    let files = Files::default();
     let given = match &options.policy {
         PolicySource::Keep => None,
         PolicySource::Token(token) => Some(Given::Token(Policy::stamp_all(*token))),
         PolicySource::File(path) => {
-            Some(Given::File(path, read_policy(path, options.allow_missing, &progress)?))
+            Some(Given::File(path, read_policy(&files, path, options.allow_missing, &progress)?))
         }
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
@@ -100,15 +102,15 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         return told;
     };
     let mut reload = match &given {
-        Some(Given::File(path, checked)) => {
-            let load = || {
+        Some(Given::File(path, _)) => {
+            let load = |files: &Files| {
                 let progress = Progress::none();
-                let checked = read_policy(path, options.allow_missing, &progress)?;
+                let checked = read_policy(files, path, options.allow_missing, &progress)?;
                 let (_state, _lock) = State::create().context("loading the policy again")?;
                 put_policy(&instance, &maps, &checked, path, &progress)?;
-                Ok(Loaded { summary: checked.policy.summary(), files: checked.files })
+                Ok(checked.policy.summary())
             };
-            Some(Reload::new("policy", checked.files.clone(), options.watch, &signals.reload, load))
+            Some(Reload::new("policy", files, options.watch, &signals.reload, load))
         }
         _ => None,
     };

@@ -9,6 +9,7 @@ use serde::{Serialize, Serializer};
 
 use super::args::{Scope, exid, handle, instance};
 use super::blocked::unblock_prefix;
+use crate::files::Files;
 use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::program::GuardMaps;
@@ -269,7 +270,8 @@ impl GuardArgs {
 }
 
 pub(super) fn run(args: GuardArgs) -> Result<()> {
-    let (rules, files) = args.rules.as_deref().map(Rules::read).transpose()?.unzip();
+    let files = Files::default();
+    let rules = args.rules.as_deref().map(|path| Rules::read(path, &files)).transpose()?;
     if let (true, Some(rules)) = (args.check, &rules) {
         note!("the rules are right: {}", rules.summary());
         return Ok(());
@@ -300,12 +302,7 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
         return query::query(&scope);
     }
     if args.watch {
-        let given = args.rules.as_deref().zip(rules.as_ref()).zip(files);
-        return watch::watch(
-            &scope,
-            given.map(|((path, rules), files)| (path, rules, files)),
-            &args.source(),
-        );
+        return watch::watch(&scope, args.rules.as_deref().zip(rules.as_ref()), files, &args.source());
     }
     if let Some(prefix) = args.unblock {
         return unblock(&scope, prefix);

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -12,8 +12,9 @@ use super::rules::{load, put};
 use super::{Record, of_instance, print_counters, print_json};
 use crate::cli::args::Scope;
 use crate::cli::blocked::print_alert;
-use crate::cli::reload::{Loaded, Reload};
+use crate::cli::reload::Reload;
 use crate::cli::signals::Signals;
+use crate::files::Files;
 use crate::guard::counters::GuardCounters;
 use crate::guard::events::{Reader, Seen};
 use crate::guard::program::GuardMaps;
@@ -25,10 +26,11 @@ use crate::state::{Instance, State};
 const PERIOD: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(200);
 
-/// A file of rules, what it says, and all files that this is from.
-type Given<'a> = (&'a Path, &'a Rules, Vec<PathBuf>);
+/// A file of rules, and what it says.
+type Given<'a> = (&'a Path, &'a Rules);
 
-pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, source: &str) -> Result<()> {
+/// `files` are those that the rules were read from.
+pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, source: &str) -> Result<()> {
     let doing = format!("watching the guard of instance '{}'", scope.instance);
     privileges::check(&doing)?;
     let Some(state) = State::find()? else { bail!("{doing}: it is not attached anywhere") };
@@ -45,12 +47,12 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, source: &str) -> Re
     // Last of all, so that what cannot be watched keeps the rules that it has.
     let mut reload = match given {
         None => None,
-        Some((path, rules, files)) => {
+        Some((path, rules)) => {
             load(scope, rules, source)?;
-            let again = move || {
-                let (rules, files) = Rules::read(path)?;
+            let again = move |files: &Files| {
+                let rules = Rules::read(path, files)?;
                 put(scope, &rules, source)?;
-                Ok(Loaded { summary: rules.summary(), files })
+                Ok(rules.summary())
             };
             Some(Reload::new("rules", files, true, &signals.reload, again))
         }

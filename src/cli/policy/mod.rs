@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Subcommand};
 
 use super::args::instance;
+use crate::files::Files;
 use crate::keys::file::keys_for;
 use crate::netns::Netns;
 use crate::policy::Policy;
@@ -165,9 +166,19 @@ fn load_keys(instance: &Instance, maps: &Maps, policy: &Policy) -> Result<()> {
 /// # Errors
 /// It has errors; the message shows all of them.
 pub(super) fn read(file: &Path, allow_missing: bool, progress: &Progress) -> Result<Checked> {
+    read_by(&Files::default(), file, allow_missing, progress)
+}
+
+/// The same by way of `files`, which knows all of them afterwards, also if this fails.
+pub(super) fn read_by(
+    files: &Files,
+    file: &Path,
+    allow_missing: bool,
+    progress: &Progress,
+) -> Result<Checked> {
     let told = |doing: &str, done: usize, total: usize| progress.show(doing, done, total);
     let options = Options { allow_missing, progress: Some(&told), ..Options::default() };
-    let checked = read_file(file, &options);
+    let checked = read_file(file, files, &options);
     progress.clear();
     let checked = checked.map_err(|report| refuse(&report))?;
     warn(&checked.report);
