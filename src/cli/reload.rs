@@ -43,10 +43,21 @@ impl<'a, L: FnMut(&Files) -> Result<String>> Reload<'a, L> {
         let files = Files::default();
         match (self.load)(&files) {
             Ok(summary) => note!("{} loaded again: {summary}", self.what),
-            Err(error) => note!("netoken: {error:#}"),
+            Err(error) => {
+                let error = format!("{error:#}");
+                // In one piece: nobody else's line comes between them.
+                note!("netoken: {}\nnetoken: {}", error.trim_end(), self.what_now());
+            }
         }
         self.seen = files.as_read();
         self.files = files;
+    }
+
+    /// What a person needs to know after a load that failed. Not every reason is in a file that is watched.
+    fn what_now(&self) -> String {
+        let then = if self.watch { ", save the file, or" } else { "" };
+        let id = std::process::id();
+        format!("still in use: the {} as loaded before; when this is mended{then}: kill -HUP {id}", self.what)
     }
 
     fn has_changed(&mut self) -> bool {

@@ -47,6 +47,8 @@ pub fn sighup_loads_the_file_again() -> Result<()> {
     write(dir.path(), "p.toml", "defalt = 1\n")?;
     stream.signal(Signal::SIGHUP)?;
     stream.wait_for("the error", |line| line.contains("p.toml:1:1"))?;
+    let now = format!("policy as loaded before; when this is mended: kill -HUP {}", stream.child.id());
+    stream.wait_for("what is in use", |line| line.contains("still in use") && line.ends_with(&now))?;
     expect(&world, "2")?;
     write(dir.path(), "p.toml", &token("3"))?;
     stream.signal(Signal::SIGHUP)?;
@@ -154,6 +156,11 @@ pub fn a_change_while_files_are_read_is_not_missed() -> Result<()> {
     drop(list);
     watch.wait_for("the rules", |line| line.contains("has new rules: 1 rule, 1 prefix exempt"))?;
     watch.wait_for("the reload", |line| line.contains("rules loaded again: 1 rule, 0 prefixes exempt"))?;
+    write(dir.path(), "guard.toml", "[[rul]]\n")?;
+    watch.wait_for("the error", |line| line.contains("guard.toml"))?;
+    watch.wait_for("what to do", |line| {
+        line.contains("still in use: the rules") && line.contains("save the file")
+    })?;
     watch.signal(Signal::SIGTERM)?;
     ensure_eq!(watch.end()?.0, Some(0), "exit code");
     Ok(())
@@ -171,6 +178,9 @@ pub fn a_list_that_is_mended_is_noticed() -> Result<()> {
         &(token("2") + "[[rule]]\nname = 'l'\ndst = 'file:list'\naction = 'skip'\n"),
     )?;
     stream.wait_for("the error", |line| line.contains("reading the list"))?;
+    stream.wait_for("what to do", |line| {
+        line.contains("still in use: the policy") && line.contains("save the file")
+    })?;
     expect(&world, "1")?;
     write(dir.path(), "list", "192.0.2.300\n")?;
     stream.wait_for("the next error", |line| line.contains("list:1:1"))?;

@@ -40,8 +40,9 @@ pub(super) fn set_rules(
     keys: Option<&[Key]>,
 ) -> Result<()> {
     keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
-    clock::publish(&maps.clock, rules.slots)?;
-    running::load(instance, maps, rules, source)
+    // What fails is the rules, and then the slots are as they were, too.
+    running::load(instance, maps, rules, source)?;
+    clock::publish(&maps.clock, rules.slots).map(drop)
 }
 
 /// Puts rules, which are from the file `source`, into use where the guard is attached, and says so.
