@@ -25,6 +25,7 @@ pub mod kernel;
 pub mod keys;
 pub mod netns;
 pub mod peer;
+mod pins;
 pub mod policy;
 pub mod privileges;
 pub mod program;

@@ -27,6 +27,7 @@ mod stream;
 #[path = "../support/mod.rs"]
 mod support;
 mod tokens;
+mod upgrade;
 #[path = "../hooks/world.rs"]
 #[allow(dead_code)]
 mod world;
@@ -106,8 +107,13 @@ fn with_root() -> Vec<Trial> {
             a_time_namespace_does_not_shift_the_clock;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
             a_relative_directory_is_below_the_current_one
-            a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
             a_query_names_a_broken_instance;
+        upgrade: a_map_of_another_shape_is_replaced_and_the_loss_told
+            counters_of_a_version_with_fewer_verdicts_are_carried_over
+            an_attach_that_fails_leaves_the_maps_of_the_other_version
+            what_another_version_has_compiled_is_compiled_again a_policy_that_cannot_be_read_any_more_is_asked_for
+            a_policy_of_an_attach_that_failed_is_forgotten
+            keys_of_another_shape_are_read_from_their_files rules_and_lists_of_a_guard_are_compiled_again;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything

@@ -1,14 +1,17 @@
 //! `netoken guard --attach`: puts the guard on interfaces, all of them or none.
 
 use std::os::fd::AsFd;
+use std::path::Path;
 
 use anyhow::{Result, bail};
 
 use super::rules::{NO_MARKS, load_keys, set_rules};
 use super::{GuardArgs, HookArg, Record, hook_name, print_json};
 use crate::cli::args::Scope;
+use crate::clock;
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
+use crate::guard::running;
 use crate::hooks::clsact::{Attachment, Hooks, Place, attached};
 use crate::hooks::link::link_header;
 use crate::hooks::loaded::{Loaded, loaded_programs};
@@ -17,9 +20,11 @@ use crate::hooks::unused::remove_unused;
 use crate::hooks::xdp::{Allowed, XdpAttachment, attach_xdp, detach_xdp, undo_xdp};
 use crate::keys::Key;
 use crate::netns::Netns;
+use crate::pins::Renewal;
+use crate::policy;
 use crate::privileges;
-use crate::program::{DEFAULT_EXID, LinkHeader, Program};
-use crate::state::{Instance, Lock, State};
+use crate::program::{DEFAULT_EXID, LinkHeader, Maps, Program};
+use crate::state::{self, Instance, Lock, State};
 
 /// What was done on one interface.
 enum Done {
@@ -31,6 +36,11 @@ struct Job<'a> {
     args: &'a GuardArgs,
     state: &'a State,
     instance: &'a Instance,
+    /// The instance was not there before.
+    is_new: bool,
+    renewal: Option<Renewal>,
+    /// Where the maps had nothing that is remembered there, and the last number of it.
+    restored: Vec<(&'a Path, Option<u64>)>,
     done: Vec<(Link, Done)>,
 }
 
@@ -49,7 +59,15 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job = Job { args, state: &state, instance: &instance, done: Vec::new() };
+    let mut job = Job {
+        args,
+        state: &state,
+        instance: &instance,
+        is_new,
+        renewal: None,
+        restored: Vec::new(),
+        done: Vec::new(),
+    };
     if let Err(error) = job.attach_all(&lock, &links, rules, keys.as_deref()) {
         job.undo(&lock);
         if is_new {
@@ -57,6 +75,9 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
         }
         state.remove_if_empty(lock).ok();
         return Err(error);
+    }
+    if let Some(taken_over) = job.renewal.take().and_then(Renewal::finish) {
+        note!("instance '{}': {taken_over}", instance.name);
     }
     job.tell(scope)
 }
@@ -70,8 +91,11 @@ impl Job<'_> {
         keys: Option<&[Key]>,
     ) -> Result<()> {
         self.instance.create()?;
+        let mut wanted = Program::wanted_maps()?;
+        wanted.extend(GuardProgram::wanted_maps()?);
+        self.renewal = Some(self.instance.renew(wanted)?);
         // So that every command finds an instance whole, whichever side was attached first.
-        Program::make_maps(&self.instance.pins)?;
+        let stamp = Program::make_maps(&self.instance.pins)?;
         let netns_ino = Netns::current()?.inode();
         let mut ready = false;
         for link in links {
@@ -86,7 +110,7 @@ impl Job<'_> {
                 };
                 let program = GuardProgram::load(settings, Some(&self.instance.pins))?;
                 if !ready {
-                    self.prepare(&program.maps, rules, keys)?;
+                    self.prepare(&stamp, &program.maps, rules, keys)?;
                     ready = true;
                 }
                 match self.attach_one(lock, link, program, kind) {
@@ -101,15 +125,38 @@ impl Job<'_> {
     }
 
     /// Rules come before the program: it must not see a packet without them.
-    fn prepare(&self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
-        match rules {
-            Some(rules) => set_rules(self.instance, maps, rules, &self.args.source(), keys),
-            None if maps.table()?.is_none() => bail!(
-                "attaching the guard: instance '{}' has no rules yet; say which with --rules FILE",
-                self.instance.name
-            ),
-            None => keys.map_or(Ok(()), |keys| maps.keys.load(keys)),
+    fn prepare(
+        &mut self,
+        stamp: &Maps,
+        maps: &GuardMaps,
+        rules: Option<&Rules>,
+        keys: Option<&[Key]>,
+    ) -> Result<()> {
+        self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
+        clock::publish(&maps.clock, None)?;
+        if stamp.policy()?.is_none() && !self.is_new {
+            self.restored.push((&self.instance.policy_dir, state::newest(&self.instance.policy_dir)));
+            policy::running::restore(self.instance, stamp)?;
         }
+        let has_rules = maps.table()?.is_some();
+        if !has_rules {
+            self.restored.push((&self.instance.guard_dir, state::newest(&self.instance.guard_dir)));
+        }
+        if let Some(rules) = rules {
+            return set_rules(self.instance, maps, rules, &self.args.source(), keys);
+        }
+        keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
+        if !has_rules && (self.is_new || running::restore(self.instance, maps)?.is_none()) {
+            let why = match self.renewal.as_ref().is_some_and(|renewal| renewal.lacks("guard_rules")) {
+                true => "goes by rules of another version of netoken, of which nothing is remembered",
+                false => "has no rules yet",
+            };
+            bail!(
+                "attaching the guard: instance '{}' {why}; say which with --rules FILE",
+                self.instance.name
+            );
+        }
+        Ok(())
     }
 
     /// What may be attached to an interface, the best first.
@@ -170,6 +217,8 @@ impl Job<'_> {
                 note!("netoken: {error:#}");
             }
         }
+        drop(self.renewal.take());
+        self.restored.iter().for_each(|(dir, number)| state::forget_newer(dir, *number));
     }
 
     fn tell(&self, scope: &Scope) -> Result<()> {

@@ -1,6 +1,7 @@
 //! `netoken guard`: puts the guard on interfaces, gives it its rules, and says what it does.
 
 use std::io::{self, Write};
+use std::ops::Not;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -195,6 +196,9 @@ enum Record<'a> {
         since: String,
         /// Foreign filters that see a packet first and may let it pass the guard by.
         filters_before: usize,
+        /// Only if it is so: another version of netoken has loaded it, and no command changes what it goes by.
+        #[serde(skip_serializing_if = "Not::not")]
+        outdated: bool,
     },
     GuardCounters {
         instance: &'a str,

@@ -9,6 +9,7 @@ use nix::time::{ClockId, clock_gettime};
 use super::{Record, hook_name, print_counters, print_json};
 use crate::cli::args::Scope;
 use crate::cli::blocked::print_blocked;
+use crate::cli::outdated::advice;
 use crate::cli::table::table;
 use crate::guard::counters::GuardCounters;
 use crate::guard::program::GuardMaps;
@@ -100,6 +101,7 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
                 instance: hook.loaded.instance.as_deref(),
                 since: since(hook),
                 filters_before: hook.filters_before,
+                outdated: hook.loaded.is_outdated,
             })?;
         }
     } else {
@@ -119,6 +121,10 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
             .collect();
         let mut out = io::stdout().lock();
         table(&mut out, heads, &rows).context("writing to standard output")?;
+        for hook in hooks.iter().filter(|hook| hook.loaded.is_outdated) {
+            let instance = hook.loaded.instance.as_deref();
+            writeln!(out, "{}", advice("netoken guard", &hook.interface, &hook.netns, instance))?;
+        }
         for hook in hooks.iter().filter(|hook| hook.filters_before > 0) {
             writeln!(
                 out,

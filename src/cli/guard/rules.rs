@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 
 use super::of_instance;
 use crate::cli::args::Scope;
+use crate::cli::outdated;
 use crate::clock;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
@@ -49,7 +50,7 @@ pub(super) fn set_rules(
 pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
     put(scope, rules, source)?;
     note!("instance '{}' has new rules: {}", scope.instance, rules.summary());
-    Ok(())
+    State::find()?.map_or(Ok(()), |state| outdated::tell(&state, &scope.instance, true))
 }
 
 /// The same without a word.

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Subcommand};
 
 use super::args::instance;
+use super::outdated;
 use crate::files::Files;
 use crate::keys::file::keys_for;
 use crate::netns::Netns;
@@ -109,14 +110,14 @@ fn load(args: &LoadArgs) -> Result<()> {
     let (state, _lock) = args.common.open()?;
     let instance = state.instance(&args.common.instance);
     let generation = put(&instance, &instance.maps()?, &checked, &args.file, &progress)?;
-    let told = tell_loaded(&args.common, &checked.policy, generation);
+    let told = tell_loaded(&args.common, &state, &checked.policy, generation);
     // The process ends; to take a million rules apart before would take a person's time.
     std::mem::forget(checked);
     told
 }
 
 /// What was put into use, as `--json` prints it.
-fn tell_loaded(common: &Common, policy: &Policy, generation: u64) -> Result<()> {
+fn tell_loaded(common: &Common, state: &State, policy: &Policy, generation: u64) -> Result<()> {
     if common.json {
         let line = serde_json::json!({
             "type": "loaded", "instance": common.instance, "generation": generation, "rules": policy.rules.len(),
@@ -125,7 +126,7 @@ fn tell_loaded(common: &Common, policy: &Policy, generation: u64) -> Result<()> 
     } else {
         note!("instance '{}': {}", common.instance, policy.summary());
     }
-    Ok(())
+    outdated::tell(state, &common.instance, false)
 }
 
 /// Puts a policy that was read into use.
