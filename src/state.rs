@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! /run/netoken/lock                     held by a command that changes something
-//! /run/netoken/bpf/<instance>/<map>     the pins of an instance
+//! /run/netoken/bpf/<instance>/<map>     the pins of an instance, see `pins`
 //! /run/netoken/<instance>.policy/       what is remembered of its policy, see `policy::running`
 //! /run/netoken/<instance>.guard/        what is remembered of its guard, see `guard::running`
 //! /run/netoken/<instance>.reader        held by the process that reads the events; says which it is

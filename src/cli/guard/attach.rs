@@ -1,7 +1,6 @@
 //! `netoken guard --attach`: puts the guard on interfaces, all of them or none.
 
 use std::os::fd::AsFd;
-use std::path::Path;
 
 use anyhow::{Result, bail};
 
@@ -21,9 +20,8 @@ use crate::hooks::xdp::{Allowed, XdpAttachment, attach_xdp, detach_xdp, undo_xdp
 use crate::keys::Key;
 use crate::netns::Netns;
 use crate::pins::Renewal;
-use crate::policy;
 use crate::privileges;
-use crate::program::{DEFAULT_EXID, LinkHeader, Maps, Program};
+use crate::program::{DEFAULT_EXID, LinkHeader, Program};
 use crate::state::{self, Instance, Lock, State};
 
 /// What was done on one interface.
@@ -39,8 +37,8 @@ struct Job<'a> {
     /// The instance was not there before.
     is_new: bool,
     renewal: Option<Renewal>,
-    /// Where the maps had nothing that is remembered there, and the last number of it.
-    restored: Vec<(&'a Path, Option<u64>)>,
+    /// The number of the rules that were remembered last, if the maps had none.
+    restored: Option<Option<u64>>,
     done: Vec<(Link, Done)>,
 }
 
@@ -65,7 +63,7 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
         instance: &instance,
         is_new,
         renewal: None,
-        restored: Vec::new(),
+        restored: None,
         done: Vec::new(),
     };
     if let Err(error) = job.attach_all(&lock, &links, rules, keys.as_deref()) {
@@ -95,7 +93,7 @@ impl Job<'_> {
         wanted.extend(GuardProgram::wanted_maps()?);
         self.renewal = Some(self.instance.renew(wanted)?);
         // So that every command finds an instance whole, whichever side was attached first.
-        let stamp = Program::make_maps(&self.instance.pins)?;
+        Program::make_maps(&self.instance.pins)?;
         let netns_ino = Netns::current()?.inode();
         let mut ready = false;
         for link in links {
@@ -110,7 +108,7 @@ impl Job<'_> {
                 };
                 let program = GuardProgram::load(settings, Some(&self.instance.pins))?;
                 if !ready {
-                    self.prepare(&stamp, &program.maps, rules, keys)?;
+                    self.prepare(&program.maps, rules, keys)?;
                     ready = true;
                 }
                 match self.attach_one(lock, link, program, kind) {
@@ -125,22 +123,12 @@ impl Job<'_> {
     }
 
     /// Rules come before the program: it must not see a packet without them.
-    fn prepare(
-        &mut self,
-        stamp: &Maps,
-        maps: &GuardMaps,
-        rules: Option<&Rules>,
-        keys: Option<&[Key]>,
-    ) -> Result<()> {
+    fn prepare(&mut self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
         self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
         clock::publish(&maps.clock, None)?;
-        if stamp.policy()?.is_none() && !self.is_new {
-            self.restored.push((&self.instance.policy_dir, state::newest(&self.instance.policy_dir)));
-            policy::running::restore(self.instance, stamp)?;
-        }
         let has_rules = maps.table()?.is_some();
         if !has_rules {
-            self.restored.push((&self.instance.guard_dir, state::newest(&self.instance.guard_dir)));
+            self.restored = Some(state::newest(&self.instance.guard_dir));
         }
         if let Some(rules) = rules {
             return set_rules(self.instance, maps, rules, &self.args.source(), keys);
@@ -218,7 +206,9 @@ impl Job<'_> {
             }
         }
         drop(self.renewal.take());
-        self.restored.iter().for_each(|(dir, number)| state::forget_newer(dir, *number));
+        if let Some(number) = self.restored {
+            state::forget_newer(&self.instance.guard_dir, number);
+        }
     }
 
     fn tell(&self, scope: &Scope) -> Result<()> {
