@@ -7,6 +7,7 @@ mod detach;
 mod difference;
 mod guard;
 mod key;
+mod outdated;
 mod policy;
 mod query;
 mod reload;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
+use std::ops::Not;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
@@ -9,6 +10,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::args::Scope;
+use super::outdated::advice;
 use super::told::Told;
 use crate::clock::{self, Source};
 use crate::counters::Counters;
@@ -42,6 +44,9 @@ struct Hook {
     since: String,
     /// Foreign filters that see a packet first and may end its way.
     filters_before: usize,
+    /// Only if it is so: another version of netoken has loaded it, and no command changes what it goes by.
+    #[serde(skip_serializing_if = "Not::not")]
+    outdated: bool,
     /// What its program was told; nothing if another version of netoken has loaded it.
     #[serde(flatten)]
     told: Option<Told>,
@@ -86,7 +91,13 @@ pub(super) fn run(scope: &Scope) -> Result<()> {
         return nothing(scope, &[]);
     };
     let hooks = find(scope, &state)?;
-    let held = held(scope, &state, &hooks)?;
+    let held = match held(scope, &state, &hooks) {
+        Ok(held) => held,
+        Err(error) => {
+            print(scope, &hooks, &[]).context("writing to standard output")?;
+            return Err(error);
+        }
+    };
     if hooks.is_empty() {
         nothing(scope, &held)?;
     }
@@ -196,6 +207,7 @@ fn hook(netns: &str, netns_inode: u32, interface: &str, ours: Attached, boot: Sy
         program: ours.program,
         handle: ours.filter.handle,
         priority: ours.filter.priority,
+        outdated: ours.loaded.is_outdated,
         instance: ours.loaded.instance,
         since: humantime::format_rfc3339_seconds(since_epoch(boot + ours.loaded.loaded_at)).to_string(),
         filters_before: ours.before,
@@ -283,6 +295,10 @@ fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
         };
         if let Some(told) = hook.told.as_ref().filter(|told| !told.is_usual()) {
             writeln!(out, "{place}: {told}")?;
+        }
+        if hook.outdated {
+            let instance = hook.instance.as_deref();
+            writeln!(out, "{}", advice("netoken", &hook.interface, &hook.netns, instance))?;
         }
         if hook.filters_before > 0 {
             let others = match hook.filters_before {

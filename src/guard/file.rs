@@ -1,7 +1,6 @@
 //! The guard's file: read from TOML and checked as a whole, with the lists that it names.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -12,6 +11,7 @@ use super::forms::{ListedFile, OneOrMany, UntilFile};
 use super::rules::{Listed, Mark, Mode, Rule, Rules};
 use super::thresholds::{AlertsFile, AutoBlockFile};
 use super::types::Size;
+use crate::files::Files;
 use crate::keys::RingName;
 use crate::policy::values::Prefix;
 use crate::token::Token;
@@ -134,9 +134,9 @@ fn time(text: &str) -> Result<SystemTime> {
 }
 
 /// One prefix a line, and behind it, if it expires, when. A `#` begins a comment.
-fn list_file(path: &Path) -> Result<Vec<Listed>> {
+fn list_file(path: &Path, files: &Files) -> Result<Vec<Listed>> {
     let doing = || format!("reading the list {}", path.display());
-    let text = fs::read_to_string(path).with_context(doing)?;
+    let text = files.read(path).with_context(doing)?;
     let mut listed = Vec::new();
     for (line, number) in text.lines().zip(1..) {
         let mut words = line.split('#').next().unwrap_or_default().split_whitespace();
@@ -215,20 +215,17 @@ impl Rules {
     /// # Errors
     /// A file cannot be read or says nonsense; the message shows the place in it.
     pub fn from_file(path: &Path) -> Result<Rules> {
-        Rules::read(path).map(|(rules, _)| rules)
+        Rules::read(path, &Files::default())
     }
 
-    /// The same, and all files that were read, of which the first is this one.
+    /// The same by way of `files`, which knows all of them afterwards, also if this fails.
     ///
     /// # Errors
     /// The same.
-    pub fn read(path: &Path) -> Result<(Rules, Vec<PathBuf>)> {
-        let text =
-            fs::read_to_string(path).with_context(|| format!("reading the rules {}", path.display()))?;
+    pub fn read(path: &Path, files: &Files) -> Result<Rules> {
+        let text = files.read(path).with_context(|| format!("reading the rules {}", path.display()))?;
         let dir = path.parent().unwrap_or(Path::new(""));
-        let mut files = vec![path.to_path_buf()];
-        let rules = Rules::parse(&text, dir, &mut files);
-        Ok((rules.with_context(|| format!("checking the rules {}", path.display()))?, files))
+        Rules::parse(&text, dir, files).with_context(|| format!("checking the rules {}", path.display()))
     }
 
     /// Checks the text of a file. Lists that it names are looked for in `dir`.
@@ -236,11 +233,11 @@ impl Rules {
     /// # Errors
     /// It says nonsense; the message shows the line.
     pub fn from_toml(text: &str, dir: &Path) -> Result<Rules> {
-        Rules::parse(text, dir, &mut Vec::new())
+        Rules::parse(text, dir, &Files::default())
     }
 
     /// The same, with the lists that it names added to `files`.
-    fn parse(text: &str, dir: &Path, files: &mut Vec<PathBuf>) -> Result<Rules> {
+    fn parse(text: &str, dir: &Path, files: &Files) -> Result<Rules> {
         let file: RulesFile =
             toml::from_str(text).map_err(|error| anyhow!("{}", error.to_string().trim_end()))?;
         let slots =
@@ -256,15 +253,14 @@ impl Rules {
             }
             rules.push(rule.check().context(place)?);
         }
-        let mut list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
+        let list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
             let mut listed: Vec<Listed> = inline
                 .into_iter()
                 .map(ListedFile::check)
                 .collect::<Result<_>>()
                 .context(format!("'{name}'"))?;
             if let Some(file) = file {
-                files.push(dir.join(file));
-                listed.extend(list_file(&files[files.len() - 1])?);
+                listed.extend(list_file(&dir.join(file), files)?);
             }
             check_list(&listed).context(format!("'{name}'"))?;
             Ok::<_, anyhow::Error>(listed)
@@ -313,6 +309,8 @@ fn check_list(list: &[Listed]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn rules(text: &str) -> Result<Rules> {

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use super::rules::{NO_MARKS, load_keys, set_rules};
 use super::{GuardArgs, HookArg, Record, hook_name, print_json};
 use crate::cli::args::Scope;
+use crate::clock;
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
 use crate::guard::running::{self, Running};
@@ -18,9 +19,10 @@ use crate::hooks::unused::remove_unused;
 use crate::hooks::xdp::{Allowed, XdpAttachment, attach_xdp, attached_xdp, detach_xdp, undo_xdp};
 use crate::keys::Key;
 use crate::netns::Netns;
+use crate::pins::Renewal;
 use crate::privileges;
 use crate::program::{DEFAULT_EXID, LinkHeader, Program};
-use crate::state::{Instance, Lock, State};
+use crate::state::{self, Instance, Lock, State};
 
 /// What was done on one interface.
 enum Done {
@@ -33,6 +35,11 @@ struct Job<'a> {
     args: &'a GuardArgs,
     state: &'a State,
     instance: &'a Instance,
+    /// The instance was not there before.
+    is_new: bool,
+    renewal: Option<Renewal>,
+    /// The number of the rules that were remembered last, if the maps had none.
+    restored: Option<Option<u64>>,
     done: Vec<(Link, Done)>,
     /// The rules that others were put into the place of.
     before: Option<Running>,
@@ -50,7 +57,16 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job = Job { args, state: &state, instance: &instance, done: Vec::new(), before: None };
+    let mut job = Job {
+        args,
+        state: &state,
+        instance: &instance,
+        is_new,
+        renewal: None,
+        restored: None,
+        done: Vec::new(),
+        before: None,
+    };
     if let Err(error) = job.attach_all(&lock, &links, rules, keys.as_deref()) {
         job.undo(&lock);
         if is_new {
@@ -58,6 +74,9 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
         }
         state.remove_if_empty(lock).ok();
         return Err(error);
+    }
+    if let Some(taken_over) = job.renewal.take().and_then(Renewal::finish) {
+        note!("instance '{}': {taken_over}", instance.name);
     }
     job.tell(scope)
 }
@@ -71,6 +90,9 @@ impl Job<'_> {
         keys: Option<&[Key]>,
     ) -> Result<()> {
         self.instance.create()?;
+        let mut wanted = Program::wanted_maps()?;
+        wanted.extend(GuardProgram::wanted_maps()?);
+        self.renewal = Some(self.instance.renew(wanted)?);
         // So that every command finds an instance whole, whichever side was attached first.
         Program::make_maps(&self.instance.pins)?;
         if rules.is_some_and(Rules::marks) {
@@ -138,20 +160,31 @@ impl Job<'_> {
 
     /// Rules come before the program: it must not see a packet without them.
     fn prepare(&mut self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
-        match rules {
-            Some(rules) => {
-                // What is not remembered any more cannot be put back, and is no reason to keep it.
-                let before = running::read(self.instance, maps).ok();
-                set_rules(self.instance, maps, rules, &self.args.source(), keys)?;
-                self.before = before;
-                Ok(())
-            }
-            None if maps.table()?.is_none() => bail!(
-                "attaching the guard: instance '{}' has no rules yet; say which with --rules FILE",
-                self.instance.name
-            ),
-            None => keys.map_or(Ok(()), |keys| maps.keys.load(keys)),
+        self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
+        clock::publish(&maps.clock, None)?;
+        let has_rules = maps.table()?.is_some();
+        if !has_rules {
+            self.restored = Some(state::newest(&self.instance.guard_dir));
         }
+        if let Some(rules) = rules {
+            // What is not remembered any more cannot be put back, and is no reason to keep it.
+            let before = running::read(self.instance, maps).ok();
+            set_rules(self.instance, maps, rules, &self.args.source(), keys)?;
+            self.before = before;
+            return Ok(());
+        }
+        keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
+        if !has_rules && (self.is_new || running::restore(self.instance, maps)?.is_none()) {
+            let why = match self.renewal.as_ref().is_some_and(|renewal| renewal.lacks("guard_rules")) {
+                true => "goes by rules of another version of netoken, of which nothing is remembered",
+                false => "has no rules yet",
+            };
+            bail!(
+                "attaching the guard: instance '{}' {why}; say which with --rules FILE",
+                self.instance.name
+            );
+        }
+        Ok(())
     }
 
     /// What may be attached to an interface, the best first.
@@ -210,11 +243,16 @@ impl Job<'_> {
     /// Last things first.
     fn undo(&mut self, lock: &Lock) {
         self.undo_hooks(lock);
-        let Some(before) = self.before.take() else { return };
-        let put_back = GuardMaps::open(&self.instance.pins)
-            .and_then(|maps| set_rules(self.instance, &maps, &before.rules, &before.source, None));
-        if let Err(error) = put_back.context("putting back the rules that ran") {
-            note!("netoken: {error:#}");
+        if let Some(before) = self.before.take() {
+            let put_back = GuardMaps::open(&self.instance.pins)
+                .and_then(|maps| set_rules(self.instance, &maps, &before.rules, &before.source, None));
+            if let Err(error) = put_back.context("putting back the rules that ran") {
+                note!("netoken: {error:#}");
+            }
+        }
+        drop(self.renewal.take());
+        if let Some(number) = self.restored {
+            state::forget_newer(&self.instance.guard_dir, number);
         }
     }
 

@@ -1,6 +1,7 @@
 //! `netoken guard`: puts the guard on interfaces, gives it its rules, and says what it does.
 
 use std::io::{self, Write};
+use std::ops::Not;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -10,6 +11,7 @@ use serde::{Serialize, Serializer};
 use super::args::{Scope, exid, handle, instance};
 use super::blocked::unblock_prefix;
 use super::told::Told;
+use crate::files::Files;
 use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::program::GuardMaps;
@@ -205,6 +207,9 @@ enum Record<'a> {
         /// What its program was told; nothing if another version of netoken has loaded it.
         #[serde(flatten)]
         told: Option<&'a Told>,
+        /// Only if it is so: another version of netoken has loaded it, and no command changes what it goes by.
+        #[serde(skip_serializing_if = "Not::not")]
+        outdated: bool,
     },
     GuardLoaded {
         instance: &'a str,
@@ -287,7 +292,8 @@ impl GuardArgs {
 }
 
 pub(super) fn run(args: GuardArgs) -> Result<()> {
-    let (rules, files) = args.rules.as_deref().map(Rules::read).transpose()?.unzip();
+    let files = Files::default();
+    let rules = args.rules.as_deref().map(|path| Rules::read(path, &files)).transpose()?;
     if let (true, Some(rules)) = (args.check, &rules) {
         note!("the rules are right: {}", rules.summary());
         return Ok(());
@@ -318,12 +324,7 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
         return query::query(&scope);
     }
     if args.watch {
-        let given = args.rules.as_deref().zip(rules.as_ref()).zip(files);
-        return watch::watch(
-            &scope,
-            given.map(|((path, rules), files)| (path, rules, files)),
-            &args.source(),
-        );
+        return watch::watch(&scope, args.rules.as_deref().zip(rules.as_ref()), files, &args.source());
     }
     if let Some(prefix) = args.unblock {
         return unblock(&scope, prefix);

@@ -9,6 +9,7 @@ use nix::time::{ClockId, clock_gettime};
 use super::{Record, hook_name, print_counters, print_json};
 use crate::cli::args::Scope;
 use crate::cli::blocked::print_blocked;
+use crate::cli::outdated::advice;
 use crate::cli::table::table;
 use crate::cli::told::Told;
 use crate::events::model::since_epoch;
@@ -170,6 +171,7 @@ fn print_hook(hook: &Hook) -> Result<()> {
         handle: hook.filter.as_ref().map(|filter| filter.handle),
         priority: hook.filter.as_ref().map(|filter| filter.priority),
         told: hook.told.as_ref(),
+        outdated: hook.loaded.is_outdated,
     })
 }
 
@@ -200,6 +202,10 @@ fn print_hooks(hooks: &[Hook]) -> io::Result<()> {
         };
         if let Some(told) = hook.told.as_ref().filter(|told| !told.is_usual()) {
             writeln!(out, "{place}: {told}")?;
+        }
+        if hook.loaded.is_outdated {
+            let instance = hook.loaded.instance.as_deref();
+            writeln!(out, "{}", advice("netoken guard", &hook.interface, &hook.netns, instance))?;
         }
         if hook.filters_before > 0 {
             let others = match hook.filters_before {

@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 
 use super::{Record, of_instance, print_json};
 use crate::cli::args::Scope;
+use crate::cli::outdated;
 use crate::clock;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
@@ -40,8 +41,9 @@ pub(super) fn set_rules(
     keys: Option<&[Key]>,
 ) -> Result<()> {
     keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
-    clock::publish(&maps.clock, rules.slots)?;
-    running::load(instance, maps, rules, source)
+    // What fails is the rules, and then the slots are as they were, too.
+    running::load(instance, maps, rules, source)?;
+    clock::publish(&maps.clock, rules.slots).map(drop)
 }
 
 /// Puts rules, which are from the file `source`, into use where the guard is attached, and says so.
@@ -56,7 +58,7 @@ pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
         });
     }
     note!("instance '{}' has new rules: {}", scope.instance, rules.summary());
-    Ok(())
+    State::find()?.map_or(Ok(()), |state| outdated::tell(&state, &scope.instance, true))
 }
 
 /// The same without a word.

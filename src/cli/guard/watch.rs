@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -14,9 +14,10 @@ use super::rules::{load, put};
 use super::{Record, of_instance};
 use crate::cli::args::Scope;
 use crate::cli::blocked::{alert_line, alert_record};
-use crate::cli::reload::{Loaded, Reload};
+use crate::cli::reload::Reload;
 use crate::cli::signals::Signals;
 use crate::events::columns::Columns;
+use crate::files::Files;
 use crate::guard::counters::GuardCounters;
 use crate::guard::events::{Alert, Reader, Seen};
 use crate::guard::program::GuardMaps;
@@ -29,10 +30,11 @@ const PERIOD: Duration = Duration::from_secs(1);
 const PRINTING: &str = "writing to standard output";
 const POLL: Duration = Duration::from_millis(200);
 
-/// A file of rules, what it says, and all files that this is from.
-type Given<'a> = (&'a Path, &'a Rules, Vec<PathBuf>);
+/// A file of rules, and what it says.
+type Given<'a> = (&'a Path, &'a Rules);
 
-pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, source: &str) -> Result<()> {
+/// `files` are those that the rules were read from.
+pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, source: &str) -> Result<()> {
     let doing = format!("watching the guard of instance '{}'", scope.instance);
     privileges::check(&doing)?;
     let Some(state) = State::find()? else { bail!("{doing}: it is not attached anywhere") };
@@ -51,12 +53,12 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, source: &str) -> Re
     // Last of all, so that what cannot be watched keeps the rules that it has.
     let mut reload = match given {
         None => None,
-        Some((path, rules, files)) => {
+        Some((path, rules)) => {
             load(scope, rules, source)?;
-            let again = move || {
-                let (rules, files) = Rules::read(path)?;
+            let again = move |files: &Files| {
+                let rules = Rules::read(path, files)?;
                 put(scope, &rules, source)?;
-                Ok(Loaded { summary: rules.summary(), files })
+                Ok(rules.summary())
             };
             Some(Reload::new("rules", files, true, &signals.reload, again))
         }

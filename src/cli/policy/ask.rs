@@ -102,6 +102,8 @@ pub(super) fn run(args: &TestArgs) -> Result<()> {
         None => {
             let (state, lock) = args.common.open()?;
             let instance = state.instance(&args.common.instance);
+            // Which makes none, where they are of another version.
+            drop(instance.maps()?);
             let ask = Ask::load(Some(&instance.pins))?;
             let answer = ask.about(&syn)?;
             let policy = running::read(&instance, &ask.program.maps)?.policy;

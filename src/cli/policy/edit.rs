@@ -154,7 +154,7 @@ fn change(common: &Common, change: impl FnOnce(&mut Policy) -> Result<()>) -> Re
     let Running { mut policy, source, .. } = running::read(&instance, &maps)?;
     change(&mut policy)?;
     let generation = put(&instance, &maps, &policy, &source)?;
-    tell_loaded(common, &policy, generation)
+    tell_loaded(common, &state, &policy, generation)
 }
 
 fn put(instance: &Instance, maps: &Maps, policy: &Policy, source: &str) -> Result<u64> {

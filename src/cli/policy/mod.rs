@@ -10,6 +10,8 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use super::args::instance;
+use super::outdated;
+use crate::files::Files;
 use crate::keys::file::keys_for;
 use crate::netns::Netns;
 use crate::policy::Policy;
@@ -115,7 +117,7 @@ fn load(args: &LoadArgs) -> Result<()> {
     let (state, _lock) = args.common.open()?;
     let instance = state.instance(&args.common.instance);
     let generation = put(&instance, &instance.maps()?, &checked, &args.file, &progress)?;
-    let told = tell_loaded(&args.common, &checked.policy, generation);
+    let told = tell_loaded(&args.common, &state, &checked.policy, generation);
     // The process ends; to take a million rules apart before would take a person's time.
     std::mem::forget(checked);
     told
@@ -130,7 +132,7 @@ struct Loaded<'a> {
     rules: usize,
 }
 
-fn tell_loaded(common: &Common, policy: &Policy, generation: u64) -> Result<()> {
+fn tell_loaded(common: &Common, state: &State, policy: &Policy, generation: u64) -> Result<()> {
     if common.json {
         let loaded = Loaded { instance: &common.instance, generation, rules: policy.rules.len() };
         writeln!(io::stdout(), "{}", serde_json::to_string(&loaded)?)
@@ -138,7 +140,7 @@ fn tell_loaded(common: &Common, policy: &Policy, generation: u64) -> Result<()> 
     } else {
         note!("instance '{}': {}", common.instance, policy.summary());
     }
-    Ok(())
+    outdated::tell(state, &common.instance, false)
 }
 
 /// Puts a policy that was read into use.
@@ -179,9 +181,19 @@ fn load_keys(instance: &Instance, maps: &Maps, policy: &Policy) -> Result<()> {
 /// # Errors
 /// It has errors; the message shows all of them.
 pub(super) fn read(file: &Path, allow_missing: bool, progress: &Progress) -> Result<Checked> {
+    read_by(&Files::default(), file, allow_missing, progress)
+}
+
+/// The same by way of `files`, which knows all of them afterwards, also if this fails.
+pub(super) fn read_by(
+    files: &Files,
+    file: &Path,
+    allow_missing: bool,
+    progress: &Progress,
+) -> Result<Checked> {
     let told = |doing: &str, done: usize, total: usize| progress.show(doing, done, total);
     let options = Options { allow_missing, progress: Some(&told), ..Options::default() };
-    let checked = read_file(file, &options);
+    let checked = read_file(file, files, &options);
     progress.clear();
     let checked = checked.map_err(|report| refuse(&report))?;
     warn(&checked.report);
