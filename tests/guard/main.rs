@@ -59,7 +59,7 @@ fn main() -> ExitCode {
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it
             while_lists_are_replaced_a_source_is_on_the_old_one_or_the_new_one
             random_lists_decide_as_a_look_at_every_entry a_million_entries_and_then_few_and_none
-            a_list_that_needs_one_page_more;
+            a_list_that_needs_one_page_more however_sources_lie_all_are_found;
     ];
     cases.push(support::case(
         "races::two_cpus_never_accept_one_token_for_two_flows",
