@@ -159,7 +159,7 @@ fn main() -> Result<()> {
         let frame = frame(family, 0x02, 443, true, Bind::Server)?;
         compare(name, &frame, base, (program, XDP_PASS), (1, SINGLE_ROUNDS))?;
     }
-    println!("one run at a time, each from another source, of which the median counts");
+    println!("one run at a time, each from another source: the median, and behind it what the quickest adds");
     for (name, family, program) in [
         ("SYN without token, refused, IPv4", 4, &plain),
         ("SYN, one source blocked, IPv4", 4, &one),
@@ -174,7 +174,7 @@ fn main() -> Result<()> {
         };
         compare_spread(name, &frame_at, base, (program, XDP_DROP), SPREAD_RUNS)?;
     }
-    println!("one run at a time, each with a token that was never seen before");
+    println!("the same, each with a token that was never seen before");
     for (name, family, bind, program) in [
         ("SYN keyed by server, each another, IPv4", 4, Bind::Server, &plain),
         ("SYN keyed by server, each another, IPv6", 6, Bind::Server, &plain),

@@ -3,19 +3,20 @@
  * The memory of accepted tokens: buckets of a few, and how CPUs share one.
  *
  * On x86, the lock of a bucket is a count of those who hold or want it. Who comes adds one, and if
- * he then reads one, it is his; everybody takes off what he added. Counts come one after the other,
- * so of all who are counted at a moment only the first can have read one. These two additions cost
- * less than the two calls of bpf_spin_lock(); an instruction that adds and says what was there
- * before came only with kernel 5.12. Two rules of x86 make more of it than a count. An addition is
- * a full barrier: what is written under the lock is there before the lock is free. And loads stay
- * in their order, as stores do: so a bucket can also be read without its lock, see find_token().
+ * he then reads one, the bucket is his; everybody takes off what he added. As long as what he added
+ * is there, nobody else who adds can read one. Two additions cost less than the two calls of
+ * bpf_spin_lock(), and an instruction that adds and says what was there before came only with
+ * kernel 5.12. x86 makes a lock of that: an addition is a full barrier, so what was written is
+ * there before the bucket is free; and loads stay in their order, as stores do. So a bucket can
+ * also be read without its lock, see find_token().
  *
- * On other machines neither is so: a CPU could have the lock and not yet see what was remembered by
- * the one before it, and let a token in a second time. There it is bpf_spin_lock(), always.
+ * Other machines promise neither. A CPU could have the count and not yet see what the one before it
+ * has put there: let its token in for another flow, or put its own in the same place. There the
+ * lock is bpf_spin_lock(), and nobody reads without it.
  *
- * A program that began is never stopped in between, so a lock that is pinned is never left behind
- * locked. But it can be interrupted there, or with PREEMPT_RT even be preempted by another packet
- * on its own CPU. So nobody waits without end.
+ * A program that began runs to its end, so a pinned bucket is never left locked. But it can be
+ * interrupted while it has a bucket, and with PREEMPT_RT even be preempted. So nobody waits for
+ * ever: whom it takes too long has his SYN refused, and sends it again.
  */
 #ifndef NETOKEN_GUARD_BUCKET_H
 #define NETOKEN_GUARD_BUCKET_H
@@ -73,9 +74,13 @@ struct {
 
 static __always_inline bool try_lock(struct seen_bucket *bucket)
 {
+	__u32 holders;
+
 	__atomic_fetch_add(&bucket->lock, 1, __ATOMIC_RELAXED);
 	barrier();
-	if (*(volatile __u32 *)&bucket->lock == 1)
+	holders = *(volatile __u32 *)&bucket->lock;
+	barrier();
+	if (holders == 1)
 		return true;
 	__atomic_fetch_add(&bucket->lock, -1, __ATOMIC_RELAXED);
 	return false;

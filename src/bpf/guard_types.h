@@ -188,9 +188,9 @@ struct netoken_source_boundary {
  * each of the pages that it leads to.
  *
  * A search reads one page of each level. The addresses from the second boundary of a page to its
- * last one are cut into slots of one length, so that few boundaries are left to look at. (The first
- * one of a list is far from the others.) These lie next to one another: what is read of the lowest
- * level is in no cache.
+ * last one are cut into slots of one length; the first one of a list is far from the others. So few
+ * boundaries are left to look at, next to one another: what is read of the lowest level is in no
+ * cache.
  */
 struct netoken_source_page {
 	__u32 first_page;

@@ -1,6 +1,6 @@
 //! Turns the lists of sources into what the kernel searches, and puts it there. Nested prefixes become ranges that do
 //! not overlap, by their boundaries, sorted and in pages. If one page is not enough, there is one with the first boundary
-//! of each, and so on.
+//! of each, and so on. In a page the kernel begins where the slot of an address says.
 //!
 //! A source is on a list if any entry around it has not ended. So a range has to know only when the last one of those
 //! ends, and it does not matter how many entries are around one another.
@@ -160,7 +160,7 @@ fn page(boundaries: &[Boundary], below: Option<u32>) -> Box<SourcePage> {
         entry.expires_ns = boundary.expires_ns;
     }
 
-    // In one list the first boundary is far in front of the others, so the slots begin with the second.
+    // The first boundary of a list is far in front of the others, so the slots begin with the second.
     let (Some(begin), Some(end)) = (boundaries.get(1), boundaries.last()) else { return page };
     (page.high, page.low) = halves(begin.addr);
     let by_low = page.high == halves(end.addr).0;
@@ -171,9 +171,13 @@ fn page(boundaries: &[Boundary], below: Option<u32>) -> Box<SourcePage> {
     };
     let bits = u64::BITS - offset(end.addr).leading_zeros();
     page.shift = bits.saturating_sub(SLOTS.ilog2()) as u8;
-    for slot in 0..=SLOTS {
-        let before = boundaries.partition_point(|boundary| offset(boundary.addr) >> page.shift < slot as u64);
-        page.slots[slot] = before.saturating_sub(1) as u8;
+    let mut last = 0;
+    for (slot, before) in page.slots.iter_mut().take(SLOTS + 1).enumerate() {
+        let is_before = |next: &Boundary| offset(next.addr) >> page.shift < slot as u64;
+        while boundaries.get(last + 1).is_some_and(is_before) {
+            last += 1;
+        }
+        *before = last as u8;
     }
     page
 }
