@@ -25,6 +25,7 @@ const REPEAT: i32 = 20_000;
 const ROUNDS: usize = 40;
 const SINGLE_ROUNDS: usize = 10_000;
 const SPREAD_RUNS: usize = 100_000;
+const KEYED_RUNS: usize = 20_000;
 const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
 const SECRET: [u8; 16] = [7; 16];
@@ -54,6 +55,8 @@ fn main() -> Result<()> {
     let counted = load(&auto_block(u32::MAX))?;
     let auto_blocked = load(&auto_block(1))?;
     let alerting = load(&format!("alerts = {{ within = '1h', low = {} }}\n{ONE_MODE}", i64::MAX))?;
+    let forgetful = load(ONE_MODE)?;
+    forget_at_once(&forgetful)?;
     let list = dir.path().join("blocked");
     std::fs::write(&list, (0..MILLION).map(|at| format!("{}\n", lists::host(at))).collect::<String>())?;
     let million = load(&format!("blocked_file = '{}'\n{ONE_MODE}", list.display()))?;
@@ -71,6 +74,18 @@ fn main() -> Result<()> {
         ("SYN without token, refused, IPv6", frame(6, 0x02, 443, false, Bind::Server)?, &plain, XDP_DROP),
         ("SYN keyed by server, accepted, IPv4", frame(4, 0x02, 443, true, Bind::Server)?, &plain, XDP_PASS),
         ("SYN keyed by server, accepted, IPv6", frame(6, 0x02, 443, true, Bind::Server)?, &plain, XDP_PASS),
+        (
+            "SYN keyed by server, not seen yet, IPv4",
+            frame_of(1, 4, 0x02, 443, Some((Bind::Server, 0)))?,
+            &forgetful,
+            XDP_PASS,
+        ),
+        (
+            "SYN keyed by server, not seen yet, IPv6",
+            frame_of(1, 6, 0x02, 443, Some((Bind::Server, 0)))?,
+            &forgetful,
+            XDP_PASS,
+        ),
         (
             "SYN keyed by flow, of three modes, IPv4",
             frame(4, 0x02, 443, true, Bind::Flow)?,
@@ -129,7 +144,7 @@ fn main() -> Result<()> {
         ),
         ("SYN, refused, with alerts", frame(4, 0x02, 443, false, Bind::Server)?, &alerting, XDP_DROP),
     ] {
-        compare(name, &[frame], base, (program, action), (REPEAT, ROUNDS))?;
+        compare(name, &frame, base, (program, action), (REPEAT, ROUNDS))?;
     }
     // The second run would not find the token any more.
     println!("one run at a time, of which the quickest counts");
@@ -142,16 +157,9 @@ fn main() -> Result<()> {
         ("SYN in mode scrub, IPv4", 4, &edge),
     ] {
         let frame = frame(family, 0x02, 443, true, Bind::Server)?;
-        compare(name, &[frame], base, (program, XDP_PASS), (1, SINGLE_ROUNDS))?;
+        compare(name, &frame, base, (program, XDP_PASS), (1, SINGLE_ROUNDS))?;
     }
-    let each = |bind| (0..SINGLE_ROUNDS as u32).map(|isn| keyed_frame(isn, bind)).collect::<Result<Vec<_>>>();
-    for (name, bind) in [
-        ("SYN keyed by server, each another, IPv4", Bind::Server),
-        ("SYN keyed by isn, each another, IPv4", Bind::Isn),
-    ] {
-        compare(name, &each(bind)?, base, (&all_modes, XDP_PASS), (1, SINGLE_ROUNDS))?;
-    }
-    println!("one run at a time, each from another source, of which the median counts");
+    println!("one run at a time, each from another source: the median, and behind it what the quickest adds");
     for (name, family, program) in [
         ("SYN without token, refused, IPv4", 4, &plain),
         ("SYN, one source blocked, IPv4", 4, &one),
@@ -159,7 +167,21 @@ fn main() -> Result<()> {
         ("SYN, a million of mixed lengths, IPv4", 4, &mixed),
         ("SYN, a million in one /64, IPv6", 6, &clustered),
     ] {
-        compare_spread(name, family, base, program)?;
+        let plain_frame = frame(family, 0x02, 443, false, Bind::Server)?;
+        let frame_at = |at| match family {
+            4 => Ok(from(plain_frame.clone(), &lists::host(MILLION + at).octets())),
+            _ => Ok(from(plain_frame.clone(), &lists::in_cluster(MILLION + at).octets())),
+        };
+        compare_spread(name, &frame_at, base, (program, XDP_DROP), SPREAD_RUNS)?;
+    }
+    println!("the same, each with a token that was never seen before");
+    for (name, family, bind, program) in [
+        ("SYN keyed by server, each another, IPv4", 4, Bind::Server, &plain),
+        ("SYN keyed by server, each another, IPv6", 6, Bind::Server, &plain),
+        ("SYN keyed by isn, each another, IPv4", 4, Bind::Isn, &all_modes),
+    ] {
+        let frame_at = |at| frame_of(at as u32, family, 0x02, 443, Some((bind, slot_now()?)));
+        compare_spread(name, &frame_at, base, (program, XDP_PASS), KEYED_RUNS)?;
     }
     Ok(())
 }
@@ -173,7 +195,7 @@ fn is_wanted(name: &str) -> bool {
 /// Prints what the guard adds to a program that only drops, if that is asked for.
 fn compare(
     name: &str,
-    frames: &[Vec<u8>],
+    frame: &[u8],
     base: i32,
     (program, action): (&GuardProgram, u32),
     (repeat, rounds): (i32, usize),
@@ -184,7 +206,7 @@ fn compare(
     let blocked = || Ok::<_, anyhow::Error>(GuardCounters::read(&program.maps)?.of(Verdict::GUARD_BLOCKED));
     let before = blocked()?;
     let (mut drops, mut ours) = (u32::MAX, u32::MAX);
-    for frame in frames.iter().cycle().take(rounds) {
+    for _ in 0..rounds {
         drops = drops.min(run(base, frame, XDP_DROP, repeat)?);
         ours = ours.min(run(program.as_fd().as_raw_fd(), frame, action, repeat).context(name.to_string())?);
     }
@@ -193,25 +215,32 @@ fn compare(
     Ok(())
 }
 
-/// The same with every run from another source, as in a flood: so the list is not in the caches. The median of runs, one
-/// at a time.
-fn compare_spread(name: &str, family: u8, base: i32, program: &GuardProgram) -> Result<()> {
+/// The same with another frame in every run, one run at a time: so what each asks for is not in the caches. Prints the
+/// median, and the quickest, which found it there.
+fn compare_spread(
+    name: &str,
+    frame_at: &dyn Fn(usize) -> Result<Vec<u8>>,
+    base: i32,
+    (program, action): (&GuardProgram, u32),
+    runs: usize,
+) -> Result<()> {
     if !is_wanted(name) {
         return Ok(());
     }
-    let frame = frame(family, 0x02, 443, false, Bind::Server)?;
-    let median = |fd| -> Result<u32> {
-        let mut all = (0..SPREAD_RUNS)
-            .map(|at| match family {
-                4 => run(fd, &from(frame.clone(), &lists::host(MILLION + at).octets()), XDP_DROP, 1),
-                _ => run(fd, &from(frame.clone(), &lists::in_cluster(MILLION + at).octets()), XDP_DROP, 1),
-            })
-            .collect::<Result<Vec<u32>>>()?;
-        let (_, median, _) = all.select_nth_unstable(SPREAD_RUNS / 2);
-        Ok(*median)
+    let sorted = |fd, action| -> Result<Vec<u32>> {
+        let mut all = (0..runs).map(|at| run(fd, &frame_at(at)?, action, 1)).collect::<Result<Vec<u32>>>()?;
+        all.sort_unstable();
+        Ok(all)
     };
-    let (drops, ours) = (median(base)?, median(program.as_fd().as_raw_fd())?);
-    println!("{name:<42} {drops:>6} ns {ours:>6} ns {:>6} ns", i64::from(ours) - i64::from(drops));
+    let (drops, ours) = (sorted(base, XDP_DROP)?, sorted(program.as_fd().as_raw_fd(), action)?);
+    let median = |all: &[u32]| i64::from(all[runs / 2]);
+    println!(
+        "{name:<42} {:>6} ns {:>6} ns {:>6} ns {:>6} ns",
+        median(&drops),
+        median(&ours),
+        median(&ours) - median(&drops),
+        i64::from(ours[0]) - i64::from(drops[0])
+    );
     Ok(())
 }
 
@@ -283,25 +312,32 @@ fn slots() -> Result<Slots> {
     Slots::new(3600, 1, 1)
 }
 
+/// One ahead, so that it is still accepted when the measuring is over.
+fn slot_now() -> Result<u32> {
+    Ok(slots()?.at(clock::now()) + 1)
+}
+
+/// Makes slots so long that the end of what is remembered overflows, and so is long over: every token is one that was
+/// never seen before, however often it comes. It is slot 0.
+fn forget_at_once(program: &GuardProgram) -> Result<()> {
+    let mut now = clock::published(&program.maps.clock)?;
+    now.slot_ns = (u64::MAX - u64::from(u32::MAX)) / 3;
+    clock::write(&program.maps.clock, &now)
+}
+
 /// A frame with right lengths, with the options that Linux sends and, if it is asked for, a token that is right now.
 fn frame(family: u8, flags: u8, dport: u16, token: bool, bind: Bind) -> Result<Vec<u8>> {
-    frame_of(0x0102_0304, family, flags, dport, token.then_some(bind))
+    frame_of(0x0102_0304, family, flags, dport, if token { Some((bind, slot_now()?)) } else { None })
 }
 
-fn keyed_frame(isn: u32, bind: Bind) -> Result<Vec<u8>> {
-    frame_of(isn, 4, 0x02, 443, Some(bind))
-}
-
-fn frame_of(isn: u32, family: u8, flags: u8, dport: u16, bind: Option<Bind>) -> Result<Vec<u8>> {
+fn frame_of(isn: u32, family: u8, flags: u8, dport: u16, token: Option<(Bind, u32)>) -> Result<Vec<u8>> {
     let ends: [std::net::IpAddr; 2] = match family {
         4 => ["192.0.2.1".parse()?, "192.0.2.2".parse()?],
         _ => ["2001:db8::1".parse()?, "2001:db8::2".parse()?],
     };
     let mut options = vec![2, 4, 5, 180, 4, 2, 8, 10, 1, 2, 3, 4, 0, 0, 0, 0, 1, 3, 3, 7];
-    if let Some(bind) = bind {
+    if let Some((bind, slot)) = token {
         let flow = Flow::new((ends[0], 40_000).into(), (ends[1], dport).into(), isn)?;
-        // One ahead, so that it is still accepted when the measuring is over.
-        let slot = slots()?.at(clock::now()) + 1;
         options.extend([253, 12, 0x4e, 0x54]);
         options.extend(make(&Secret::from_bytes(&SECRET), Stamp { tag: 17, key_id: 3, bind, slot }, &flow).0);
     }

@@ -35,25 +35,51 @@ struct {
 	__array(values, struct source_pages);
 } guard_sources SEC(".maps");
 
-/* The last boundary of a page that is not behind an address; the first, if all are. */
-static __always_inline __u32 find_boundary(const struct netoken_source_page *page, __u64 high,
-					   __u64 low)
+/* The slot of a page in which an address is. */
+static __always_inline __u32 find_slot(const struct netoken_source_page *page, __u64 high,
+				       __u64 low)
 {
-	__u32 at = 0, left = page->count;
+	__u64 slot = high - page->high;
 
+	if (high < page->high)
+		return 0;
+	if (page->by_low && !slot) {
+		if (low < page->low)
+			return 0;
+		slot = low - page->low;
+	} else if (page->by_low) {
+		return SOURCE_PAGE_SLOTS - 1;
+	}
+	slot >>= page->shift & 63;
+	return slot < SOURCE_PAGE_SLOTS ? slot : SOURCE_PAGE_SLOTS - 1;
+}
+
+/* The last boundary of a page that is not behind an address. */
+static __always_inline const struct netoken_source_boundary *
+find_boundary(const struct netoken_source_page *page, __u64 high, __u64 low, __u32 *place)
+{
+	__u32 slot = find_slot(page, high, low), at, left;
+
+	barrier_var(slot);
+	if (slot >= SOURCE_PAGE_SLOTS)
+		return NULL;
+	at = page->slots[slot];
+	left = page->slots[slot + 1] - at + 1;
 	for (__u32 i = 0; i < SOURCE_PAGE_BITS; i++) {
+		const struct netoken_source_boundary *probe;
 		__u32 half = left / 2;
-		/* For the verifier; a page has no more. */
-		__u32 probe = (at + half) & (SOURCE_PAGE_BOUNDARIES - 1);
 
 		if (!half)
 			break;
-		if (page->high[probe] < high ||
-		    (page->high[probe] == high && page->low[probe] <= low))
-			at = probe;
+		/* For the verifier; a page has no more. */
+		probe = &page->boundaries[(at + half) & (SOURCE_PAGE_BOUNDARIES - 1)];
+		if (probe->high < high || (probe->high == high && probe->low <= low))
+			at += half;
 		left -= half;
 	}
-	return at;
+	at &= SOURCE_PAGE_BOUNDARIES - 1;
+	*place = at;
+	return &page->boundaries[at];
 }
 
 static __always_inline bool is_over(__u64 expires_ns)
@@ -71,11 +97,13 @@ static __always_inline bool is_over(__u64 expires_ns)
 static __always_inline __u64 look_up(const struct netoken_source_page *page, __u32 generation,
 				     __u64 high, __u64 low)
 {
-	__u32 at = find_boundary(page, high, low);
+	const struct netoken_source_boundary *found;
+	__u32 at = 0;
 	void *pages;
 
+	found = find_boundary(page, high, low, &at);
 	if (!page->leads_on)
-		return page->expires_ns[at];
+		return found ? found->expires_ns : 0;
 	pages = bpf_map_lookup_elem(&guard_sources, &generation);
 	if (!pages)
 		return 0;
@@ -84,9 +112,9 @@ static __always_inline __u64 look_up(const struct netoken_source_page *page, __u
 		page = bpf_map_lookup_elem(pages, &at);
 		if (!page)
 			return 0;
-		at = find_boundary(page, high, low);
+		found = find_boundary(page, high, low, &at);
 		if (!page->leads_on)
-			return page->expires_ns[at];
+			return found ? found->expires_ns : 0;
 	}
 	return 0;
 }

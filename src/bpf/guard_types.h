@@ -22,6 +22,7 @@ enum netoken_guard_size {
 	SOURCE_LEVELS = 3,
 	SOURCE_PAGE_BITS = 8,
 	SOURCE_PAGE_BOUNDARIES = 1 << 8,
+	SOURCE_PAGE_SLOTS = 1 << 7,
 	/* Bits of netoken_source_key in front of the address. */
 	SOURCE_FAMILY_BITS = 8,
 	/* Tokens that have been accepted: how many stand in one bucket, and buckets. */
@@ -177,22 +178,36 @@ struct netoken_source_key {
 /* An `expires_ns` that never comes. */
 #define SOURCE_FOR_EVER (~0ULL)
 
+struct netoken_source_boundary {
+	/* The address as a number, both halves; an IPv4 address is in the first. */
+	__u64 high;
+	__u64 low;
+	/* Unix time up to which the range is on the list; 0: it is not. */
+	__u64 expires_ns;
+};
+
 /*
  * Boundaries of ranges of addresses, rising. What a boundary says holds up to the next one; the
  * first one of a list is the lowest address of all. A page that leads on has the first boundary of
- * each of the pages that it leads to. A search reads one page of each level: they are small, so
- * that what it reads of the lowest level, which is in no cache, is close together.
+ * each of the pages that it leads to.
+ *
+ * A search reads one page of each level. The addresses from the second boundary of a page to its
+ * last one are cut into slots of one length; the first one of a list is far from the others. So few
+ * boundaries are left to look at, next to one another: what is read of the lowest level is in no
+ * cache.
  */
 struct netoken_source_page {
-	__u32 count; /* at least 1 */
-	__u32 leads_on;
 	__u32 first_page;
-	__u32 pad;
-	/* The address as a number, both halves; an IPv4 address is in the first. */
-	__u64 high[SOURCE_PAGE_BOUNDARIES];
-	__u64 low[SOURCE_PAGE_BOUNDARIES];
-	/* Unix time up to which the range is on the list; 0: it is not. */
-	__u64 expires_ns[SOURCE_PAGE_BOUNDARIES];
+	__u8 leads_on;
+	__u8 by_low; /* all have the same upper half, and the lower one makes the slot */
+	__u8 shift;  /* how many bits of that half do not choose the slot */
+	__u8 pad;
+	/* Where the first slot begins. What is in front of that belongs to it, too. */
+	__u64 high;
+	__u64 low;
+	/* The last boundary in front of each slot, or the first one; behind them the last. */
+	__u8 slots[SOURCE_PAGE_SLOTS + 8];
+	struct netoken_source_boundary boundaries[SOURCE_PAGE_BOUNDARIES];
 };
 
 /* Of one CPU. */
@@ -260,7 +275,8 @@ _Static_assert(sizeof(struct netoken_guard_table) ==
 		       120 + GUARD_MATCHES_MAX * 40 + GUARD_RULES_MAX * 112,
 	       "netoken_guard_table has hidden padding");
 _Static_assert(sizeof(struct netoken_source_key) == 24, "netoken_source_key has hidden padding");
-_Static_assert(sizeof(struct netoken_source_page) == 16 + SOURCE_PAGE_BOUNDARIES * 24,
+_Static_assert(sizeof(struct netoken_source_page) ==
+		       24 + SOURCE_PAGE_SLOTS + 8 + SOURCE_PAGE_BOUNDARIES * 24,
 	       "netoken_source_page has hidden padding");
 /* What a per-CPU map holds for one key: PCPU_MIN_UNIT_SIZE of include/linux/percpu.h. */
 _Static_assert(sizeof(struct netoken_guard_counters) <= 32768, "netoken_guard_counters is too big");

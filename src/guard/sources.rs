@@ -1,6 +1,6 @@
 //! Turns the lists of sources into what the kernel searches, and puts it there. Nested prefixes become ranges that do
 //! not overlap, by their boundaries, sorted and in pages. If one page is not enough, there is one with the first boundary
-//! of each, and so on.
+//! of each, and so on. In a page the kernel begins where the slot of an address says.
 //!
 //! A source is on a list if any entry around it has not ended. So a range has to know only when the last one of those
 //! ends, and it does not matter how many entries are around one another.
@@ -26,6 +26,7 @@ const FOR_EVER: u64 = u64::MAX;
 const NOT_LISTED: u64 = 0;
 
 const PAGE: usize = Size::SOURCE_PAGE_BOUNDARIES.0 as usize;
+const SLOTS: usize = Size::SOURCE_PAGE_SLOTS.0 as usize;
 const LEVELS: u32 = Size::SOURCE_LEVELS.0;
 
 /// What holds from an address on, up to the next boundary.
@@ -148,15 +149,35 @@ fn pages_below(boundaries: usize) -> usize {
 
 /// At most as many boundaries as a page has room for. `below` is the first of the pages that they lead to.
 fn page(boundaries: &[Boundary], below: Option<u32>) -> Box<SourcePage> {
+    let halves = |addr: u128| ((addr >> 64) as u64, addr as u64);
     let mut page = Box::new(SourcePage {
-        count: boundaries.len() as u32,
         leads_on: below.is_some().into(),
         first_page: below.unwrap_or_default(),
         ..Default::default()
     });
-    for (at, boundary) in boundaries.iter().enumerate() {
-        (page.high[at], page.low[at]) = ((boundary.addr >> 64) as u64, boundary.addr as u64);
-        page.expires_ns[at] = boundary.expires_ns;
+    for (entry, boundary) in page.boundaries.iter_mut().zip(boundaries) {
+        (entry.high, entry.low) = halves(boundary.addr);
+        entry.expires_ns = boundary.expires_ns;
+    }
+
+    // The first boundary of a list is far in front of the others, so the slots begin with the second.
+    let (Some(begin), Some(end)) = (boundaries.get(1), boundaries.last()) else { return page };
+    (page.high, page.low) = halves(begin.addr);
+    let by_low = page.high == halves(end.addr).0;
+    page.by_low = by_low.into();
+    let offset = |addr: u128| match halves(addr.max(begin.addr)) {
+        (_, low) if by_low => low - page.low,
+        (high, _) => high - page.high,
+    };
+    let bits = u64::BITS - offset(end.addr).leading_zeros();
+    page.shift = bits.saturating_sub(SLOTS.ilog2()) as u8;
+    let mut last = 0;
+    for (slot, before) in page.slots.iter_mut().take(SLOTS + 1).enumerate() {
+        let is_before = |next: &Boundary| offset(next.addr) >> page.shift < slot as u64;
+        while boundaries.get(last + 1).is_some_and(is_before) {
+            last += 1;
+        }
+        *before = last as u8;
     }
     page
 }

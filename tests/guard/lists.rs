@@ -206,6 +206,59 @@ pub fn random_lists_decide_as_a_look_at_every_entry() -> Result<()> {
     Ok(())
 }
 
+/// Hosts and small networks in clusters of all sizes: pages whose boundaries lie in one corner of what they span, or have
+/// one upper half of their IPv6 addresses in common, and searches from in front of them and behind them.
+pub fn however_sources_lie_all_are_found() -> Result<()> {
+    let mut random = Random::seeded()?;
+    let mut bench = Bench::new(Kind::Tc, "")?;
+    for round in 0..share_of(30)? {
+        let mut any = || u128::from(random.next()) << 64 | u128::from(random.next());
+        let bases = [any(), any(), any()];
+        let bases = &bases[..1 + round % 3];
+        // The last of them fill pages below the first one, of each family.
+        let (hosts, widest) = (*random.one_of(&[3, 20, 100, 800]), *random.one_of(&[16, 64, 128]));
+        let host = |random: &mut Random| {
+            let is_v6 = random.below(2) == 0;
+            let width = if is_v6 { 128 } else { 32 };
+            let within = u128::from(random.next()) << 64 | u128::from(random.next());
+            let within = within & host_bits(128, 127 - random.below(widest.min(width) as usize) as u32);
+            (is_v6, width, (random.one_of(bases) ^ within) & host_bits(width, 0))
+        };
+        let entry = |random: &mut Random| {
+            let (is_v6, width, addr) = host(random);
+            let bits = width - random.below(3) as u32;
+            let addr = addr & !host_bits(width, bits);
+            Entry { is_v6, addr, bits, has_expired: false, text: format!("'{}/{bits}'", ip(is_v6, addr)) }
+        };
+        let mut list: Vec<Entry> = (0..hosts).map(|_| entry(&mut random)).collect();
+        list.sort_by_key(|entry| (entry.is_v6, entry.addr, entry.bits));
+        list.dedup_by_key(|entry| (entry.is_v6, entry.addr, entry.bits));
+        let text: Vec<&str> = list.iter().map(|entry| entry.text.as_str()).collect();
+        bench.set_rules(&format!("blocked = [{}]\n{RULE}", text.join(", ")))?;
+
+        let mut addrs: Vec<(bool, u128)> = Vec::new();
+        for entry in &list {
+            addrs.extend(entry.edges().map(|addr| (entry.is_v6, addr)));
+        }
+        // Near a cluster, and on either side of it.
+        for bit in 0..128 {
+            let (is_v6, width, addr) = host(&mut random);
+            addrs.push((is_v6, (addr ^ 1 << bit) & host_bits(width, 0)));
+        }
+        for (is_v6, addr) in addrs {
+            let verdict = match longest(&list, is_v6, addr) {
+                _ if is_v6 && addr >> 32 == 0xffff => "malformed",
+                Some(_) => "blocked",
+                None => "missing",
+            };
+            let text: &dyn std::fmt::Display = if list.len() < 30 { &text.join(", ") } else { &"many" };
+            expect(&mut bench, &[(&ip(is_v6, addr).to_string(), verdict)])
+                .with_context(|| format!("blocked: {text}"))?;
+        }
+    }
+    Ok(())
+}
+
 /// Among a million of each family every look goes through three pages, and at their ends from one to the next.
 pub fn a_million_entries_and_then_few_and_none() -> Result<()> {
     const STEP: u32 = 4200;

@@ -13,6 +13,7 @@ mod oracle;
 #[path = "../packets/packet.rs"]
 #[allow(dead_code)]
 mod packet;
+mod races;
 #[path = "../packets/random.rs"]
 #[allow(dead_code)]
 mod random;
@@ -41,7 +42,7 @@ macro_rules! cases {
 }
 
 fn main() -> ExitCode {
-    support::run(cases![
+    let mut cases = cases![
         table: tc_and_xdp_do_what_the_oracle_says every_verdict_has_a_packet
             a_truncated_frame_to_a_protected_port_never_passes without_a_link_header_the_same_is_decided
             the_packet_stays_as_it_came marks_are_set_at_tc without_rules_everything_passes;
@@ -63,6 +64,18 @@ fn main() -> ExitCode {
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it
             while_lists_are_replaced_a_source_is_on_the_old_one_or_the_new_one
             random_lists_decide_as_a_look_at_every_entry a_million_entries_and_then_few_and_none
-            a_list_that_needs_one_page_more;
-    ])
+            a_list_that_needs_one_page_more however_sources_lie_all_are_found;
+    ];
+    cases.push(support::case(
+        "races::two_cpus_never_accept_one_token_for_two_flows",
+        &[Need::Root, Need::Cpus(races::CPUS)],
+        races::two_cpus_never_accept_one_token_for_two_flows,
+    ));
+    // Elsewhere nobody but the kernel can hold a bucket.
+    cases.push(support::case(
+        "races::a_bucket_that_is_never_free_takes_no_new_token",
+        &[Need::Root, Need::Works("uname -m | grep x86_64")],
+        races::a_bucket_that_is_never_free_takes_no_new_token,
+    ));
+    support::run(cases)
 }

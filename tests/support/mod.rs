@@ -18,6 +18,8 @@ pub enum Need {
     Tool(&'static str),
     /// A kernel of at least this version.
     Kernel(u32, u32),
+    /// So many CPUs.
+    Cpus(usize),
     /// A limit on the memory of event buffers, which `perf_event_paranoid` of -1 lifts.
     BufferLimit,
     /// A machine on which time says something, which an emulated one is not.
@@ -38,6 +40,10 @@ impl Need {
                 let mut dirs = std::env::split_paths(&path)
                     .chain([Path::new("/usr/sbin").into(), Path::new("/sbin").into()]);
                 (!dirs.any(|dir| dir.join(name).exists())).then(|| format!("{name} is not installed"))
+            }
+            Need::Cpus(count) => {
+                let has = std::thread::available_parallelism().map_or(1, usize::from);
+                (has < count).then(|| format!("it needs {count} CPUs, there are {has}"))
             }
             Need::BufferLimit => std::fs::read_to_string("/proc/sys/kernel/perf_event_paranoid")
                 .is_ok_and(|text| text.trim() == "-1")
