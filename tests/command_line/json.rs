@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
@@ -15,7 +14,11 @@ use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
 /// The documents, in which one line shows all keys of each type.
-const DOCUMENTS: [&str; 3] = ["README.md", "docs/policy.md", "docs/guard.md"];
+const DOCUMENTS: [(&str, &str); 3] = [
+    ("README.md", include_str!("../../README.md")),
+    ("docs/policy.md", include_str!("../../docs/policy.md")),
+    ("docs/guard.md", include_str!("../../docs/guard.md")),
+];
 
 /// Keys that are not always there, by their type.
 const OPTIONAL: [(&str, &[&str]); 6] = [
@@ -34,8 +37,7 @@ fn keys(object: &Value) -> BTreeSet<String> {
 /// The keys of each type, as they are documented.
 pub fn documented() -> Result<BTreeMap<String, BTreeSet<String>>> {
     let mut types: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    for name in DOCUMENTS {
-        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name))?;
+    for (name, text) in DOCUMENTS {
         for line in text.lines().filter(|line| line.starts_with("{\"type\"")) {
             let object: Value = serde_json::from_str(line).with_context(|| format!("{name}: {line}"))?;
             let kind = object["type"].as_str().with_context(|| format!("{name}: {line}"))?;
