@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::counters::{GuardCounters, Row};
 use super::program::GuardMaps;
 use super::rules::Rules;
-use super::types::Size;
+use super::types::{Mode, Rule, Size};
 use crate::clock;
 use crate::state::{self, Instance};
 use crate::token::keyed::Slots;
@@ -164,6 +164,20 @@ pub fn restore(instance: &Instance, maps: &GuardMaps) -> Result<Option<Rules>> {
         )
     };
     restore().with_context(doing).map(Some)
+}
+
+/// Whether a rule that is in use wants marks, or would if it were restored. The caller holds the lock of the state.
+///
+/// # Errors
+/// The kernel refused to read them.
+pub fn marks(instance: &Instance) -> Result<bool> {
+    if let Ok(maps) = GuardMaps::open(&instance.pins) {
+        let table = maps.table()?;
+        let is_mark = |rule: &Rule| u32::from(rule.mode) == Mode::MODE_MARK.0;
+        return Ok(table.is_some_and(|table| table.rules.iter().any(is_mark)));
+    }
+    let last = state::newest(&instance.guard_dir).and_then(|number| remembered(instance, number).ok());
+    Ok(last.is_some_and(|(_, rules)| rules.marks()))
 }
 
 impl Memory {

@@ -45,9 +45,6 @@ struct Job<'a> {
 pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> Result<()> {
     let doing = format!("attaching the guard to {}", scope.ifaces.join(", "));
     privileges::check(&doing)?;
-    if args.hook == HookArg::Xdp && rules.is_some_and(Rules::marks) {
-        bail!("{doing}: {NO_MARKS}");
-    }
     let links = scope.find(&Netlink::connect()?.links()?)?;
     for link in &links {
         link_header(link)?;
@@ -88,6 +85,10 @@ impl Job<'_> {
         rules: Option<&Rules>,
         keys: Option<&[Key]>,
     ) -> Result<()> {
+        let marks = rules.map_or_else(|| running::marks(self.instance), |rules| Ok(rules.marks()))?;
+        if self.args.hook == HookArg::Xdp && marks {
+            bail!("attaching the guard: {NO_MARKS}");
+        }
         self.instance.create()?;
         let mut wanted = Program::wanted_maps()?;
         wanted.extend(GuardProgram::wanted_maps()?);
@@ -97,7 +98,7 @@ impl Job<'_> {
         let netns_ino = Netns::current()?.inode();
         let mut ready = false;
         for link in links {
-            for kind in self.candidates(link, rules)? {
+            for kind in self.candidates(link, marks)? {
                 let settings = Settings {
                     kind,
                     sample: self.args.sample,
@@ -148,7 +149,7 @@ impl Job<'_> {
     }
 
     /// What may be attached to an interface, the best first.
-    fn candidates(&self, link: &Link, rules: Option<&Rules>) -> Result<Vec<Kind>> {
+    fn candidates(&self, link: &Link, marks: bool) -> Result<Vec<Kind>> {
         let has_ethernet = link_header(link)? == LinkHeader::Ethernet;
         let tc = if has_ethernet { Kind::Tc } else { Kind::TcLayer3 };
         Ok(match self.args.hook {
@@ -165,7 +166,7 @@ impl Job<'_> {
                     .iter()
                     .any(|filter| ours(&filter.loaded));
                 let wants_tc = self.args.priority.is_some() || self.args.handle.is_some();
-                match has_ethernet && !at_tc && !wants_tc && !rules.is_some_and(Rules::marks) {
+                match has_ethernet && !at_tc && !wants_tc && !marks {
                     true => vec![Kind::Xdp, tc],
                     false => vec![tc],
                 }
