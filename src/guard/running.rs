@@ -166,6 +166,18 @@ pub fn restore(instance: &Instance, maps: &GuardMaps) -> Result<Option<Rules>> {
     restore().with_context(doing).map(Some)
 }
 
+/// Whether a rule that is in use wants marks, or would if it were restored. The caller holds the lock of the state.
+///
+/// # Errors
+/// The kernel refused to read them.
+pub fn marks(instance: &Instance) -> Result<bool> {
+    if let Ok(maps) = GuardMaps::open(&instance.pins) {
+        return maps.marks();
+    }
+    let last = state::newest(&instance.guard_dir).and_then(|number| remembered(instance, number).ok());
+    Ok(last.is_some_and(|(_, rules)| rules.marks()))
+}
+
 impl Memory {
     fn paths(instance: &Instance, number: u64) -> (PathBuf, PathBuf) {
         let path = |kind| instance.guard_dir.join(format!("{number}.{kind}"));

@@ -1,5 +1,7 @@
 //! Priority and handle: chosen, moved, taken.
 
+use std::fs;
+
 use anyhow::{Result, ensure};
 
 use crate::look::{counter, expect_ours, filters, ours};
@@ -120,4 +122,25 @@ pub fn a_place_that_cannot_be_is_wrong_usage() -> Result<()> {
         ensure_eq!(output.status.code(), Some(2), "{flags}: {said}");
     }
     expect_ours(&world.ns, "c0", 0)
+}
+
+/// Also when the rules are those that run: XDP has no marks, and would leave them away without a word.
+pub fn a_guard_that_marks_goes_where_there_are_marks() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    let rules = "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'mark'\nmark = { valid = 1, refused = 2 }\n\
+                 tokens = '0000000000000001'\n";
+    let path = world.lab.run.with_extension("marks.toml");
+    fs::write(&path, rules)?;
+    let guard = |args: &str| format!("guard --netns {} {args}", world.ns);
+    world.lab.ok(&guard(&format!("-i c0 --attach --rules {}", path.display())))?;
+    let refused = world.lab.run(&guard("-i c1 --attach --hook xdp"))?;
+    let said = String::from_utf8(refused.stderr)?;
+    ensure!(refused.status.code() == Some(1) && said.contains("--hook tc"), "{said}");
+    world.lab.ok(&guard("-i c1 --attach"))?;
+    for iface in ["c0", "c1"] {
+        let found = filters(&world.ns, iface, "ingress")?;
+        ensure!(found.len() == 1 && found[0].contains("netoken_guard"), "{iface}: {found:#?}");
+    }
+    Ok(())
 }

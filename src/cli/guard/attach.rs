@@ -89,13 +89,17 @@ impl Job<'_> {
         rules: Option<&Rules>,
         keys: Option<&[Key]>,
     ) -> Result<()> {
+        let marks = rules.map_or_else(|| running::marks(self.instance), |rules| Ok(rules.marks()))?;
+        if self.args.hook == HookArg::Xdp && marks {
+            bail!("attaching the guard: {NO_MARKS}");
+        }
         self.instance.create()?;
         let mut wanted = Program::wanted_maps()?;
         wanted.extend(GuardProgram::wanted_maps()?);
         self.renewal = Some(self.instance.renew(wanted)?);
         // So that every command finds an instance whole, whichever side was attached first.
         Program::make_maps(&self.instance.pins)?;
-        if rules.is_some_and(Rules::marks) {
+        if marks {
             self.expect_no_xdp_beside(links)?;
         }
         let netns_ino = Netns::current()?.inode();
@@ -103,6 +107,10 @@ impl Job<'_> {
         for link in links {
             let mut why = None;
             for kind in self.candidates(link)? {
+                if kind == Kind::Xdp && marks {
+                    why = Some("the rules mark, which needs an skb".to_string());
+                    continue;
+                }
                 let settings = Settings {
                     kind,
                     sample: self.args.sample,
@@ -112,15 +120,6 @@ impl Job<'_> {
                     faults: 0,
                 };
                 let program = GuardProgram::load(settings, Some(&self.instance.pins))?;
-                if kind == Kind::Xdp
-                    && rules.map_or_else(|| program.maps.marks(), |rules| Ok(rules.marks()))?
-                {
-                    if self.args.hook == HookArg::Xdp {
-                        bail!("attaching the guard to {}: {NO_MARKS}", link.name);
-                    }
-                    why = Some("the rules mark, which needs an skb".to_string());
-                    continue;
-                }
                 if !ready {
                     self.prepare(&program.maps, rules, keys)?;
                     ready = true;
