@@ -1,5 +1,5 @@
-//! An HTTP server that answers who connected: address, token, tag and what is thought of the token. It needs no
-//! rights, except to read the keys, or to ask a guard that scrubs tokens.
+//! An HTTP server that prints who connected, and answers it: address, token, tag and what is thought of the token. It needs
+//! no rights, except to read the keys, or to ask a guard that scrubs tokens.
 //!
 //! ```text
 //! who '[::]:8080'                                     says what the token is
@@ -51,22 +51,22 @@ fn main() -> Result<()> {
     let listener = peer::listen(addr.parse().with_context(|| format!("reading '{addr}'"))?)?;
     for stream in listener.incoming() {
         let (stream, judges) = (stream.context("accepting a connection")?, judges.clone());
-        thread::spawn(move || {
-            if let Err(error) = answer(stream, &judges) {
-                eprintln!("{error:#}");
-            }
+        thread::spawn(move || match answer(stream, &judges) {
+            Ok(text) => println!("{text}"),
+            Err(error) => eprintln!("{error:#}"),
         });
     }
     Ok(())
 }
 
-/// Answers one request.
-pub fn answer(mut stream: TcpStream, judges: &Judges) -> Result<()> {
+/// Answers one request, and returns what it said.
+pub fn answer(mut stream: TcpStream, judges: &Judges) -> Result<String> {
     // Before the request is waited for: a token is good for some seconds.
     let text = describe(&stream, judges)?;
     read_request(&mut stream).context("reading a request")?;
     let head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close";
-    write!(stream, "{head}\r\nContent-Length: {}\r\n\r\n{text}", text.len()).context("answering")
+    write!(stream, "{head}\r\nContent-Length: {}\r\n\r\n{text}", text.len()).context("answering")?;
+    Ok(text)
 }
 
 fn describe(stream: &TcpStream, judges: &Judges) -> Result<String> {

@@ -71,8 +71,8 @@ impl Kernel {
                 Err(why) => format!("the verifier refused the program; its log could not be saved: {why}"),
             }
         } else if log.contains("parameter mismatch") {
-            "the pinned maps are of another version of netoken; remove them with `netoken --destroy` of that \
-             version, or use another --instance"
+            "the pinned maps are of another version of netoken; attach this one, which takes over what is in use, or \
+             use another --instance"
                 .to_string()
         } else if denied && self.version().is_some_and(|version| version < (5, 11)) {
             "the limit on locked memory may be too low for kernels before 5.11; raise it with \

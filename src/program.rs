@@ -4,7 +4,7 @@
 use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use anyhow::{Context, Result};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -16,6 +16,7 @@ use crate::events::buffer::set_reader;
 use crate::inner;
 use crate::kernel::Kernel;
 use crate::keys::live::LiveKeys;
+use crate::pins::{Wanted, expect, open, path_of};
 use crate::skel::types::rodata;
 use crate::skel::{NetokenSkelBuilder, OpenNetokenMaps};
 use crate::types::Config;
@@ -134,7 +135,7 @@ impl Program {
         let mut storage = MaybeUninit::uninit();
         let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
         let mut open = opened.context("opening the classifier that is built into this program")?;
-        pin_all(pins, &mut open.maps)?;
+        pin_below(pins, kept(&mut open.maps))?;
         open.progs.netoken_egress.set_autoload(false);
         open.progs.netoken_egress3.set_autoload(false);
         let (loaded, log) = messages(|| open.load());
@@ -142,6 +143,17 @@ impl Program {
         let maps = Maps::open(pins)?;
         clock::publish(&maps.clock, None)?;
         Ok(maps)
+    }
+
+    /// The maps of an instance as this version makes them.
+    ///
+    /// # Errors
+    /// The classifier that is built in cannot be opened.
+    pub(crate) fn wanted_maps() -> Result<Vec<Wanted>> {
+        let mut storage = MaybeUninit::uninit();
+        let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
+        let mut open = opened.context("opening the classifier that is built into this program")?;
+        Ok(kept(&mut open.maps).into_iter().map(|map| Wanted::new(map)).collect())
     }
 
     /// Loads the classifier. With `pins`, its maps are those that are pinned in this directory; what is not
@@ -183,7 +195,7 @@ impl Program {
         };
         data.has_tai = kernel.has_tai.into();
         if let Some(dir) = pins {
-            pin_all(dir, &mut open.maps)?;
+            pin_below(dir, kept(&mut open.maps))?;
         }
 
         let (attaches, header) = (purpose == Purpose::Attach, settings.link_header);
@@ -225,25 +237,30 @@ impl Program {
 }
 
 /// Everything that an instance keeps.
-fn pin_all(dir: &Path, maps: &mut OpenNetokenMaps<'_>) -> Result<()> {
-    pin_below(dir, &mut maps.policies)?;
-    pin_below(dir, &mut maps.policy_entries)?;
-    pin_below(dir, &mut maps.policy_records)?;
-    pin_below(dir, &mut maps.policy_sets)?;
-    pin_below(dir, &mut maps.hits)?;
-    pin_below(dir, &mut maps.more_hits)?;
-    pin_below(dir, &mut maps.counters)?;
-    pin_below(dir, &mut maps.events)?;
-    pin_below(dir, &mut maps.live)?;
-    pin_below(dir, &mut maps.clock)?;
-    pin_below(dir, &mut maps.keys)?;
-    pin_below(dir, &mut maps.rings)?;
-    pin_below(dir, &mut maps.key_counts)
+fn kept<'a, 'obj>(maps: &'a mut OpenNetokenMaps<'obj>) -> [&'a mut OpenMapMut<'obj>; 13] {
+    [
+        &mut maps.policies,
+        &mut maps.policy_entries,
+        &mut maps.policy_records,
+        &mut maps.policy_sets,
+        &mut maps.hits,
+        &mut maps.more_hits,
+        &mut maps.counters,
+        &mut maps.events,
+        &mut maps.live,
+        &mut maps.clock,
+        &mut maps.keys,
+        &mut maps.rings,
+        &mut maps.key_counts,
+    ]
 }
 
-pub(crate) fn pin_below(dir: &Path, map: &mut OpenMapMut<'_>) -> Result<()> {
-    let path = dir.join(map.name());
-    map.set_pin_path(&path).with_context(|| format!("choosing {} as a pin", path.display()))
+/// Loads them from their pins, or pins them.
+pub(crate) fn pin_below<const N: usize>(dir: &Path, maps: [&mut OpenMapMut<'_>; N]) -> Result<()> {
+    maps.into_iter().try_for_each(|map| {
+        let path = path_of(dir, &map.name().to_string_lossy());
+        map.set_pin_path(&path).with_context(|| format!("choosing {} as a pin", path.display()))
+    })
 }
 
 impl Maps {
@@ -252,10 +269,8 @@ impl Maps {
     /// # Errors
     /// A pin is missing or not readable.
     pub fn open(dir: &Path) -> Result<Maps> {
-        let open = |name: &str| {
-            MapHandle::from_pinned_path(dir.join(name))
-                .with_context(|| format!("opening the pinned map '{name}'"))
-        };
+        expect(dir, &Program::wanted_maps()?)?;
+        let open = |name: &str| open(dir, name);
         Ok(Maps {
             policies: open("policies")?,
             policy_entries: open("policy_entries")?,
@@ -291,14 +306,30 @@ impl Maps {
 /// What the program was told that has these maps, as the kernel keeps it; nothing if another version of netoken has
 /// loaded it.
 pub fn config_among(map_ids: &[u32]) -> Option<Config> {
+    static LEN_BYTES: OnceLock<Option<u32>> = OnceLock::new();
+    let len_bytes = *LEN_BYTES.get_or_init(|| {
+        let mut storage = MaybeUninit::uninit();
+        let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
+        Some(opened.ok()?.maps.rodata.value_size())
+    });
+    settings_among(map_ids, len_bytes?, offset_of!(rodata, config))
+}
+
+/// What stands at an offset of the read-only data of the program that has these maps. That is `len_bytes` long, if it is of
+/// this version: longer than the skeleton knows, as compilers put constants of their own behind it.
+pub(crate) fn settings_among<T: Plain + Default>(
+    map_ids: &[u32],
+    len_bytes: u32,
+    offset: usize,
+) -> Option<T> {
     let maps = map_ids.iter().filter_map(|id| MapHandle::from_map_id(*id).ok());
     let settings = maps.into_iter().find(|map| map.name().to_string_lossy().ends_with(".rodata"))?;
     let bytes = settings.lookup(&0u32.to_ne_bytes(), MapFlags::ANY).ok()??;
-    if bytes.len() != size_of::<rodata>() {
+    if bytes.len() != len_bytes as usize {
         return None;
     }
-    let mut config = Config::default();
-    config.copy_from_bytes(bytes.get(offset_of!(rodata, config)..)?).ok()?;
+    let mut config = T::default();
+    config.copy_from_bytes(bytes.get(offset..)?).ok()?;
     Some(config)
 }
 

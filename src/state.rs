@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! /run/netoken/lock                     held by a command that changes something
-//! /run/netoken/bpf/<instance>/<map>     the pins of an instance
+//! /run/netoken/bpf/<instance>/<map>     the pins of an instance, see `pins`
 //! /run/netoken/<instance>.policy/       what is remembered of its policy, see `policy::running`
 //! /run/netoken/<instance>.guard/        what is remembered of its guard, see `guard::running`
 //! /run/netoken/<instance>.reader        held by the process that reads the events; says which it is
@@ -28,6 +28,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::statfs;
 
+use crate::pins::{Renewal, Wanted};
 use crate::program::Maps;
 
 /// Names another directory than /run/netoken.
@@ -265,12 +266,23 @@ impl Instance {
         self.pins.join("counters").exists()
     }
 
+    /// Whether those of a guard are among them.
+    pub fn has_guard(&self) -> bool {
+        self.pins.join("guard_counters").exists()
+    }
+
     /// Makes the directory of its pins.
     ///
     /// # Errors
     /// It cannot be made.
     pub fn create(&self) -> Result<()> {
         make_dir(&self.pins)
+    }
+
+    /// Makes place in it for what this version pins, if another version has pinned something there.
+    pub(crate) fn renew(&self, wanted: Vec<Wanted>) -> Result<Renewal> {
+        Renewal::begin(&self.pins, wanted)
+            .with_context(|| format!("looking at the maps of instance '{}'", self.name))
     }
 
     /// Its maps.
@@ -300,6 +312,24 @@ impl Instance {
         fs::remove_dir(&self.pins)
             .with_context(|| format!("removing the directory of instance '{}'", self.name))
     }
+}
+
+/// The highest number that a file in `dir` has for a name, before its extension.
+pub(crate) fn newest(dir: &Path) -> Option<u64> {
+    numbered(dir).into_iter().map(|(number, _)| number).max()
+}
+
+/// Removes the files in `dir` with a higher number, or with any if `number` is none.
+pub(crate) fn forget_newer(dir: &Path, number: Option<u64>) {
+    for (_, path) in numbered(dir).into_iter().filter(|(found, _)| Some(*found) > number) {
+        // What stays is written over by the next one of that number.
+        fs::remove_file(path).ok();
+    }
+}
+
+fn numbered(dir: &Path) -> Vec<(u64, PathBuf)> {
+    let paths = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    paths.filter_map(|path| Some((path.file_stem()?.to_str()?.parse().ok()?, path))).collect()
 }
 
 fn dir_path() -> PathBuf {

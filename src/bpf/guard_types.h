@@ -38,6 +38,10 @@ enum netoken_guard_size {
 	GUARD_REFUSED_MAX = 65536,
 	GUARD_AUTO_BLOCKED_MAX = 16384,
 	GUARD_SEVERITIES = 4,
+
+	/* Of what rules are compiled to, the maps `guard_rules`, `guard_lists` and `guard_sources`;
+	 * as POLICY_LAYOUT. */
+	GUARD_LAYOUT = 2,
 };
 
 /*

@@ -31,6 +31,10 @@ enum netoken_size {
 	HITS_FIRST = 4096,
 	HITS_CHUNK = 65536,
 	HITS_CHUNKS_MAX = 64,
+
+	/* Of what a policy is compiled to, the maps `policies` and `policy_*`. A change of their
+	 * types, or of what is in them, is a new layout: programs that are attached keep theirs. */
+	POLICY_LAYOUT = 1,
 };
 
 /*

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
-use super::policy::{Progress, put as put_policy, read as read_policy};
-use super::reload::{Loaded, Reload};
+use super::policy::{Progress, put as put_policy, read_by as read_policy};
+use super::reload::Reload;
 use super::signals::Signals;
 use crate::clock;
 use crate::events::reader::Reader;
@@ -17,6 +17,7 @@ use crate::events::rules::RuleNames;
 use crate::events::show::{Names, Output, Record};
 use crate::events::stream::{self, End};
 use crate::events::watch::Watch;
+use crate::files::Files;
 use crate::hooks::clsact::{Attachment, Hooks};
 use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
@@ -24,20 +25,22 @@ use crate::hooks::unused::remove_unused;
 use crate::keys::Key;
 use crate::keys::file::keys_for;
 use crate::netns::Netns;
+use crate::pins::Renewal;
 use crate::policy::read::Checked;
 use crate::policy::{Policy, running};
 use crate::privileges;
 use crate::program::{LinkHeader, Maps, Program, Settings};
-use crate::state::{Instance, Lock, ReaderLock, State};
+use crate::state::{self, Instance, Lock, ReaderLock, State};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let progress = Progress::new(scope.json);
+    let files = Files::default();
     let given = match &options.policy {
         PolicySource::Keep => None,
         PolicySource::Token(token) => Some(Given::Token(Policy::stamp_all(*token))),
         PolicySource::File(path) => {
-            Some(Given::File(path, read_policy(path, options.allow_missing, &progress)?))
+            Some(Given::File(path, read_policy(&files, path, options.allow_missing, &progress)?))
         }
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
@@ -56,6 +59,8 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         is_new,
         keys: keys.as_deref(),
         progress: &progress,
+        renewal: None,
+        restored: None,
         done: Vec::new(),
     };
     // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
@@ -82,9 +87,9 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         if had_policy {
             given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps, &progress))?;
         }
-        Ok((stream, output))
+        Ok((stream, output, job.renewal.take().and_then(Renewal::finish)))
     });
-    let (stream, mut output) = match prepared {
+    let (stream, mut output, taken_over) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
             drop(reading);
@@ -92,6 +97,9 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         }
     };
 
+    if let Some(taken_over) = taken_over {
+        note!("instance '{}': {taken_over}", instance.name);
+    }
     let told = job.tell(scope, &mut output, &note).context("writing to standard output");
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
@@ -100,15 +108,15 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         return told;
     };
     let mut reload = match &given {
-        Some(Given::File(path, checked)) => {
-            let load = || {
+        Some(Given::File(path, _)) => {
+            let load = |files: &Files| {
                 let progress = Progress::none();
-                let checked = read_policy(path, options.allow_missing, &progress)?;
+                let checked = read_policy(files, path, options.allow_missing, &progress)?;
                 let (_state, _lock) = State::create().context("loading the policy again")?;
                 put_policy(&instance, &maps, &checked, path, &progress)?;
-                Ok(Loaded { summary: checked.policy.summary(), files: checked.files })
+                Ok(checked.policy.summary())
             };
-            Some(Reload::new("policy", checked.files.clone(), options.watch, &signals.reload, load))
+            Some(Reload::new("policy", files, options.watch, &signals.reload, load))
         }
         _ => None,
     };
@@ -206,6 +214,9 @@ struct Job<'a> {
     is_new: bool,
     keys: Option<&'a [Key]>,
     progress: &'a Progress,
+    renewal: Option<Renewal>,
+    /// The number of the policy that was remembered last, if the maps had none.
+    restored: Option<Option<u64>>,
     done: Vec<(Link, Attachment)>,
 }
 
@@ -222,6 +233,7 @@ impl Job<'_> {
     fn attach(&mut self, lock: &Lock, targets: &[Target], given: Option<&Given<'_>>) -> Result<Attached> {
         let reading = if self.options.quiet { None } else { Some(self.state.lock_reader(self.instance)?) };
         self.instance.create()?;
+        self.renewal = Some(self.instance.renew(Program::wanted_maps()?)?);
         let mut attached: Option<Attached> = None;
         let mut hooks = Hooks::open(self.state)?;
         let netns_ino = Netns::current()?.inode();
@@ -238,10 +250,17 @@ impl Job<'_> {
             let program = Program::load(settings, Some(&self.instance.pins))?;
             let first = attached.is_none();
             if first {
+                self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
                 clock::publish(&program.maps.clock, self.options.slots)?;
                 self.keys.map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
             }
-            let running = program.maps.policy()?.is_some();
+            let mut running = program.maps.policy()?.is_some();
+            if first && !running {
+                self.restored = Some(state::newest(&self.instance.policy_dir));
+            }
+            if first && !running && given.is_none() && !self.is_new {
+                running = running::restore(self.instance, &program.maps)?;
+            }
             if first && !running {
                 let default = Given::Token(Policy::stamp_all(Token::DEFAULT));
                 given.unwrap_or(&default).put(self.instance, &program.maps, self.progress)?;
@@ -269,6 +288,10 @@ impl Job<'_> {
     /// is kept.
     fn give_up(mut self, lock: Lock, reason: anyhow::Error) -> anyhow::Error {
         self.undo(&lock);
+        drop(self.renewal.take());
+        if let Some(number) = self.restored {
+            state::forget_newer(&self.instance.policy_dir, number);
+        }
         if self.is_new {
             remove_unused(self.state, &lock, &self.instance.name).ok();
         }

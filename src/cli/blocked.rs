@@ -68,18 +68,14 @@ pub(super) fn unblock_prefix(json: bool, instance: &str, maps: &GuardMaps, prefi
     Ok(())
 }
 
-pub(super) fn print_alert(json: bool, instance: &str, alert: &Alert) -> Result<()> {
-    if json {
-        return print_json(&Record::Alert { instance, alert });
-    }
-    let time = humantime::format_rfc3339_micros(alert.time).to_string();
-    writeln!(
-        io::stdout().lock(),
-        "{}  alert: {}: {} refused within {} s",
-        &time[11..26],
-        alert.severity,
-        alert.refused,
-        alert.within_s
-    )
-    .context("writing to standard output")
+/// An alert, as `--json` prints it.
+pub(super) fn alert_record<'a>(instance: &'a str, alert: &'a Alert) -> impl Serialize + 'a {
+    Record::Alert { instance, alert }
+}
+
+/// An alert, for a person.
+pub(super) fn alert_line(alert: &Alert) -> String {
+    let time = humantime::format_rfc3339_millis(alert.time).to_string();
+    let Alert { severity, refused, within_s, .. } = alert;
+    format!("{}  alert: {severity}: {refused} refused within {within_s} s", &time[11..23])
 }

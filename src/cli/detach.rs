@@ -85,15 +85,7 @@ fn tell(scope: &Scope, done: &[Removed]) -> Result<()> {
             1 => "filter removed".to_string(),
             n => format!("{n} filters removed"),
         };
-        let qdisc = match removed.qdisc {
-            None | Some(Qdisc::Absent) => String::new(),
-            Some(Qdisc::Removed) => ", clsact qdisc removed: we made it and nobody else uses it".to_string(),
-            Some(Qdisc::InUse(1)) => ", clsact qdisc kept: 1 other filter on it".to_string(),
-            Some(Qdisc::InUse(others)) => format!(", clsact qdisc kept: {others} other filters on it"),
-            Some(Qdisc::HasChains) => ", clsact qdisc kept: somebody made a chain on it".to_string(),
-            Some(Qdisc::Foreign) => ", clsact qdisc kept: somebody else made it".to_string(),
-        };
-        note!("{}: {filter}{qdisc}", removed.interface);
+        note!("{}: {filter}{}", removed.interface, Qdisc::as_clause(removed.qdisc));
     }
     Ok(out.flush()?)
 }

@@ -17,15 +17,20 @@ use crate::state::State as RunState;
 
 const EXAMPLES: &str = "\
 Examples:
-  netoken key new edge                 make the first key of ring 'edge', which signs
-  netoken key list                     what there is, and what has been done with it; never a secret
-  netoken key rotate edge              1. make the next key; copy its file to every host, and there:
-  netoken key load                        give the kernel what the files say
-  netoken key rotate edge              2. let it sign
-  netoken key rotate edge              3. give up the one before, once it is idle
+  Make the first key of ring 'edge', which signs:
+    netoken key new edge
+  See what there is, and what has been done with it; never a secret:
+    netoken key list
+  A rotation: make the next key; copy its file to every host, load it there;
+  let it sign; give up the one before, once it is idle:
+    netoken key rotate edge
+    netoken key load
+    netoken key rotate edge
+    netoken key rotate edge
 
 A policy uses it: token = { tag = 17, key = \"edge\", bind = \"server\" }
-Keys are files in /etc/netoken/keys/INSTANCE; NETOKEN_KEYS names another /etc/netoken/keys.";
+Keys are files in /etc/netoken/keys/INSTANCE; NETOKEN_KEYS names another
+/etc/netoken/keys.";
 
 /// Make, list and rotate the keys of keyed tokens
 #[derive(Debug, clap::Args)]
@@ -46,6 +51,7 @@ pub(super) struct KeyArgs {
 #[derive(Debug, Subcommand)]
 enum KeyCommand {
     /// Make a key from the kernel's random source; the first one of a ring signs
+    #[command(after_help = "Example:\n  netoken key new edge")]
     New {
         /// Name of the ring, as policies use it
         ring: RingName,
@@ -57,13 +63,18 @@ enum KeyCommand {
         verify_only: bool,
     },
     /// Show keys, their state, and what has been done with them on this host
+    #[command(after_help = "Example:\n  netoken key list")]
     List,
     /// Do the next step of a rotation: add a key, let it sign, retire the one before
+    #[command(
+        after_help = "Example, for the second step and no other:\n  netoken key rotate edge --step sign"
+    )]
     Rotate {
         /// Name of the ring
         ring: RingName,
-        /// Fail unless this is the step that is due
-        #[arg(long)]
+        /// Fail unless this is the step that is due: add makes a key that only verifies, sign lets the newest key sign,
+        /// retire gives up those that are older
+        #[arg(long, hide_possible_values = true)]
         step: Option<Step>,
         /// Retire a key although it is still seen
         #[arg(long)]
@@ -73,6 +84,7 @@ enum KeyCommand {
         idle: u64,
     },
     /// Give the running instance the keys that the files hold
+    #[command(after_help = "Example:\n  netoken key load")]
     Load,
 }
 
@@ -102,6 +114,13 @@ struct Changed<'a> {
     ids: &'a [u8],
     /// The running instance has been told.
     loaded: bool,
+}
+
+/// What the running instance was given, as `--json` prints it.
+#[derive(Serialize)]
+#[serde(tag = "type", rename = "keys_loaded")]
+struct KeysLoaded<'a> {
+    ids: &'a [u8],
 }
 
 pub(super) fn run(args: KeyArgs) -> Result<()> {
@@ -253,7 +272,7 @@ fn load(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
     live.load(&keys)?;
     let ids: Vec<u8> = keys.iter().filter(|key| key.is_live()).map(Key::id).collect();
     if args.json {
-        return print_json(&serde_json::json!({ "type": "keys_loaded", "ids": ids }));
+        return print_json(&KeysLoaded { ids: &ids });
     }
     note!("instance '{}' has {} key{}", args.instance, ids.len(), if ids.len() == 1 { "" } else { "s" });
     Ok(())

@@ -7,12 +7,14 @@ mod detach;
 mod difference;
 mod guard;
 mod key;
+mod outdated;
 mod policy;
 mod query;
 mod reload;
 mod signals;
 mod table;
 mod token;
+mod told;
 
 use anyhow::Result;
 

@@ -1,8 +1,8 @@
 //! `--query`: what is attached where, since when, and what it has done.
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::io::{self, Write};
+use std::ops::Not;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
@@ -10,6 +10,8 @@ use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::args::Scope;
+use super::outdated::advice;
+use super::told::Told;
 use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::model::since_epoch;
@@ -21,9 +23,8 @@ use crate::kernel::Kernel;
 use crate::netns::Netns;
 use crate::policy::running::{self, Outline};
 use crate::privileges;
-use crate::program::{DEFAULT_EXID, DEFAULT_KIND, Maps};
+use crate::program::Maps;
 use crate::state::{Instance, State};
-use crate::types::Config;
 
 /// One filter of ours, as `--json` prints it.
 #[derive(Serialize)]
@@ -43,41 +44,12 @@ struct Hook {
     since: String,
     /// Foreign filters that see a packet first and may end its way.
     filters_before: usize,
+    /// Only if it is so: another version of netoken has loaded it, and no command changes what it goes by.
+    #[serde(skip_serializing_if = "Not::not")]
+    outdated: bool,
     /// What its program was told; nothing if another version of netoken has loaded it.
     #[serde(flatten)]
     told: Option<Told>,
-}
-
-/// What a program was told when it was attached.
-#[derive(Serialize)]
-struct Told {
-    option_kind: u8,
-    exid: u16,
-    /// Of so many SYNs of the same verdict on a CPU, one is sent as an event.
-    sample: u32,
-}
-
-impl From<Config> for Told {
-    fn from(config: Config) -> Told {
-        Told { option_kind: config.option_kind, exid: config.exid, sample: config.sample }
-    }
-}
-
-impl fmt::Display for Told {
-    /// What is not as it is if nothing is said.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut parts = Vec::new();
-        if self.option_kind != DEFAULT_KIND {
-            parts.push(format!("option kind {}", self.option_kind));
-        }
-        if self.exid != DEFAULT_EXID {
-            parts.push(format!("ExID {:#06x}", self.exid));
-        }
-        if self.sample != 1 {
-            parts.push(format!("events for one of {} SYNs", self.sample));
-        }
-        f.write_str(&parts.join(", "))
-    }
 }
 
 /// The counters of one instance, as `--json` prints them.
@@ -119,7 +91,13 @@ pub(super) fn run(scope: &Scope) -> Result<()> {
         return nothing(scope, &[]);
     };
     let hooks = find(scope, &state)?;
-    let held = held(scope, &state, &hooks)?;
+    let held = match held(scope, &state, &hooks) {
+        Ok(held) => held,
+        Err(error) => {
+            print(scope, &hooks, &[]).context("writing to standard output")?;
+            return Err(error);
+        }
+    };
     if hooks.is_empty() {
         nothing(scope, &held)?;
     }
@@ -223,12 +201,13 @@ fn hook(netns: &str, netns_inode: u32, interface: &str, ours: Attached, boot: Sy
     Hook {
         netns: netns.to_string(),
         netns_inode,
-        told: ours.loaded.config().map(Told::from),
+        told: Told::of(&ours.loaded),
         interface: interface.to_string(),
         hook: "clsact egress",
         program: ours.program,
         handle: ours.filter.handle,
         priority: ours.filter.priority,
+        outdated: ours.loaded.is_outdated,
         instance: ours.loaded.instance,
         since: humantime::format_rfc3339_seconds(since_epoch(boot + ours.loaded.loaded_at)).to_string(),
         filters_before: ours.before,
@@ -314,9 +293,12 @@ fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
             true => hook.interface.clone(),
             false => format!("{} in {}", hook.interface, hook.netns),
         };
-        let told = hook.told.as_ref().map_or(String::new(), Told::to_string);
-        if !told.is_empty() {
+        if let Some(told) = hook.told.as_ref().filter(|told| !told.is_usual()) {
             writeln!(out, "{place}: {told}")?;
+        }
+        if hook.outdated {
+            let instance = hook.instance.as_deref();
+            writeln!(out, "{}", advice("netoken", &hook.interface, &hook.netns, instance))?;
         }
         if hook.filters_before > 0 {
             let others = match hook.filters_before {

@@ -1,64 +1,37 @@
 //! Loads the file of a streaming process again: on SIGHUP and, if that is asked for, when it changes. A file that is wrong
 //! is told and changes nothing.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+use crate::files::{Files, Stamp};
+
 /// How often files are looked at. A look follows names and links anew, so it does not matter how a file is replaced:
 /// written in place, renamed over, or behind a link that is moved, as Kubernetes does it.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// What tells one state of a file from another; nothing if it is not there.
-type Stamp = Option<(u64, u64, u64, i64, i64)>;
-
-/// What is in use since a file was loaded.
-pub(super) struct Loaded {
-    /// In one line.
-    pub summary: String,
-    /// The file and all that it names.
-    pub files: Vec<PathBuf>,
-}
-
-/// How to load a file, and what it was like when it was last loaded.
+/// How to load a file, and what it was like when it was last read, with all that it names.
 pub(super) struct Reload<'a, L> {
     /// What is in the file.
     what: &'static str,
     load: L,
-    files: Vec<PathBuf>,
+    files: Files,
     /// A change is enough.
     watch: bool,
     asked: &'a AtomicBool,
-    loaded: Vec<Stamp>,
     /// At the last look. A file that still changes is not read.
-    seen: Vec<Stamp>,
+    seen: Vec<Option<Stamp>>,
     next_look: Instant,
 }
 
-impl<'a, L: FnMut() -> Result<Loaded>> Reload<'a, L> {
-    /// For a file that was loaded just now, with all that it names. `load` reads it and puts it into use.
-    pub fn new(
-        what: &'static str,
-        files: Vec<PathBuf>,
-        watch: bool,
-        asked: &'a AtomicBool,
-        load: L,
-    ) -> Reload<'a, L> {
-        let loaded = stamps(&files);
-        Reload {
-            what,
-            load,
-            watch,
-            asked,
-            seen: loaded.clone(),
-            loaded,
-            files,
-            next_look: Instant::now() + PAUSE,
-        }
+impl<'a, L: FnMut(&Files) -> Result<String>> Reload<'a, L> {
+    /// For a file that is in use, and was read by way of `files`. `load` reads it, puts it into use, and says what that is
+    /// in one line.
+    pub fn new(what: &'static str, files: Files, watch: bool, asked: &'a AtomicBool, load: L) -> Self {
+        let seen = files.as_read();
+        Reload { what, load, files, watch, asked, seen, next_look: Instant::now() + PAUSE }
     }
 
     /// Loads it again if that is asked for or due.
@@ -67,19 +40,24 @@ impl<'a, L: FnMut() -> Result<Loaded>> Reload<'a, L> {
         if !asked && !self.has_changed() {
             return;
         }
-        // Before it is read: what changes while it is read is a change.
-        self.loaded = stamps(&self.files);
-        match (self.load)() {
-            Ok(Loaded { summary, files }) => {
-                // What a file was like that it did not name before, when it was read, nobody knows: it is read once more.
-                if files != self.files {
-                    self.files = files;
-                    self.asked.store(true, Ordering::Relaxed);
-                }
-                note!("{} loaded again: {summary}", self.what);
+        let files = Files::default();
+        match (self.load)(&files) {
+            Ok(summary) => note!("{} loaded again: {summary}", self.what),
+            Err(error) => {
+                let error = format!("{error:#}");
+                // In one piece: nobody else's line comes between them.
+                note!("netoken: {}\nnetoken: {}", error.trim_end(), self.what_now());
             }
-            Err(error) => note!("netoken: {error:#}"),
         }
+        self.seen = files.as_read();
+        self.files = files;
+    }
+
+    /// What a person needs to know after a load that failed. Not every reason is in a file that is watched.
+    fn what_now(&self) -> String {
+        let then = if self.watch { ", save the file, or" } else { "" };
+        let id = std::process::id();
+        format!("still in use: the {} as loaded before; when this is mended{then}: kill -HUP {id}", self.what)
     }
 
     fn has_changed(&mut self) -> bool {
@@ -87,18 +65,10 @@ impl<'a, L: FnMut() -> Result<Loaded>> Reload<'a, L> {
             return false;
         }
         self.next_look = Instant::now() + PAUSE;
-        let now = stamps(&self.files);
+        let now = self.files.now();
         let is_calm = now == self.seen;
         self.seen = now;
         // Between two steps of a replacement a file may not be there.
-        is_calm && self.seen != self.loaded && self.seen.first().is_some_and(Option::is_some)
+        is_calm && self.seen != self.files.as_read() && self.seen.first().is_some_and(Option::is_some)
     }
-}
-
-fn stamps(files: &[PathBuf]) -> Vec<Stamp> {
-    let stamp = |path: &PathBuf| {
-        let file = fs::metadata(path).ok()?;
-        Some((file.dev(), file.ino(), file.size(), file.mtime(), file.mtime_nsec()))
-    };
-    files.iter().map(stamp).collect()
 }

@@ -21,16 +21,31 @@ use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 use crate::token::Token;
 use crate::token::keyed::{Bind, Flow, Parts, Refusal, SLOT_S, Slots, Stamp, Valid, Verifier, make};
 
+const MAKE_EXAMPLE: &str = "\
+Example:
+  netoken token make --keys /etc/netoken/keys/default --key edge --tag 17 \\
+      --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304";
+
+const CHECK_EXAMPLE: &str = "\
+Example:
+  netoken token check 00112d3ab4f30123 --keys /etc/netoken/keys/default \\
+      --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304";
+
+const DECODE_EXAMPLE: &str = "\
+Example:
+  tcpdump -i eth0 -w - 'tcp[tcpflags] & tcp-syn != 0' | netoken token decode -";
+
 const EXAMPLES: &str = "\
 Examples:
   netoken token make --keys /etc/netoken/keys/default --key edge --tag 17 \\
       --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304
-  netoken token check 00113... --keys /etc/netoken/keys/default \\
-      --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304 --time 2026-11-21T08:30:00Z
+  netoken token check 00112d3ab4f30123 --keys /etc/netoken/keys/default \\
+      --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304 \\
+      --time 2026-11-21T08:30:00Z
   tcpdump -i eth0 -w - 'tcp[tcpflags] & tcp-syn != 0' | netoken token decode -
   netoken token decode --keys /etc/netoken/keys/default capture.pcapng
 
-Exit codes: 0 done and, for check, valid; 1 failed, or not valid; 2 wrong usage.";
+Exit codes: 0 done and, for check, valid; 1 failed or not valid; 2 wrong usage.";
 
 /// Make, check and find tokens, without the kernel
 #[derive(Debug, clap::Args)]
@@ -47,10 +62,13 @@ pub(super) struct TokenArgs {
 #[derive(Debug, Subcommand)]
 enum TokenCommand {
     /// Make the token of a SYN
+    #[command(after_help = MAKE_EXAMPLE)]
     Make(MakeArgs),
     /// Say whether a token belongs to a SYN, and if not why
+    #[command(after_help = CHECK_EXAMPLE)]
     Check(CheckArgs),
     /// Show each SYN of a capture, its token, and what else shares the experimental options
+    #[command(after_help = DECODE_EXAMPLE)]
     Decode(DecodeArgs),
 }
 
@@ -93,7 +111,7 @@ struct MakeArgs {
     #[command(flatten)]
     flow: FlowArgs,
 
-    /// Ring whose signing key makes it [default: that of the only key]
+    /// Ring whose signing key makes it [default: the only one]
     #[arg(long, value_name = "RING")]
     key: Option<RingName>,
 
@@ -230,14 +248,22 @@ struct Made {
     slot: u32,
 }
 
+fn signing(keys: &[Key], ring: RingName) -> Result<&Key> {
+    signer(keys, ring)
+        .with_context(|| format!("making a token: no key of ring '{ring}' signs; see: netoken key list"))
+}
+
 fn run_make(args: &TokenArgs, wanted: &MakeArgs) -> Result<()> {
     let keys = wanted.source.load()?.unwrap_or_default();
     let key = match (wanted.key, &keys[..]) {
-        (Some(ring), _) => signer(&keys, ring).with_context(|| {
-            format!("making a token: no key of ring '{ring}' signs; see: netoken key list")
-        })?,
+        (Some(ring), _) => signing(&keys, ring)?,
         (None, [key]) => key,
-        (None, all) => bail!("making a token: there are {} keys; say whose with --key RING", all.len()),
+        (None, [first, others @ ..]) if others.iter().all(|other| other.ring() == first.ring()) => {
+            signing(&keys, first.ring())?
+        }
+        (None, all) => {
+            bail!("making a token: there are {} keys, of several rings; say whose with --key RING", all.len())
+        }
     };
     let secret = key.secret().context("making a token: the key has been retired")?;
     let FlowArgs { src, dst, isn, time } = wanted.flow;

@@ -1,9 +1,10 @@
 //! What the kernel reports, from the perf buffer to the terminal.
 //!
 //! [`buffer`] and [`reader`] take events out of the kernel, [`model`] gives them a meaning, [`rules`] knows what rules
-//! are called, [`show`] prints them, [`watch`] notices when an interface or a filter disappears, [`stream`] runs all of it until it is told to stop.
+//! are called, [`show`] prints them in [`columns`], [`watch`] notices when an interface or a filter disappears, [`stream`] runs all of it until it is told to stop.
 
 pub mod buffer;
+pub mod columns;
 pub mod model;
 pub mod reader;
 pub mod rules;

@@ -1,17 +1,13 @@
 //! Prints what happens: aligned columns for a person, or one JSON object a line for a program.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
-use std::os::fd::AsFd;
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::sync::atomic::AtomicBool;
 
 use serde::Serialize;
 
+use super::columns::Columns;
 use super::model::Syn;
 use super::rules::RuleNames;
 use super::watch::Change;
@@ -66,61 +62,14 @@ pub enum Record<'a> {
     },
 }
 
-/// How often one who waits for the reader of standard output looks whether to stop, in milliseconds.
-const LOOK_MS: u16 = 100;
-/// How long the reader may take for the last lines.
-const GRACE: Duration = Duration::from_secs(1);
-/// What a pipe that is ready for writing takes without waiting: PIPE_BUF of pipe(7).
-const AT_ONCE: usize = 4096;
-
-/// Standard output, whose reader may stop reading: a pager, a terminal after Ctrl-S. A write that waits for it ends
-/// when we are told to stop, as if the reader had gone.
-struct Patient {
-    out: File,
-    stop: Arc<AtomicBool>,
-    /// When to stop waiting, once we were told.
-    until: Option<Instant>,
-}
-
-impl Patient {
-    fn gives_up(&mut self) -> bool {
-        if !self.stop.load(Ordering::Relaxed) {
-            return false;
-        }
-        Instant::now() >= *self.until.get_or_insert_with(|| Instant::now() + GRACE)
-    }
-}
-
-impl Write for Patient {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        loop {
-            let mut fds = [PollFd::new(self.out.as_fd(), PollFlags::POLLOUT)];
-            match poll(&mut fds, PollTimeout::from(LOOK_MS)) {
-                Ok(0) | Err(nix::errno::Errno::EINTR) if self.gives_up() => {
-                    return Err(io::ErrorKind::BrokenPipe.into());
-                }
-                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
-                _ => return self.out.write(&bytes[..bytes.len().min(AT_ONCE)]),
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Where the stream is printed.
 pub struct Output {
-    out: BufWriter<Patient>,
+    out: Columns<COLUMNS>,
     json: bool,
     names: Names,
     rules: RuleNames,
-    /// Widths of the columns, which only grow; the heads are printed again when one has.
-    widths: [usize; COLUMNS],
 }
 
-/// Between the time and the token.
 const COLUMNS: usize = 7;
 const HEADS: [&str; COLUMNS] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN", "OPTIONS", "RULE"];
 /// What most IPv4 lines need, so that they fit into 120 columns.
@@ -132,9 +81,7 @@ impl Output {
     /// # Errors
     /// There is no descriptor left.
     pub fn new(json: bool, names: Names, rules: RuleNames, stop: Arc<AtomicBool>) -> io::Result<Output> {
-        let out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-        let out = BufWriter::new(Patient { out, stop, until: None });
-        Ok(Output { out, json, names, rules, widths: WIDTHS })
+        Ok(Output { out: Columns::new(HEADS, WIDTHS, stop)?, json, names, rules })
     }
 
     /// True if the lines are JSON.
@@ -152,10 +99,7 @@ impl Output {
     /// # Errors
     /// Standard output is closed.
     pub fn heads(&mut self) -> io::Result<()> {
-        if self.json {
-            return Ok(());
-        }
-        self.columns("TIME (UTC)", HEADS.map(str::to_string), "TOKEN")
+        if self.json { Ok(()) } else { self.out.heads() }
     }
 
     /// Prints a record, which only JSON has.
@@ -163,7 +107,7 @@ impl Output {
     /// # Errors
     /// Standard output is closed.
     pub fn record(&mut self, record: &Record<'_>) -> io::Result<()> {
-        print_record(&mut self.out, record)
+        self.out.json(record)
     }
 
     /// Prints one SYN.
@@ -176,7 +120,7 @@ impl Output {
         let rule_name = self.rules.get(syn.generation, syn.rule);
         if self.json {
             let record = Record::Syn { interface: &name, syn, rule_name };
-            return print_record(&mut self.out, &record);
+            return self.out.json(&record);
         }
         let time = humantime::format_rfc3339_millis(syn.time).to_string();
         let verdict = match (syn.verdict, syn.dropped) {
@@ -202,28 +146,7 @@ impl Output {
             rule,
         ];
         let token = syn.token.map_or("-".to_string(), |token| token.to_string());
-        if self.grow(&cells) {
-            self.heads()?;
-        }
-        // 2026-11-21T07:36:54.123Z: a person who watches knows the day, and what needs more reads JSON.
-        self.columns(&time[11..23], cells, &token)
-    }
-
-    /// Makes room for the cells. True if there was too little.
-    fn grow(&mut self, cells: &[String; COLUMNS]) -> bool {
-        let before = self.widths;
-        for (cell, width) in cells.iter().zip(&mut self.widths) {
-            *width = (*width).max(cell.chars().count());
-        }
-        self.widths != before
-    }
-
-    fn columns(&mut self, first: &str, cells: [String; COLUMNS], rest: &str) -> io::Result<()> {
-        write!(self.out, "{first:<12}")?;
-        for (cell, width) in cells.iter().zip(self.widths) {
-            write!(self.out, "  {cell:<width$}")?;
-        }
-        writeln!(self.out, "  {rest}")
+        self.out.line(&time, &cells, &token)
     }
 
     /// Prints the totals.
@@ -234,7 +157,7 @@ impl Output {
         if self.json {
             return self.record(&Record::Totals { counters, lost });
         }
-        writeln!(self.out, "-- {}", totals_line(counters, lost))
+        self.out.text(&format!("-- {}", totals_line(counters, lost)))
     }
 
     /// Sends to standard output what was printed.
@@ -244,11 +167,6 @@ impl Output {
     pub fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }
-}
-
-fn print_record(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, record)?;
-    out.write_all(b"\n")
 }
 
 /// The counters in one line: those that are not zero, and always the stamped ones.

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Result;
 use plain::Plain;
 use serde::Serialize;
+use serde::ser::SerializeMap;
 
 use super::counters::{GuardCounters, verdict_name};
 use super::program::GuardMaps;
@@ -34,8 +35,10 @@ pub struct Seen {
     /// Index of the interface in that namespace.
     pub ifindex: u32,
     /// Source; none if the packet does not show it. The port is 0 if only that is not shown.
+    #[serde(flatten, serialize_with = "source")]
     pub src: Option<SocketAddr>,
     /// Destination, the same.
+    #[serde(flatten, serialize_with = "destination")]
     pub dst: Option<SocketAddr>,
     /// Initial sequence number.
     pub isn: u32,
@@ -55,6 +58,26 @@ pub struct Seen {
 
 fn rfc3339<S: serde::Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&humantime::format_rfc3339_micros(*time))
+}
+
+/// One end of a flow as address and port, with the names that the stamp's events have for them.
+fn end<S: serde::Serializer>(
+    [addr, port]: [&'static str; 2],
+    end: Option<SocketAddr>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let mut map = serializer.serialize_map(Some(2))?;
+    map.serialize_entry(addr, &end.map(|end| end.ip()))?;
+    map.serialize_entry(port, &end.map(|end| end.port()))?;
+    map.end()
+}
+
+fn source<S: serde::Serializer>(src: &Option<SocketAddr>, serializer: S) -> Result<S::Ok, S::Error> {
+    end(["src", "sport"], *src, serializer)
+}
+
+fn destination<S: serde::Serializer>(dst: &Option<SocketAddr>, serializer: S) -> Result<S::Ok, S::Error> {
+    end(["dst", "dport"], *dst, serializer)
 }
 
 /// The name of a mode, as rules call it.

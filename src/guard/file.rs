@@ -1,16 +1,17 @@
 //! The guard's file: read from TOML and checked as a whole, with the lists that it names.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustc_hash::FxHashSet;
 use serde::Deserialize;
 
+use super::forms::{ListedFile, OneOrMany, UntilFile};
 use super::rules::{Listed, Mark, Mode, Rule, Rules};
 use super::thresholds::{AlertsFile, AutoBlockFile};
 use super::types::Size;
+use crate::files::Files;
 use crate::keys::RingName;
 use crate::policy::values::Prefix;
 use crate::token::Token;
@@ -63,7 +64,8 @@ fn one() -> u32 {
 #[serde(deny_unknown_fields)]
 struct RuleFile {
     name: String,
-    dst: OneOrMany<PrefixFile>,
+    /// Prefixes, which are judged with the rest of the rule.
+    dst: OneOrMany<String>,
     port: Option<OneOrMany<PortFile>>,
     mode: ModeFile,
     mark: Option<Mark>,
@@ -88,50 +90,10 @@ enum ModeFile {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany<T> {
-    One(T),
-    Many(Vec<T>),
-}
-
-impl<T> Default for OneOrMany<T> {
-    fn default() -> Self {
-        OneOrMany::Many(Vec::new())
-    }
-}
-
-impl<T> OneOrMany<T> {
-    fn into_vec(self) -> Vec<T> {
-        match self {
-            OneOrMany::One(one) => vec![one],
-            OneOrMany::Many(many) => many,
-        }
-    }
-}
-
-/// What serde would say of a list of either form hides the reason, so the text is kept and judged later.
-#[derive(Deserialize)]
-struct PrefixFile(String);
-
-#[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a port is a number, and a range of them a text like \"8000-8010\"")]
 enum PortFile {
     Number(i64),
     Range(String),
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum ListedFile {
-    Always(String),
-    Until(UntilFile),
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct UntilFile {
-    src: String,
-    until: String,
 }
 
 impl PortFile {
@@ -172,9 +134,9 @@ fn time(text: &str) -> Result<SystemTime> {
 }
 
 /// One prefix a line, and behind it, if it expires, when. A `#` begins a comment.
-fn list_file(path: &Path) -> Result<Vec<Listed>> {
+fn list_file(path: &Path, files: &Files) -> Result<Vec<Listed>> {
     let doing = || format!("reading the list {}", path.display());
-    let text = fs::read_to_string(path).with_context(doing)?;
+    let text = files.read(path).with_context(doing)?;
     let mut listed = Vec::new();
     for (line, number) in text.lines().zip(1..) {
         let mut words = line.split('#').next().unwrap_or_default().split_whitespace();
@@ -193,8 +155,7 @@ fn list_file(path: &Path) -> Result<Vec<Listed>> {
 
 impl RuleFile {
     fn check(self) -> Result<Rule> {
-        let dst: Vec<Prefix> =
-            self.dst.into_vec().iter().map(|PrefixFile(text)| text.parse()).collect::<Result<_>>()?;
+        let dst: Vec<Prefix> = self.dst.into_vec().iter().map(|text| text.parse()).collect::<Result<_>>()?;
         if dst.is_empty() {
             bail!("'dst' names no destination");
         }
@@ -254,20 +215,17 @@ impl Rules {
     /// # Errors
     /// A file cannot be read or says nonsense; the message shows the place in it.
     pub fn from_file(path: &Path) -> Result<Rules> {
-        Rules::read(path).map(|(rules, _)| rules)
+        Rules::read(path, &Files::default())
     }
 
-    /// The same, and all files that were read, of which the first is this one.
+    /// The same by way of `files`, which knows all of them afterwards, also if this fails.
     ///
     /// # Errors
     /// The same.
-    pub fn read(path: &Path) -> Result<(Rules, Vec<PathBuf>)> {
-        let text =
-            fs::read_to_string(path).with_context(|| format!("reading the rules {}", path.display()))?;
+    pub fn read(path: &Path, files: &Files) -> Result<Rules> {
+        let text = files.read(path).with_context(|| format!("reading the rules {}", path.display()))?;
         let dir = path.parent().unwrap_or(Path::new(""));
-        let mut files = vec![path.to_path_buf()];
-        let rules = Rules::parse(&text, dir, &mut files);
-        Ok((rules.with_context(|| format!("checking the rules {}", path.display()))?, files))
+        Rules::parse(&text, dir, files).with_context(|| format!("checking the rules {}", path.display()))
     }
 
     /// Checks the text of a file. Lists that it names are looked for in `dir`.
@@ -275,12 +233,13 @@ impl Rules {
     /// # Errors
     /// It says nonsense; the message shows the line.
     pub fn from_toml(text: &str, dir: &Path) -> Result<Rules> {
-        Rules::parse(text, dir, &mut Vec::new())
+        Rules::parse(text, dir, &Files::default())
     }
 
     /// The same, with the lists that it names added to `files`.
-    fn parse(text: &str, dir: &Path, files: &mut Vec<PathBuf>) -> Result<Rules> {
-        let file: RulesFile = toml::from_str(text)?;
+    fn parse(text: &str, dir: &Path, files: &Files) -> Result<Rules> {
+        let file: RulesFile =
+            toml::from_str(text).map_err(|error| anyhow!("{}", error.to_string().trim_end()))?;
         let slots =
             file.slots.map(|s| Slots::new(s.length, s.behind, s.ahead)).transpose().context("'slots'")?;
 
@@ -294,15 +253,14 @@ impl Rules {
             }
             rules.push(rule.check().context(place)?);
         }
-        let mut list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
+        let list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
             let mut listed: Vec<Listed> = inline
                 .into_iter()
                 .map(ListedFile::check)
                 .collect::<Result<_>>()
                 .context(format!("'{name}'"))?;
             if let Some(file) = file {
-                files.push(dir.join(file));
-                listed.extend(list_file(&files[files.len() - 1])?);
+                listed.extend(list_file(&dir.join(file), files)?);
             }
             check_list(&listed).context(format!("'{name}'"))?;
             Ok::<_, anyhow::Error>(listed)
@@ -351,6 +309,8 @@ fn check_list(list: &[Listed]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn rules(text: &str) -> Result<Rules> {
@@ -402,6 +362,13 @@ mod tests {
             (&format!("{RULE}port = '9-8'"), "ends before it begins"),
             (&format!("{RULE}port = []"), "names no port"),
             (&format!("{RULE}{RULE}"), "line 6: rule 'a': an earlier rule"),
+            (&RULE.replace("tokens = '0000000000000001'", "tokens = 1"), "line 5"),
+            (&RULE.replace("tokens = '0000000000000001'", "keys = ['edge', 5]"), "invalid type: integer `5`"),
+            (&RULE.replace("'10.0.0.0/8'", "true"), "expected one value or a list of them"),
+            (&format!("{RULE}port = ['http', true]"), "a port is a number"),
+            (&format!("exempt = [{{ src = '1.2.3.4' }}]\n{RULE}"), "missing field `until`"),
+            (&format!("exempt = [{{ prefix = '1.2.3.4' }}]\n{RULE}"), "unknown field `prefix`"),
+            (&format!("exempt = [5]\n{RULE}"), "expected a prefix, or { src = PREFIX, until = TIME }"),
             (&format!("blocked = ['1.2.3.4', '1.2.3.4/32']\n{RULE}"), "1.2.3.4/32 is listed twice"),
             (&format!("exempt = [{{ src = '1.2.3.4', until = 'soon' }}]\n{RULE}"), "'soon' is no time"),
             (&format!("blocked_file = 'no-such-file'\n{RULE}"), "no-such-file"),
@@ -410,6 +377,7 @@ mod tests {
         ] {
             let error = format!("{:#}", rules(text).unwrap_err());
             assert!(error.contains(expect), "{text}\ngave {error}");
+            assert!(!error.contains("untagged") && error == error.trim_end(), "{text}\ngave {error}");
         }
     }
 

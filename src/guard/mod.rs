@@ -10,6 +10,7 @@ mod compile;
 pub mod counters;
 pub mod events;
 mod file;
+mod forms;
 pub mod program;
 pub mod rules;
 pub mod running;

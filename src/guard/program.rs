@@ -1,25 +1,28 @@
 //! Loads the guard and gives it its rules. The one place that drives the guard's skeleton; what leaves it is file
 //! descriptors and typed settings.
 
-use std::mem::MaybeUninit;
+use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenMapMut};
 use plain::Plain;
 
 use super::compile::RingNumbers;
 use super::rules::Rules;
 use super::sources;
-use super::types::{Config, Size, Table};
+use super::types::{Config, Mode, Size, Table};
 use crate::clock;
-use crate::guard_skel::GuardSkelBuilder;
+use crate::guard_skel::types::rodata;
+use crate::guard_skel::{GuardSkelBuilder, OpenGuardMaps};
 use crate::inner;
 use crate::kernel::Kernel;
 use crate::keys::live::LiveKeys;
-use crate::program::{DEFAULT_EXID, DEFAULT_KIND, messages, pin_below};
+use crate::pins::{Wanted, expect, open};
+use crate::program::{DEFAULT_EXID, DEFAULT_KIND, messages, pin_below, settings_among};
 
 /// The names that `tc filter show`, `ip link` and `bpftool prog` print.
 pub const PROGRAM_NAME: &str = "netoken_guard";
@@ -30,6 +33,21 @@ pub const PROGRAM_NAME_XDP: &str = "netoken_guardx";
 
 // SAFETY: integers and arrays of them, without hidden padding, which guard_types.h asserts.
 unsafe impl Plain for Table {}
+
+// SAFETY: the same.
+unsafe impl Plain for Config {}
+
+/// What the guard was told that has these maps, as the kernel keeps it; nothing if another version of netoken has
+/// loaded it.
+pub(crate) fn config_among(map_ids: &[u32]) -> Option<Config> {
+    static LEN_BYTES: OnceLock<Option<u32>> = OnceLock::new();
+    let len_bytes = *LEN_BYTES.get_or_init(|| {
+        let mut storage = MaybeUninit::uninit();
+        let (opened, _) = messages(|| GuardSkelBuilder::default().open(&mut storage));
+        Some(opened.ok()?.maps.rodata.value_size())
+    });
+    settings_among(map_ids, len_bytes?, offset_of!(rodata, config))
+}
 
 /// Which of the programs to load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +130,17 @@ impl AsFd for GuardProgram {
 }
 
 impl GuardProgram {
+    /// The maps of the guard of an instance as this version makes them.
+    ///
+    /// # Errors
+    /// The guard that is built in cannot be opened.
+    pub(crate) fn wanted_maps() -> Result<Vec<Wanted>> {
+        let mut storage = MaybeUninit::uninit();
+        let (opened, _) = messages(|| GuardSkelBuilder::default().open(&mut storage));
+        let mut open = opened.context("opening the guard that is built into this program")?;
+        Ok(kept(&mut open.maps).into_iter().map(|map| Wanted::new(map)).collect())
+    }
+
     /// Loads the guard. With `pins`, its maps are those that are pinned in this directory; what is not there yet is
     /// created and pinned.
     ///
@@ -134,22 +163,7 @@ impl GuardProgram {
         };
         data.has_tai = kernel.has_tai.into();
         if let Some(dir) = pins {
-            let maps = &mut open.maps;
-            pin_below(dir, &mut maps.guard_rules)?;
-            pin_below(dir, &mut maps.guard_lists)?;
-            pin_below(dir, &mut maps.guard_sources)?;
-            pin_below(dir, &mut maps.guard_tokens)?;
-            pin_below(dir, &mut maps.guard_peers)?;
-            pin_below(dir, &mut maps.guard_refused)?;
-            pin_below(dir, &mut maps.guard_auto_blocked)?;
-            pin_below(dir, &mut maps.guard_alarms)?;
-            pin_below(dir, &mut maps.guard_counters)?;
-            pin_below(dir, &mut maps.guard_events)?;
-            pin_below(dir, &mut maps.guard_live)?;
-            pin_below(dir, &mut maps.clock)?;
-            pin_below(dir, &mut maps.keys)?;
-            pin_below(dir, &mut maps.rings)?;
-            pin_below(dir, &mut maps.key_counts)?;
+            pin_below(dir, kept(&mut open.maps))?;
         }
         open.progs.netoken_guard.set_autoload(settings.kind == Kind::Tc);
         open.progs.netoken_guard3.set_autoload(settings.kind == Kind::TcLayer3);
@@ -187,16 +201,35 @@ impl GuardProgram {
     }
 }
 
+/// Everything that an instance keeps of its guard, and what it shares with the stamp.
+fn kept<'a, 'obj>(maps: &'a mut OpenGuardMaps<'obj>) -> [&'a mut OpenMapMut<'obj>; 15] {
+    [
+        &mut maps.guard_rules,
+        &mut maps.guard_lists,
+        &mut maps.guard_sources,
+        &mut maps.guard_tokens,
+        &mut maps.guard_peers,
+        &mut maps.guard_refused,
+        &mut maps.guard_auto_blocked,
+        &mut maps.guard_alarms,
+        &mut maps.guard_counters,
+        &mut maps.guard_events,
+        &mut maps.guard_live,
+        &mut maps.clock,
+        &mut maps.keys,
+        &mut maps.rings,
+        &mut maps.key_counts,
+    ]
+}
+
 impl GuardMaps {
     /// Opens what is pinned below `dir`.
     ///
     /// # Errors
     /// A pin is missing or not readable.
     pub fn open(dir: &Path) -> Result<GuardMaps> {
-        let open = |name: &str| {
-            MapHandle::from_pinned_path(dir.join(name))
-                .with_context(|| format!("opening the pinned map '{name}'"))
-        };
+        expect(dir, &GuardProgram::wanted_maps()?)?;
+        let open = |name: &str| open(dir, name);
         Ok(GuardMaps {
             rules: open("guard_rules")?,
             lists: open("guard_lists")?,
@@ -224,6 +257,16 @@ impl GuardMaps {
         let read = table.copy_from_bytes(&bytes.context("the rules in use are empty")?);
         read.map_err(|_| anyhow!("the rules in use are of another version of netoken"))?;
         Ok(Some(table))
+    }
+
+    /// Whether a rule in use wants marks, which XDP does not have.
+    ///
+    /// # Errors
+    /// The kernel refused to read them.
+    pub fn marks(&self) -> Result<bool> {
+        let table = self.table()?;
+        Ok(table
+            .is_some_and(|table| table.rules.iter().any(|rule| u32::from(rule.mode) == Mode::MODE_MARK.0)))
     }
 
     /// Puts rules and lists into use, without remembering anything of them: see [`super::running::load`].

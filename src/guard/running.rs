@@ -24,7 +24,7 @@ use super::program::GuardMaps;
 use super::rules::Rules;
 use super::types::Size;
 use crate::clock;
-use crate::state::Instance;
+use crate::state::{self, Instance};
 use crate::token::keyed::Slots;
 
 /// Rules that are in use.
@@ -64,19 +64,23 @@ struct Counted {
 /// # Errors
 /// The running rules are then unchanged.
 pub fn load(instance: &Instance, maps: &GuardMaps, rules: &Rules, source: &str) -> Result<()> {
-    let running = maps.table()?.map_or(0, |table| table.number);
-    let memory = Memory::read(instance, running).unwrap_or_default();
-    let number = running + 1;
+    let running = maps.table()?.map(|table| table.number);
+    // Where there are none, programs of another version may still go by the last ones.
+    let before = running.or_else(|| state::newest(&instance.guard_dir)).unwrap_or(0);
+    let memory = Memory::read(instance, before).unwrap_or_default();
+    let number = before + 1;
     let next = Memory {
         loaded: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         source: source.to_string(),
         rules: give_rows(rules, &memory, &GuardCounters::read(maps)?)?,
     };
-    next.write(instance, number, rules)?;
-    let rows: Vec<u8> = next.rules.iter().map(|counted| counted.row).collect();
-    maps.install(rules, number, &rows)?;
-    forget_all_but(instance, number);
-    Ok(())
+    let installed = next.put(instance, maps, number, rules);
+    match (&installed, running) {
+        (Err(_), _) => state::forget_newer(&instance.guard_dir, Some(before)),
+        (Ok(()), Some(_)) => forget_all_but(instance, number),
+        (Ok(()), None) => {}
+    }
+    installed
 }
 
 /// A row for every rule. One that the running rules use is given to nobody else: they count there until the moment of
@@ -86,7 +90,12 @@ fn give_rows(rules: &Rules, memory: &Memory, counters: &GuardCounters) -> Result
     let mut free =
         (1..Size::GUARD_ROWS.0 as u8).filter(|row| memory.rules.iter().all(|rule| rule.row != *row));
     let give = |name: &str| match known.get(name) {
-        Some(counted) => Ok((*counted).clone()),
+        Some(counted) => {
+            // Where the counters have begun anew, so does what is taken off them.
+            let now = counters.row(counted.row);
+            let before = counted.before.iter().zip(&now).map(|(before, now)| *before.min(now)).collect();
+            Ok(Counted { before, ..(*counted).clone() })
+        }
         None => {
             let row = free.next().context("giving every rule counters: there are not enough")?;
             Ok(Counted { name: name.to_string(), row, before: counters.row(row) })
@@ -103,17 +112,13 @@ pub fn read(instance: &Instance, maps: &GuardMaps) -> Result<Running> {
     let Some(table) = maps.table()? else {
         bail!("the guard of instance '{}' has no rules", instance.name);
     };
-    let number = table.number;
     let lost = || {
         format!(
             "reading what is remembered of the guard of instance '{}'; load the rules again to mend that",
             instance.name
         )
     };
-    let (toml, _) = Memory::paths(instance, number);
-    let memory = Memory::read(instance, number).with_context(lost)?;
-    let text = fs::read_to_string(&toml).with_context(lost)?;
-    let mut rules = Rules::from_toml(&text, &instance.guard_dir).with_context(lost)?;
+    let (memory, mut rules) = remembered(instance, table.number).with_context(lost)?;
     let now = clock::published(&maps.clock)?;
     rules.slots = Slots::new((now.slot_ns / 1_000_000_000) as u32, now.slots_behind, now.slots_ahead).ok();
     let counters = GuardCounters::read(maps)?;
@@ -124,10 +129,41 @@ pub fn read(instance: &Instance, maps: &GuardMaps) -> Result<Running> {
     Ok(Running {
         rules,
         counts: memory.rules.iter().map(since).collect(),
-        number,
+        number: table.number,
         loaded: humantime::parse_rfc3339(&memory.loaded).with_context(lost)?,
         source: memory.source,
     })
+}
+
+fn remembered(instance: &Instance, number: u64) -> Result<(Memory, Rules)> {
+    let memory = Memory::read(instance, number)?;
+    let (toml, _) = Memory::paths(instance, number);
+    let rules = Rules::from_toml(&fs::read_to_string(toml)?, &instance.guard_dir)?;
+    Ok((memory, rules))
+}
+
+/// Puts what is remembered into maps that have no rules, because those that had them are of another version of netoken.
+/// Returns the rules, if any are remembered. They stay as they are, under another number: programs of that version still go
+/// by them. The caller holds the lock of the state.
+///
+/// # Errors
+/// This version cannot read them, or cannot put them into use.
+pub fn restore(instance: &Instance, maps: &GuardMaps) -> Result<Option<Rules>> {
+    let Some(before) = state::newest(&instance.guard_dir) else { return Ok(None) };
+    let restore = || -> Result<Rules> {
+        let (mut memory, rules) = remembered(instance, before)?;
+        memory.rules = give_rows(&rules, &memory, &GuardCounters::read(maps)?)?;
+        memory.put(instance, maps, before + 1, &rules)?;
+        Ok(rules)
+    };
+    let doing = || {
+        format!(
+            "carrying over the guard's rules of instance '{}', which another version of netoken has loaded; say which \
+             to use with --rules FILE",
+            instance.name
+        )
+    };
+    restore().with_context(doing).map(Some)
 }
 
 impl Memory {
@@ -139,6 +175,13 @@ impl Memory {
     fn read(instance: &Instance, number: u64) -> Result<Memory> {
         let (_, json) = Memory::paths(instance, number);
         Ok(serde_json::from_str(&fs::read_to_string(json)?)?)
+    }
+
+    /// Writes it down and puts its rules into use.
+    fn put(&self, instance: &Instance, maps: &GuardMaps, number: u64, rules: &Rules) -> Result<()> {
+        self.write(instance, number, rules)?;
+        let rows: Vec<u8> = self.rules.iter().map(|counted| counted.row).collect();
+        maps.install(rules, number, &rows)
     }
 
     fn write(&self, instance: &Instance, number: u64, rules: &Rules) -> Result<()> {

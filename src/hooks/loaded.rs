@@ -10,6 +10,8 @@ use libbpf_rs::{MapCore, MapHandle};
 use nix::errno::Errno;
 
 use crate::guard::program as guard;
+use crate::guard::types as guard_types;
+use crate::pins;
 use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, config_among};
 use crate::state::State;
 use crate::types::Config;
@@ -48,6 +50,8 @@ pub struct Loaded {
     pub loaded_at: Duration,
     /// The instance whose maps it uses; none if its pins are gone.
     pub instance: Option<String>,
+    /// It goes by a policy or by rules that no command reaches, because another version of netoken has loaded it.
+    pub is_outdated: bool,
     /// Ids of its maps.
     map_ids: Vec<u32>,
 }
@@ -57,6 +61,11 @@ impl Loaded {
     pub fn config(&self) -> Option<Config> {
         config_among(&self.map_ids)
     }
+
+    /// The same of a guard.
+    pub fn guard_config(&self) -> Option<guard_types::Config> {
+        guard::config_among(&self.map_ids)
+    }
 }
 
 /// Every program of ours that is loaded, in whatever network namespace, by program id.
@@ -65,14 +74,19 @@ impl Loaded {
 /// An instance's pins cannot be read, or the kernel refused to list its programs.
 pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
     let mut owners = HashMap::new();
+    // By what the stamp or the guard of an instance has to use, or no command reaches it.
+    let mut needed: HashMap<(String, bool), Vec<u32>> = HashMap::new();
     for instance in state.instances() {
-        // The stamp has the one, the guard the other. An attach that was killed leaves an instance without all of
-        // its maps; the next one completes it.
-        for map in ["counters", "guard_counters"] {
-            if let Ok(counters) = MapHandle::from_pinned_path(instance.pins.join(map)) {
-                let id = counters.info().context("asking for a map's id")?.info.id;
-                owners.insert(id, instance.name.clone());
+        // An attach that was killed leaves an instance without all of its maps; the next one completes it.
+        for (pin, id) in pins::ids(&instance.pins)? {
+            for (is_guard, names) in
+                [(false, ["counters", "policies"]), (true, ["guard_counters", "guard_rules"])]
+            {
+                if names.iter().any(|name| pins::path_of(&instance.pins, name).ends_with(&pin)) {
+                    needed.entry((instance.name.clone(), is_guard)).or_default().push(id);
+                }
             }
+            owners.insert(id, instance.name.clone());
         }
     }
     Ok(every_program()?
@@ -82,8 +96,12 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
             let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
             // One whose pins are gone is ours if it has our maps.
             let ours = instance.is_some() || has_maps(&program.map_ids, maps);
+            let is_outdated = instance.as_ref().is_some_and(|name| {
+                let needed = needed.get(&(name.clone(), role != Role::Stamp));
+                needed.is_none_or(|ids| ids.len() < 2 || ids.iter().any(|id| !program.map_ids.contains(id)))
+            });
             let (loaded_at, map_ids) = (program.load_time, program.map_ids);
-            ours.then_some((program.id, Loaded { role, loaded_at, instance, map_ids }))
+            ours.then_some((program.id, Loaded { role, loaded_at, instance, is_outdated, map_ids }))
         })
         .collect())
 }

@@ -192,13 +192,14 @@ pub fn attach_xdp(
     if let Some((mode, foreign)) = &foreign
         && !(allowed.force && mode.is_some())
     {
-        let remedy = match mode {
-            Some(_) => "push it out with --force, or remove it first",
-            None => "the hardware runs it: remove it first",
+        let (remedy, flag) = match mode {
+            Some(Mode::Native) => ("push it out with --force, or remove it first", "xdpdrv"),
+            Some(Mode::Generic) => ("push it out with --force, or remove it first", "xdpgeneric"),
+            None => ("the hardware runs it: remove it first", "xdpoffload"),
         };
         bail!(
             "{what}: somebody else's program {foreign} is there, and an interface has one XDP program; use --hook tc, or \
-             {remedy}: ip link set dev {} xdp off",
+             {remedy}: ip link set dev {} {flag} off",
             link.name
         );
     }

@@ -71,9 +71,20 @@ impl Maps {
     /// # Errors
     /// The kernel refused a map; the running policy is then unchanged.
     pub fn install(&self, compiled: &Compiled, progress: Option<Progress<'_>>) -> Result<u64> {
+        let number = self.generation()?.map_or(0, |before| before.number) + 1;
+        self.install_as(number, compiled, progress).map(|()| number)
+    }
+
+    /// The same as the generation of that number.
+    pub(super) fn install_as(
+        &self,
+        number: u64,
+        compiled: &Compiled,
+        progress: Option<Progress<'_>>,
+    ) -> Result<()> {
         let before = self.generation()?;
         let mut next = *compiled.generation;
-        next.number = before.as_ref().map_or(0, |before| before.number) + 1;
+        next.number = number;
         next.slot = before.as_ref().map_or(0, |before| 1 - before.slot.min(1));
 
         // A command that was killed may have left something there.
@@ -85,10 +96,7 @@ impl Maps {
         generation.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("filling the generation")?;
         inner::put(&self.policies, 0, &generation).context("putting the policy into use")?;
         // Only now: the update has waited for those who still used the other slot.
-        if let Some(before) = before {
-            self.empty(before.slot)?;
-        }
-        Ok(next.number)
+        before.map_or(Ok(()), |before| self.empty(before.slot))
     }
 
     fn parts(&self) -> [Part<'_>; 3] {

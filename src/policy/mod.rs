@@ -12,6 +12,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use crate::files::Files;
 use crate::keys::RingName;
 use crate::token::{Token, TokenSpec};
 
@@ -177,7 +178,7 @@ impl Policy {
     /// # Errors
     /// The file cannot be read or is not a policy; the message shows every place in it that is wrong.
     pub fn from_file(path: &Path) -> Result<Policy> {
-        Ok(read::read_file(path, &read::Options::default())?.policy)
+        Ok(read::read_file(path, &Files::default(), &read::Options::default())?.policy)
     }
 
     /// Checks the text of a policy file.

@@ -26,7 +26,7 @@ use super::read::{self, Options, Progress};
 use super::write::to_toml;
 use super::{Decision, Policy, Values, summary};
 use crate::program::Maps;
-use crate::state::Instance;
+use crate::state::{self, Instance};
 
 /// A policy that is in use.
 #[derive(Debug)]
@@ -121,7 +121,9 @@ pub fn load(
     source: &str,
     progress: Option<Progress<'_>>,
 ) -> Result<u64, LoadError> {
-    let before = maps.generation()?.map_or(0, |generation| generation.number);
+    let running = maps.generation()?.map(|generation| generation.number);
+    // Where there is none, programs of another version may still go by the last one.
+    let before = running.or_else(|| state::newest(&instance.policy_dir)).unwrap_or(0);
     let memory = Memory::read(instance, before).unwrap_or_default();
     let (hits, highest, reused) = give_numbers(policy, &memory).context("giving every rule a hit counter")?;
     let rings = maps.ring_numbers(policy)?;
@@ -136,11 +138,17 @@ pub fn load(
         hits: policy.rules.iter().map(|rule| rule.name.to_string()).zip(hits).collect(),
         ..Memory::of_names(policy)
     };
-    next.write(instance, before + 1, policy)?;
-    maps.clear_hits(&reused)?;
-    let generation = maps.install(&compiled, progress)?;
-    forget_all_but(instance, generation);
-    Ok(generation)
+    let number = before + 1;
+    let installed = next
+        .write(instance, number, policy)
+        .and_then(|()| maps.clear_hits(&reused))
+        .and_then(|()| maps.install_as(number, &compiled, progress));
+    match (&installed, running) {
+        (Err(_), _) => state::forget_newer(&instance.policy_dir, Some(before)),
+        (Ok(()), Some(_)) => forget_all_but(instance, number),
+        (Ok(()), None) => {}
+    }
+    Ok(installed.map(|()| number)?)
 }
 
 /// Numbers for all rules, the highest that was ever given, and those of them that somebody else had before.
@@ -234,21 +242,53 @@ pub fn read(instance: &Instance, maps: &Maps) -> Result<Running> {
     let Some(generation) = maps.generation()? else {
         bail!("instance '{}' has no policy", instance.name);
     };
-    let generation = generation.number;
-    let (toml, _) = Memory::paths(instance, generation);
-    let lost = || lost(instance);
-    let memory = Memory::read(instance, generation).with_context(lost)?;
-    let text = fs::read_to_string(&toml).with_context(lost)?;
+    remembered(instance, generation.number).with_context(|| lost(instance))
+}
+
+fn remembered(instance: &Instance, generation: u64) -> Result<Running> {
+    let (toml, json) = Memory::paths(instance, generation);
+    let missing = || format!("{} is gone or of another version", json.display());
+    let memory = Memory::read(instance, generation).with_context(missing)?;
+    let text = fs::read_to_string(&toml)?;
     let names = Names::known(&memory.interfaces, &memory.cgroups);
     let options = Options { allow_missing: true, is_checked: true, ..Options::default() };
-    let checked = read::read_with(&toml, &text, &options, names).with_context(lost)?;
+    let checked = read::read_with(&toml, &text, &options, names)?;
     Ok(Running {
         policy: checked.policy,
         hits: memory.hits.into_iter().map(|(_, hits)| hits).collect(),
         generation,
-        loaded: humantime::parse_rfc3339(&memory.loaded).with_context(lost)?,
+        loaded: humantime::parse_rfc3339(&memory.loaded)?,
         source: memory.source,
     })
+}
+
+/// Puts what is remembered into maps that have no policy, because those that had it are of another version of netoken.
+/// True if something is remembered. It stays as it is, under another number: programs of that version still go by it. The
+/// caller holds the lock of the state.
+///
+/// # Errors
+/// This version cannot read it, or cannot put it into use.
+pub fn restore(instance: &Instance, maps: &Maps) -> Result<bool> {
+    let Some(before) = state::newest(&instance.policy_dir) else { return Ok(false) };
+    let restore = || -> Result<()> {
+        let Running { policy, hits, .. } = remembered(instance, before)?;
+        let number = before + 1;
+        let (from, to) = (Memory::paths(instance, before), Memory::paths(instance, number));
+        fs::copy(from.0, to.0)?;
+        fs::copy(from.1, to.1)?;
+        let rings = maps.ring_numbers(&policy)?;
+        let names = Naming { instance: &instance.name, rings: &rings };
+        let compiled = compile(&policy, names, &hits).map_err(|refused| anyhow::anyhow!(refused))?;
+        maps.install_as(number, &compiled, None)
+    };
+    let doing = || {
+        format!(
+            "carrying over the policy of instance '{}', which another version of netoken has loaded; say which one to \
+             use with --policy or --token",
+            instance.name
+        )
+    };
+    restore().with_context(doing).map(|()| true)
 }
 
 fn lost(instance: &Instance) -> String {

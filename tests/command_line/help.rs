@@ -68,14 +68,6 @@ pub fn an_example_is_shown() -> Result<()> {
     Ok(())
 }
 
-pub fn the_examples_fit_a_narrow_terminal() -> Result<()> {
-    let help = netoken(&["--help"])?.code(0)?;
-    let (_, examples) = help.out.split_once("Examples:").context("no examples")?;
-    let widest = examples.lines().max_by_key(|line| line.len()).unwrap_or_default();
-    ensure!(widest.len() < 80, "{} columns: {widest}", widest.len());
-    Ok(())
-}
-
 pub fn a_flag_in_the_wrong_place_is_named_alone() -> Result<()> {
     for mode in ["--query", "--detach", "--destroy"] {
         let said = netoken(&["-i", "eth0", mode, "--sample", "5"])?.code(2)?.err(&[mode, "--sample"])?;
@@ -139,5 +131,46 @@ pub fn a_bad_token_is_named_with_what_is_right() -> Result<()> {
             .err(&["--token", "16 hexadecimal digits", "4e45544f4b454e31"])
             .with_context(|| format!("token '{token}'"))?;
     }
+    Ok(())
+}
+
+/// The command's own `--help` and those of all commands below it, each with what was typed for it.
+fn helps(command: &[&str]) -> Result<Vec<(String, String)>> {
+    let help = netoken(&[command, &["--help"]].concat())?.code(0)?.out;
+    let mut all = Vec::new();
+    let (_, rest) = help.split_once("\nCommands:\n").unwrap_or_default();
+    for line in rest.lines().take_while(|line| line.starts_with("  ")) {
+        // The second and later lines of what is said of a command stand further in.
+        let name = line.strip_prefix("  ").filter(|name| !name.starts_with(' '));
+        let Some(name) = name.and_then(|line| line.split_whitespace().next()).filter(|n| *n != "help") else {
+            continue;
+        };
+        all.extend(helps(&[command, &[name]].concat())?);
+    }
+    all.push((command.join(" "), help));
+    Ok(all)
+}
+
+pub fn every_command_has_an_example_that_fits() -> Result<()> {
+    let helps = helps(&[])?;
+    ensure!(helps.len() > 18, "only {} commands were found", helps.len());
+    for (command, help) in helps {
+        let (_, examples) = help.split_once("\nExample").with_context(|| format!("{command}: no example"))?;
+        ensure!(examples.contains(&format!("netoken {command}")), "{command}: not shown in {examples}");
+        let widest = examples.lines().max_by_key(|line| line.len()).unwrap_or_default();
+        ensure!(widest.len() < 80, "{command}: {} columns: {widest}", widest.len());
+    }
+    Ok(())
+}
+
+/// What applies to a rule, and what to the command.
+pub fn options_stand_below_their_heading() -> Result<()> {
+    let help = netoken(&["policy", "add", "--help"])?.code(0)?.out;
+    let (options, conditions) = help.split_once("\nConditions").context("no conditions")?;
+    let (conditions, _) = conditions.split_once("\nExample").context("no example")?;
+    for flag in ["--instance", "--netns", "--json", "--last"] {
+        ensure!(options.contains(flag) && !conditions.contains(flag), "{flag} in\n{help}");
+    }
+    ensure!(conditions.contains("--dst") && !options.contains("--dst <"), "{help}");
     Ok(())
 }

@@ -1,10 +1,10 @@
-//! `--json`: every line is one object of a known type, and has the keys that its readers rely on.
+//! `--json`: every line is one object of a documented type, and has the keys that the documents show.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -13,53 +13,55 @@ use crate::said::said;
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
-const VERDICTS: &str = "stamped skipped dropped no_policy no_room auth_option already_stamped fragment malformed \
-                        too_big helper_failed no_key";
+/// The documents, in which one line shows all keys of each type.
+const DOCUMENTS: [(&str, &str); 3] = [
+    ("README.md", include_str!("../../README.md")),
+    ("docs/policy.md", include_str!("../../docs/policy.md")),
+    ("docs/guard.md", include_str!("../../docs/guard.md")),
+];
 
-/// The keys of each type, beside `type` itself.
-fn keys(kind: &str) -> Result<String> {
-    Ok(match kind {
-        "attached" => "interface priority handle replaced made_qdisc".to_string(),
-        "syn" => {
-            "interface time netns_inode ifindex src sport dst dport isn verdict dropped rule rule_name token old_options_len \
-                  new_options_len"
-                .to_string()
+/// Keys that are not always there, by their type.
+const OPTIONAL: [(&str, &[&str]); 6] = [
+    ("interface", &["new_name"]),
+    ("removed", &["qdisc", "qdisc_filters"]),
+    ("check", &["reason", "ring", "bind", "slot"]),
+    ("guard_attached", &["pushed_out"]),
+    ("guard_removed", &["qdisc", "qdisc_filters"]),
+    ("guard_counters", &["lost"]),
+];
+
+fn keys(object: &Value) -> BTreeSet<String> {
+    object.as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect()
+}
+
+/// The keys of each type, as they are documented.
+pub fn documented() -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let mut types: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (name, text) in DOCUMENTS {
+        for line in text.lines().filter(|line| line.starts_with("{\"type\"")) {
+            let object: Value = serde_json::from_str(line).with_context(|| format!("{name}: {line}"))?;
+            let kind = object["type"].as_str().with_context(|| format!("{name}: {line}"))?;
+            // Of a type that several documents show, or one of them twice, all keys together.
+            types.entry(kind.to_string()).or_default().extend(keys(&object));
         }
-        "totals" => format!("syns not_sent lost {VERDICTS}"),
-        "interface" => "interface event new_name".to_string(),
-        "hook" => {
-            "netns netns_inode interface hook program handle priority instance since filters_before \
-                   option_kind exid sample"
-                .to_string()
-        }
-        "policy" => "instance generation loaded source rules default".to_string(),
-        "counters" => format!("instance syns not_sent {VERDICTS}"),
-        "removed" => "interface filters qdisc qdisc_filters".to_string(),
-        other => bail!("a type that nobody knows: {other}"),
-    })
+    }
+    Ok(types)
 }
 
 /// Every line as an object with the keys of its type.
-fn checked<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Vec<Value>> {
+pub fn checked<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Vec<Value>> {
+    let documented = documented()?;
     let mut objects = Vec::new();
     for line in lines {
         let object: Value = serde_json::from_str(line).with_context(|| format!("not JSON: {line}"))?;
         let kind = object["type"].as_str().with_context(|| format!("no type: {line}"))?;
-        let has: BTreeSet<&str> =
-            object.as_object().into_iter().flatten().map(|(key, _)| key.as_str()).collect();
-        let keys = keys(kind)?;
-        let mut wants: BTreeSet<&str> = keys.split_whitespace().chain(["type"]).collect();
-        for (key, is_there) in [
-            // Only with --destroy.
-            ("qdisc", has.contains("qdisc")),
-            ("qdisc_filters", object["qdisc"] == "in_use"),
-            ("new_name", object["event"] == "renamed"),
-        ] {
-            if !is_there {
-                wants.remove(key);
-            }
-        }
-        ensure_eq!(has, wants, "the keys of {line}");
+        ensure!(line.starts_with("{\"type\""), "its type is not in front: {line}");
+        let wants = documented.get(kind).with_context(|| format!("a type that is not documented: {line}"))?;
+        let optional = OPTIONAL.iter().find(|(name, _)| *name == kind).map_or(&[][..], |(_, keys)| *keys);
+        let has = keys(&object);
+        let differ: Vec<&String> = has.symmetric_difference(wants).collect();
+        let unexpected = differ.iter().find(|key| has.contains(**key) || !optional.contains(&key.as_str()));
+        ensure!(unexpected.is_none(), "{} is not as documented in {line}", unexpected.map_or("", |key| key));
         objects.push(object);
     }
     Ok(objects)

@@ -60,11 +60,18 @@ pub fn a_rotation_in_three_steps() -> Result<()> {
     ensure_eq!(states(&lab)?, [(0, "signing".to_string()), (1, "verify-only".to_string())], "added");
     run(&lab, "key rotate edge")?.code(0)?.err(&["key 1 of ring 'edge' signs"])?;
     ensure_eq!(states(&lab)?, [(0, "verify-only".to_string()), (1, "signing".to_string())], "signs");
+    // There is one ring, and one key of it signs.
+    let make = format!(
+        "token make --json --keys {}/default --tag 1 --src 1.2.3.4:5 --dst 1.2.3.4:5 --isn 1",
+        lab.keys().display()
+    );
+    ensure!(run(&lab, &make)?.code(0)?.out.contains("\"key_id\":1"), "another key than the signing one");
     run(&lab, "key rotate edge")?.code(0)?.err(&["retired key 0"])?;
     ensure_eq!(states(&lab)?, [(0, "retired".to_string()), (1, "signing".to_string())], "retired");
     ensure!(secret(&lab, "edge-0.key").is_err(), "a retired key still has a secret");
     // Another ring has ids of its own, and its first key signs, unless it is not to.
     run(&lab, "key new other --verify-only")?.code(0)?.err(&["key 2 of ring 'other' (verify-only)"])?;
+    run(&lab, &make)?.code(1)?.err(&["3 keys, of several rings", "--key RING"])?;
     run(&lab, "key new other --id 1")?.code(1)?.err(&["ring 'edge' has a key with that id", "--id"])?;
     let shown = run(&lab, "key list")?.code(0)?;
     ensure!(shown.err.contains("no key of ring 'other' signs"), "{shown:#?}");

@@ -4,6 +4,8 @@
 //! [`said`] runs the program and holds every output against what no output may contain; the other modules
 //! hold the cases.
 
+mod documented;
+mod guard;
 mod help;
 mod json;
 mod keys;
@@ -18,6 +20,7 @@ mod output;
 mod policy;
 mod progress;
 mod query;
+mod reload;
 mod rights;
 mod rules;
 mod said;
@@ -26,6 +29,7 @@ mod stream;
 #[path = "../support/mod.rs"]
 mod support;
 mod tokens;
+mod upgrade;
 #[path = "../hooks/world.rs"]
 #[allow(dead_code)]
 mod world;
@@ -55,7 +59,8 @@ fn main() -> ExitCode {
 
 fn everywhere() -> Vec<Trial> {
     cases![&[];
-        help: every_flag_is_described an_example_is_shown the_examples_fit_a_narrow_terminal a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
+        help: every_flag_is_described an_example_is_shown every_command_has_an_example_that_fits
+            options_stand_below_their_heading a_flag_in_the_wrong_place_is_named_alone help_and_version_are_no_errors
             wrong_usage_is_exit_code_2 a_bad_token_is_named_with_what_is_right;
         policy: a_missing_file_is_named a_bad_file_is_named_with_the_line;
         rules: all_errors_are_shown_in_one_run_with_their_lines
@@ -88,8 +93,9 @@ fn with_root() -> Vec<Trial> {
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
             a_query_where_nothing_is_attached;
         rules: the_example_can_be_used_as_it_says counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
-            the_kernel_says_which_rule_decides_and_why sighup_loads_the_file_again the_stream_shows_rules_by_their_names
-            watch_notices_every_way_of_changing_a_file;
+            the_kernel_says_which_rule_decides_and_why the_stream_shows_rules_by_their_names;
+        reload: sighup_loads_the_file_again watch_notices_every_way_of_changing_a_file
+            a_change_while_files_are_read_is_not_missed a_list_that_is_mended_is_noticed;
         query: the_policy_and_what_programs_were_told_are_shown instances_without_filters_are_shown
             one_instance_can_be_asked_for an_instance_that_is_not_whole_does_not_hide_the_others
             an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told;
@@ -104,8 +110,16 @@ fn with_root() -> Vec<Trial> {
             a_time_namespace_does_not_shift_the_clock;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
             a_relative_directory_is_below_the_current_one
-            a_pin_of_another_layout_is_another_version a_pin_of_another_layout_does_not_hurt_what_runs
             a_query_names_a_broken_instance;
+        guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
+            a_destroyed_guard_ends_the_watch;
+        documented: every_documented_type_is_printed_as_it_says;
+        upgrade: a_map_of_another_shape_is_replaced_and_the_loss_told
+            counters_of_a_version_with_fewer_verdicts_are_carried_over
+            an_attach_that_fails_leaves_the_maps_of_the_other_version
+            what_another_version_has_compiled_is_compiled_again a_policy_that_cannot_be_read_any_more_is_asked_for
+            a_policy_of_an_attach_that_failed_is_forgotten
+            keys_of_another_shape_are_read_from_their_files rules_and_lists_of_a_guard_are_compiled_again;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything

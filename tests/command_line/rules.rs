@@ -1,7 +1,6 @@
-//! `netoken policy` and the reloads of a streaming process, as one types them.
+//! `netoken policy`, as one types it.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::lab::{Lab, NETOKEN, Running, wait_until};
+use crate::lab::{Lab, NETOKEN, Running};
 use crate::said::{Said, netoken, said};
 use crate::support::ensure_eq;
 use crate::world::World;
@@ -17,7 +16,7 @@ use crate::world::World;
 const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/policy.toml");
 
 /// A directory for files of a case, gone when it is dropped.
-fn dir() -> Result<tempfile::TempDir> {
+pub fn dir() -> Result<tempfile::TempDir> {
     Ok(tempfile::tempdir()?)
 }
 
@@ -25,7 +24,7 @@ fn stamp(name: &str, conditions: &str, token: &str) -> String {
     format!("[[rule]]\nname = '{name}'\n{conditions}\naction = 'stamp'\ntoken = '{token}'\n")
 }
 
-fn write(dir: &Path, name: &str, text: &str) -> Result<PathBuf> {
+pub fn write(dir: &Path, name: &str, text: &str) -> Result<PathBuf> {
     let path = dir.join(name);
     fs::write(&path, text)?;
     Ok(path)
@@ -249,22 +248,6 @@ pub fn the_example_can_be_used_as_it_says() -> Result<()> {
     decides("--src 10.17.1.1 --src-port 2000 --dst 192.0.2.9 --port 443", "rule 5 'web of partners' decides")
 }
 
-/// A streaming process with a policy file, and a first token that is stamped.
-fn stream(world: &World, path: &Path, flags: &str) -> Result<Running> {
-    let args = world.args(&format!("-i c0 --attach {flags} --policy {}", path.display()));
-    let mut stream = Running::start(&mut world.lab.netoken(&args))?;
-    stream.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
-    Ok(stream)
-}
-
-fn token(text: &str) -> String {
-    format!("default = {{ action = 'stamp', token = '{}' }}\n", text.repeat(16))
-}
-
-fn expect(world: &World, text: &str) -> Result<()> {
-    world.expect_token(&text.repeat(16), "the token after a reload")
-}
-
 /// Also while the numbers of the rules change: an event goes by the policy that decided.
 pub fn the_stream_shows_rules_by_their_names() -> Result<()> {
     let world = World::new()?;
@@ -294,74 +277,4 @@ pub fn the_stream_shows_rules_by_their_names() -> Result<()> {
         ensure_eq!(stream.end()?.0, Some(0), "exit code");
     }
     Ok(())
-}
-
-pub fn sighup_loads_the_file_again() -> Result<()> {
-    let world = World::new()?;
-    let dir = dir()?;
-    let path = write(dir.path(), "p.toml", &token("1"))?;
-    let mut stream = stream(&world, &path, "")?;
-    expect(&world, "1")?;
-    write(dir.path(), "p.toml", &token("2"))?;
-    expect(&world, "1")?;
-    stream.signal(Signal::SIGHUP)?;
-    stream.wait_for("the reload", |line| line.contains("policy loaded again: default: stamp 2222"))?;
-    expect(&world, "2")?;
-    // What is wrong is told and changes nothing, and the process goes on.
-    write(dir.path(), "p.toml", "defalt = 1\n")?;
-    stream.signal(Signal::SIGHUP)?;
-    stream.wait_for("the error", |line| line.contains("p.toml:1:1"))?;
-    expect(&world, "2")?;
-    write(dir.path(), "p.toml", &token("3"))?;
-    stream.signal(Signal::SIGHUP)?;
-    stream.wait_for("the reload", |line| line.contains("stamp 3333"))?;
-    expect(&world, "3")?;
-    stream.signal(Signal::SIGTERM)?;
-    ensure_eq!(stream.end()?.0, Some(0), "exit code");
-    Ok(())
-}
-
-pub fn watch_notices_every_way_of_changing_a_file() -> Result<()> {
-    let world = World::new()?;
-    let dir = dir()?;
-    // As Kubernetes lays out a ConfigMap: the file is a link through a link to a directory.
-    let data = |name: &str, text: &str| -> Result<PathBuf> {
-        let data = dir.path().join(name);
-        fs::create_dir(&data)?;
-        write(&data, "p.toml", text)?;
-        Ok(data)
-    };
-    symlink(data("data-1", &token("1"))?, dir.path().join("..data"))?;
-    let path = dir.path().join("p.toml");
-    symlink("..data/p.toml", &path)?;
-    let mut stream = stream(&world, &path, "--watch")?;
-    expect(&world, "1")?;
-    let mut reloaded = |text: &str| -> Result<()> {
-        stream.wait_for("the reload", |line| line.contains(&format!("stamp {}", text.repeat(16))))?;
-        expect(&world, text)
-    };
-
-    symlink(data("data-2", &token("2"))?, dir.path().join("..next"))?;
-    fs::rename(dir.path().join("..next"), dir.path().join("..data"))?;
-    reloaded("2")?;
-    // In place.
-    fs::write(&path, token("3"))?;
-    reloaded("3")?;
-    // As an editor does it: a new file takes the name.
-    write(dir.path(), "p.toml~", &token("4"))?;
-    fs::rename(dir.path().join("p.toml~"), &path)?;
-    reloaded("4")?;
-    // Away for a while, and there again.
-    fs::remove_file(&path)?;
-    write(dir.path(), "p.toml", &token("5"))?;
-    reloaded("5")?;
-    // A file that it names.
-    write(dir.path(), "list.txt", "192.0.2.1\n")?;
-    fs::write(&path, token("6") + "[[rule]]\nname = 'l'\ndst = 'file:list.txt'\naction = 'skip'\n")?;
-    reloaded("6")?;
-    write(dir.path(), "list.txt", "10.77.0.2\n")?;
-    wait_until("the list to be read", || {
-        let syn = world.one_syn()?;
-        Ok(crate::world::token(&syn).is_none().then_some(()))
-    })
 }

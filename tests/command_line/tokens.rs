@@ -122,7 +122,7 @@ pub fn another_language_makes_the_same_tokens() -> Result<()> {
 }
 
 /// One pcap packet: a SYN over IPv4 on Ethernet, with those options.
-fn record(unix_s: u64, options: &[u8]) -> Vec<u8> {
+pub fn record(unix_s: u64, options: &[u8]) -> Vec<u8> {
     let tcp_len = 20 + options.len();
     let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0, 0x45, 0, 0, 20 + tcp_len as u8];
     frame.extend([0, 1, 0x40, 0, 64, 6, 0, 0, 192, 0, 2, 1, 198, 51, 100, 7]);
@@ -132,7 +132,7 @@ fn record(unix_s: u64, options: &[u8]) -> Vec<u8> {
     [head.map(u32::to_le_bytes).concat(), frame].concat()
 }
 
-fn pcap(records: &[Vec<u8>]) -> Vec<u8> {
+pub fn pcap(records: &[Vec<u8>]) -> Vec<u8> {
     let head: [u32; 6] = [0xa1b2_c3d4, 0x0004_0002, 0, 0, 65_535, 1];
     [head.map(u32::to_le_bytes).concat(), records.concat()].concat()
 }

@@ -47,6 +47,11 @@ pub fn cases() -> Vec<Trial> {
     cases.push(case("guard: a failed attach of the guard leaves nothing", NET, fails));
     cases.push(case("guard: observe counts and drops nothing", NET, observes));
     cases.push(case("guard: an event says what the guard decided", NET, events));
+    cases.push(case(
+        "guard: --query says where it is and what it was told, of one instance if asked",
+        NET,
+        queries,
+    ));
     cases.push(case("guard: the stamp's destroy leaves a guard of the instance at work", NET, shares));
     cases
 }
@@ -218,8 +223,12 @@ fn generic() -> Result<()> {
     world.lab.ok(&format!("guard {place} --destroy"))?;
     ensure_eq!(sh(&format!("ip -n {} -d link show lo", world.server))?, before, "what is left");
     // Nobody asked for XDP at any price.
-    let attached = world.lab.ok(&format!("guard {place} --attach --json --rules {rules}"))?;
-    ensure!(attached.contains("clsact ingress"), "{attached}");
+    let output = world.lab.run(&format!("guard {place} --attach --rules {rules}"))?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(
+        output.status.success() && said.contains("clsact ingress (not at XDP: attaching to lo"),
+        "{said}"
+    );
     Ok(())
 }
 
@@ -342,9 +351,11 @@ fn events() -> Result<()> {
         Ok(watch.wait_within(std::time::Duration::from_millis(300), |line| line.contains("guarded")))
     })?;
     let event: Value = serde_json::from_str(&missing)?;
-    for (name, value) in [("verdict", "missing"), ("mode", "drop"), ("dst", &listener.addr.to_string())] {
+    let dst = listener.addr.ip().to_string();
+    for (name, value) in [("verdict", "missing"), ("mode", "drop"), ("dst", &dst)] {
         ensure_eq!(event[name], *value, "{name} of {event}");
     }
+    ensure_eq!(event["dport"], listener.addr.port(), "dport of {event}");
     ensure_eq!((&event["dropped"], &event["rule"]), (&Value::from(true), &Value::from(1)), "{event}");
     let netns_inode = fs::metadata(format!("/run/netns/{}", world.server))?.ino();
     ensure_eq!(event["netns_inode"], netns_inode, "netns_inode of {event}");
@@ -361,6 +372,62 @@ fn events() -> Result<()> {
     watch.signal(nix::sys::signal::Signal::SIGINT)?;
     let (code, seen) = watch.end()?;
     ensure_eq!(code, Some(0), "exit code after {seen:?}");
+    Ok(())
+}
+
+fn queries() -> Result<()> {
+    let world = World::new(true)?;
+    let (server, rules) = (&world.server, rules(&world, "drop", STATIC)?);
+    let told = "--priority 7 --handle 8 --sample 10 --exid 0x1234";
+    world.lab.ok(&format!("guard {} --attach --hook tc {told} --rules {rules}", place(&world)))?;
+    let hook = query(&world, "guard_hook")?;
+    for (name, value) in
+        [("priority", 7), ("handle", 8), ("sample", 10), ("exid", 0x1234), ("option_kind", 253)]
+    {
+        ensure_eq!(hook[name], value, "{name} of {hook}");
+    }
+    let shown = sh(&format!("tc -n {server} filter show dev {IN} ingress"))?;
+    ensure!(shown.contains("pref 7 bpf") && shown.contains("handle 0x8 netoken_guard"), "{shown}");
+    world.lab.ok(&format!(
+        "guard --netns {server} --iface lo --attach --hook xdp --instance blue --rules {rules}"
+    ))?;
+
+    let all = world.lab.ok(&format!("guard --netns {server} --query"))?;
+    for line in [
+        format!("\n{IN} in {server}: ExID 0x1234, events for one of 10 SYNs\n"),
+        "\n\ninstance 'blue': 0 seen".to_string(),
+        "\n\ninstance 'default': 0 seen".to_string(),
+    ] {
+        ensure!(all.contains(&line), "no '{line}' in {all}");
+    }
+    ensure!(!all.contains("lo in"), "what is as usual is told in {all}");
+    let blue = world.lab.ok(&format!("guard --netns {server} --query --instance blue"))?;
+    ensure!(blue.contains(" lo ") && blue.contains("'blue'") && !blue.contains("default"), "{blue}");
+    let none = world.lab.run("guard --query --instance nosuch")?;
+    let said = String::from_utf8(none.stderr)?;
+    ensure!(none.status.code() == Some(1) && said.contains("instance 'nosuch': there is none"), "{said}");
+
+    // What is kept for the next attach is not forgotten.
+    world.lab.ok(&format!("guard {} --detach", place(&world)))?;
+    let all = world.lab.ok("guard --query")?;
+    ensure!(all.contains("instance 'default', not attached here: 0 seen"), "{all}");
+    ensure_eq!(
+        world.lab.run(&format!("guard {} --query", place(&world)))?.status.code(),
+        Some(1),
+        "exit code"
+    );
+
+    // Without an interface all are meant, of one instance.
+    let destroy = |more: &str| -> Result<String> {
+        let output = world.lab.run(&format!("guard --netns {server} --destroy {more}"))?;
+        ensure_eq!(output.status.code(), Some(0), "exit code");
+        Ok(String::from_utf8(output.stderr)?)
+    };
+    let said = destroy("--instance blue")?;
+    ensure!(said.starts_with("lo: guard removed\n"), "{said}");
+    let said = destroy("")?;
+    ensure!(said.contains("its rules and counters are removed"), "{said}");
+    ensure!(!world.lab.run.exists(), "state was left");
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::guard::{HOOKS, KEYED, STATIC, attach, keyed_policy, looks, place, query, rules, write};
 use crate::lab::{Running, kernel_counter, wait_until};
 use crate::sockets::{Listener, exchange, expect_dropped};
-use crate::support::{ensure_eq, share_of};
+use crate::support::{ensure_eq, sh, share_of};
 use crate::world::{FAMILIES, Family, IN, World};
 use crate::{NET, case, guard, sys};
 
@@ -44,6 +44,8 @@ pub fn cases() -> Vec<Trial> {
         }
     }
     cases.push(case("guard: somebody else's XDP program stays", NET, foreign_stays));
+    cases.push(case("guard: an attach that fails leaves the rules that run", NET, rules_stay));
+    cases.push(case("guard: rules that mark are not at XDP, however they come there", NET, marks));
     cases.push(case("guard: --force pushes out somebody else's XDP program, and says so", NET, forced));
     cases.push(case("guard: --force cannot push out a program that a BPF link holds", NET, held));
     cases.push(case(
@@ -165,22 +167,94 @@ fn link(world: &World) -> Result<String> {
 }
 
 fn foreign_stays() -> Result<()> {
+    for flags in [libbpf_sys::XDP_FLAGS_DRV_MODE, libbpf_sys::XDP_FLAGS_SKB_MODE] {
+        let world = World::new(true)?;
+        let empty = link(&world)?;
+        let before = attach_foreign(&world, flags)?;
+        let rules = rules(&world, "drop", STATIC)?;
+        let refused =
+            world.lab.run(&format!("guard {} --attach --hook xdp --rules {rules}", place(&world)))?;
+        let said = String::from_utf8(refused.stderr)?;
+        ensure!(
+            refused.status.code() == Some(1)
+                && said.contains("somebody else's program foreign_xdp (id")
+                && said.contains("--force"),
+            "{said}"
+        );
+        ensure_eq!(link(&world)?, before, "somebody else's program");
+        // There is another place, and taking ours away does not take theirs.
+        ensure_eq!(attach(&world, "auto", &rules)?["hook"], "clsact ingress", "hook");
+        world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
+        ensure_eq!(link(&world)?, before, "somebody else's program");
+        // What it says to do does it.
+        let (_, remedy) = said.trim_end().split_once("remove it first: ").context("no remedy")?;
+        sh(&format!("ip netns exec {} {remedy}", world.server))?;
+        ensure_eq!(link(&world)?, empty, "after {remedy}");
+    }
+    Ok(())
+}
+
+fn rules_stay() -> Result<()> {
     let world = World::new(true)?;
-    let before = attach_foreign(&world, libbpf_sys::XDP_FLAGS_DRV_MODE)?;
-    let rules = rules(&world, "drop", STATIC)?;
-    let output = world.lab.run(&format!("guard {} --attach --hook xdp --rules {rules}", place(&world)))?;
+    attach(&world, "xdp", &rules(&world, "drop", STATIC)?)?;
+    let listener = Listener::open(&world, Family::V4)?;
+    expect_dropped(&world, listener.addr)?;
+    let before = shown(&world, "all")?;
+    let other = write(
+        &world,
+        "good.toml",
+        "slots = { length = 8 }\n[[rule]]\nname = 'other'\ndst = '192.0.2.1'\nmode = 'drop'\ntokens = '0000000000000001'\n",
+    )?;
+    // The second interface refuses: that of another instance is there.
+    let lo = format!("--netns {} --iface lo", world.server);
+    world.lab.ok(&format!("guard {lo} --attach --hook xdp --instance other --rules {other}"))?;
+    let both = format!("guard {} --iface lo --attach --hook xdp --rules {other}", place(&world));
+    let output = world.lab.run(&both)?;
     let said = String::from_utf8(output.stderr)?;
-    ensure!(
-        output.status.code() == Some(1)
-            && said.contains("somebody else's program foreign_xdp (id")
-            && said.contains("--force"),
-        "{said}"
-    );
-    ensure_eq!(link(&world)?, before, "somebody else's program");
-    // There is another place, and taking ours away does not take theirs.
-    ensure_eq!(attach(&world, "auto", &rules)?["hook"], "clsact ingress", "hook");
-    world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
-    ensure_eq!(link(&world)?, before, "somebody else's program");
+    ensure!(output.status.code() == Some(1) && said.contains("instance 'other'"), "{said}");
+    ensure_eq!(shown(&world, "all")?["says"], before["says"], "the rules");
+    let text = world.lab.ok("guard --show")?;
+    ensure!(text.contains("guard.toml, loaded") && text.contains("slots = { length = 16,"), "{text}");
+    expect_dropped(&world, listener.addr)
+}
+
+/// Where there is no skb, what is refused would go on without a mark.
+fn marks() -> Result<()> {
+    let world = World::new(true)?;
+    let drops = rules(&world, "drop", STATIC)?;
+    let marks = write(
+        &world,
+        "marks.toml",
+        &fs::read_to_string(&drops)?
+            .replace("mode = 'drop'", "mode = 'mark'\nmark = { valid = 1, refused = 2 }"),
+    )?;
+    let refused = |arguments: &str| -> Result<()> {
+        let output = world.lab.run(&format!("guard --netns {} --attach {arguments}", world.server))?;
+        let said = String::from_utf8(output.stderr)?;
+        ensure!(
+            output.status.code() == Some(1) && said.contains("mode 'mark' needs an skb"),
+            "{arguments}: {said}"
+        );
+        Ok(())
+    };
+    let output = world.lab.run(&format!("guard {} --attach --rules {marks}", place(&world)))?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(said.contains(": clsact ingress (not at XDP: the rules mark"), "{said}");
+    // The rules that run count as much as those that are given.
+    world.lab.ok(&format!("guard {} --detach", place(&world)))?;
+    refused(&format!("--iface {IN} --hook xdp"))?;
+    world.lab.ok(&format!("guard {} --attach", place(&world)))?;
+    ensure_eq!(query(&world, "guard_hook")?["hook"], "clsact ingress", "hook");
+    refused(&format!("--iface {IN} --hook xdp"))?;
+    ensure_eq!(query(&world, "guard_hook")?["hook"], "clsact ingress", "hook");
+
+    // And so do the other interfaces of the instance.
+    ensure_eq!(attach(&world, "xdp", &drops)?["hook"], "xdp native", "hook");
+    refused(&format!("--iface lo --hook tc --rules {marks}"))?;
+    let text = world.lab.ok("guard --show")?;
+    ensure!(text.contains("mode drop"), "{text}");
+    // From XDP they move together.
+    ensure_eq!(attach(&world, "tc", &marks)?["hook"], "clsact ingress", "hook");
     Ok(())
 }
 

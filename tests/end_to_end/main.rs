@@ -6,6 +6,7 @@ mod devices;
 mod fastopen;
 mod guard;
 mod guard_changes;
+mod guard_skbs;
 mod keyed;
 #[path = "../support/lab.rs"]
 mod lab;
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
         streams::cases(),
         guard::cases(),
         guard_changes::cases(),
+        guard_skbs::cases(),
         peers::cases(),
         scrubs::cases(),
         blocks::cases(),

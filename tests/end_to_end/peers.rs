@@ -10,6 +10,7 @@ use netoken::peer::{self, Peers};
 
 use crate::guard::{KEYED, STATIC, attach, keyed_policy, rules};
 use crate::lab::{PATIENCE, host};
+use crate::segment::TOKEN;
 use crate::support::ensure_eq;
 use crate::world::{FAMILIES, Family, World};
 use crate::{NET, case, with};
@@ -28,6 +29,7 @@ pub fn cases() -> Vec<Trial> {
             cases.push(case(&name, &curl, move || scrubbed(family, hook)));
         }
     }
+    cases.push(case("peer: an application without any rights reads who connected", NET, without_rights));
     cases.push(case(
         "peer: where there is no guard, and of what is no connection, the error says what to do",
         NET,
@@ -48,13 +50,14 @@ fn ask(world: &World, family: Family, guard: Option<Arc<Peers>>) -> Result<Strin
     // A thread's namespace is that of what it starts.
     let child = world.lab.within(&world.client, || curl.spawn().context("starting curl"))?;
     let judges = who::Judges { keys: Some(world.lab.keys().join("default")), guard };
-    let output = thread::scope(|scope| {
+    let (told, output) = thread::scope(|scope| {
         let curl = scope.spawn(|| child.wait_with_output());
-        accept(&listener).and_then(|stream| who::answer(stream, &judges))?;
-        Ok::<_, anyhow::Error>(curl.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
+        let told = accept(&listener).and_then(|stream| who::answer(stream, &judges))?;
+        Ok::<_, anyhow::Error>((told, curl.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?))
     })?;
     ensure!(output.status.success(), "curl {url}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout)?)
+    ensure_eq!(String::from_utf8(output.stdout)?, told, "what curl got");
+    Ok(told)
 }
 
 fn accept(listener: &std::net::TcpListener) -> Result<std::net::TcpStream> {
@@ -114,6 +117,44 @@ fn scrubbed(family: Family, hook: &str) -> Result<()> {
     let said = ask(&world, family, None)?;
     ensure!(said.contains("token    none\nverdict  missing\n"), "{said}");
     world.expect_no_bad_packets()
+}
+
+/// Gives up every right of this thread, and of no other: the system call itself is for one thread.
+fn give_up_rights() -> Result<()> {
+    const NOBODY: libc::uid_t = 65_534;
+    // SAFETY: numbers only.
+    let results = unsafe {
+        [
+            libc::syscall(libc::SYS_setresgid, NOBODY, NOBODY, NOBODY),
+            libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY),
+        ]
+    };
+    ensure_eq!(results, [0, 0], "becoming nobody");
+    let status = std::fs::read_to_string("/proc/thread-self/status")?;
+    ensure!(status.contains("CapEff:\t0000000000000000\n"), "it has rights: {status}");
+    Ok(())
+}
+
+fn without_rights() -> Result<()> {
+    let world = World::new(true)?;
+    world.attach("")?;
+    for family in FAMILIES {
+        let addr = (world.server_addr(family), 0).into();
+        let listener = world.lab.within(&world.server, || {
+            give_up_rights()?;
+            peer::listen(addr)
+        })?;
+        let addr = listener.local_addr()?;
+        let client = crate::sockets::connect(&world.lab, &world.client, addr, PATIENCE)?;
+        let stream = accept(&listener)?;
+        let peer = world.lab.within(&world.server, || {
+            give_up_rights()?;
+            Ok(peer::of(&stream)?)
+        })?;
+        ensure_eq!(peer.flow().src(), client.local_addr()?, "who it was");
+        ensure_eq!(peer.token().map(|token| token.0), Some(TOKEN), "token");
+    }
+    Ok(())
 }
 
 fn refused() -> Result<()> {

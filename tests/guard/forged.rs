@@ -7,7 +7,8 @@ use netoken::guard::types::Verdict;
 use netoken::token::keyed::Bind;
 
 use crate::packet::{LINUX, Packet, syn};
-use crate::run::{Bench, Random, SLOT, keyed};
+use crate::random::Random;
+use crate::run::{Bench, SLOT, keyed};
 use crate::support::{Hex, share_of};
 use crate::table::with;
 

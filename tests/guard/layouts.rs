@@ -7,7 +7,8 @@ use netoken::guard::program::Kind;
 use netoken::token::keyed::Bind;
 
 use crate::packet::{Packet, syn};
-use crate::run::{Bench, Random, SLOT, keyed};
+use crate::random::Random;
+use crate::run::{Bench, SLOT, keyed};
 use crate::stacks::{STACKS, variants};
 use crate::support::share_of;
 use crate::table::{RULES, STATIC, compare, oracle, with};

@@ -10,7 +10,8 @@ use netoken::guard::program::Kind;
 use netoken::guard::types::{Size, Verdict};
 
 use crate::packet::{Packet, syn};
-use crate::run::{Bench, Random, name};
+use crate::random::Random;
+use crate::run::{Bench, name};
 use crate::support::share_of;
 
 const RULE: &str =

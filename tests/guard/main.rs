@@ -8,11 +8,15 @@ mod block;
 mod forged;
 mod layouts;
 mod lists;
+mod mutate;
 mod oracle;
 #[path = "../packets/packet.rs"]
 #[allow(dead_code)]
 mod packet;
 mod races;
+#[path = "../packets/random.rs"]
+#[allow(dead_code)]
+mod random;
 mod replay;
 mod run;
 mod scrub;
@@ -42,6 +46,7 @@ fn main() -> ExitCode {
         table: tc_and_xdp_do_what_the_oracle_says every_verdict_has_a_packet
             a_truncated_frame_to_a_protected_port_never_passes without_a_link_header_the_same_is_decided
             the_packet_stays_as_it_came marks_are_set_at_tc without_rules_everything_passes;
+        mutate: mutants_get_what_the_oracle_says;
         forged: a_million_forged_syns_and_none_is_accepted;
         replay: a_token_is_good_for_one_flow_and_its_retransmissions the_bind_mode_leaves_something_free
             a_full_bucket_refuses_and_forgets_in_time nothing_of_what_is_free_may_differ

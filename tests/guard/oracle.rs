@@ -176,10 +176,17 @@ impl Oracle {
             0x0800 if ip.len() < 20 => unknown(Verdict::GUARD_MALFORMED),
             0x86dd if ip.len() < 40 => unknown(Verdict::GUARD_MALFORMED),
             0x0800 => ipv4(ip),
+            0x86dd if tags == 0 && is_no_syn(ip) => None,
             0x86dd => ipv6(ip),
             _ => None,
         }
     }
+}
+
+/// Whether TCP right behind an IPv6 header is no SYN, where 16 bytes of it are there. That the header may be of another version is left to the host,
+/// which drops such a packet.
+fn is_no_syn(ip: &[u8]) -> bool {
+    ip.len() >= 56 && ip[6] == 6 && ip[53] & 0x12 != 2
 }
 
 fn ipv4(ip: &[u8]) -> Option<Look> {

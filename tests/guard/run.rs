@@ -170,33 +170,3 @@ impl Bench {
 pub fn name(verdict: Option<Verdict>) -> &'static str {
     verdict.map_or("not a SYN", |verdict| verdict_name(verdict.0))
 }
-
-/// Xorshift64*: small, and the same everywhere.
-pub struct Random(pub u64);
-
-impl Random {
-    /// From NETOKEN_SEED, or the time; it is printed.
-    pub fn seeded() -> Result<Random> {
-        let seed = match std::env::var("NETOKEN_SEED") {
-            Ok(text) => text.parse().context("NETOKEN_SEED is no number")?,
-            Err(_) => clock::now().as_nanos() as u64,
-        };
-        println!("NETOKEN_SEED={seed}");
-        Ok(Random(seed.max(1)))
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub fn below(&mut self, end: usize) -> usize {
-        ((self.next() >> 32) as usize) % end.max(1)
-    }
-
-    pub fn one_of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
-        &all[self.below(all.len())]
-    }
-}

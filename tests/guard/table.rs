@@ -15,7 +15,8 @@ use crate::packet::{
     ACK, AH, CWR, DEST_OPTS, ECE, FIN, HOP_BY_HOP, LINUX, MD5, MSS, PSH, Packet, ROUTING, RST, SYN, URG,
     checksum, syn,
 };
-use crate::run::{Bench, Random, SLOT, keyed, keys, name};
+use crate::random::{Random, tc_takes};
+use crate::run::{Bench, SLOT, keyed, keys, name};
 use crate::support::{Hex, share_of};
 
 pub const STATIC: [u8; 8] = [0xa1, 0xb2, 0xc3, 0xd4, 0xe5, 0xf6, 0x07, 0x18];
@@ -239,16 +240,6 @@ fn key(packet: &Packet, id: u8, tag: u16, bind: Bind, slot: u32) -> Result<Packe
 
 pub fn oracle(link_len: usize) -> Result<Oracle> {
     Ok(Oracle { rules: Rules::from_toml(RULES, Path::new("."))?, keys: keys()?, link_len })
-}
-
-/// BPF_PROG_TEST_RUN refuses for TC an IP header that is not whole behind the first 14 bytes, whatever these are.
-pub fn tc_takes(frame: &[u8]) -> bool {
-    let len_min = match frame.get(12..14) {
-        Some([0x08, 0x00]) => 14 + 20,
-        Some([0x86, 0xdd]) => 14 + 40,
-        _ => 14,
-    };
-    frame.len() >= len_min
 }
 
 /// All combinations, as frames with a description.

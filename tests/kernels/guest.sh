@@ -42,7 +42,7 @@ build() {
 			tests+=(--test "$name")
 		fi
 	done < <(programs)
-	(cd "$root" && cargo test --no-run --quiet --profile guest --target-dir "$target/kernels" "${tests[@]}" \
+	(cd "$root" && cargo test --no-run --quiet --profile quick "${tests[@]}" \
 		--message-format=json-render-diagnostics) | artifacts >"$work/artifacts"
 	keep_objects clang "${CLANG:-clang}" "$work/artifacts"
 

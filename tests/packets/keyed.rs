@@ -12,8 +12,8 @@ use netoken::token::Token;
 use netoken::token::keyed::{Bind, Flow, Slots, Stamp, Verifier, make};
 use netoken::types::Verdict;
 
-use crate::mutate::{Random, seed};
 use crate::packet::{LINUX, Packet, syn};
+use crate::random::Random;
 use crate::run::{Bench, How};
 use crate::support::{Hex, ensure_eq, share_of};
 
@@ -94,7 +94,7 @@ fn policy(tag: u16, ring: RingName, bind: Bind) -> String {
 }
 
 pub fn kernel_and_library_make_the_same_token() -> Result<()> {
-    let mut random = Random(seed()?);
+    let mut random = Random::seeded()?;
     let mut bench = Bench::load(Settings::default())?;
     let mut keys = Vec::new();
     let mut seen = std::collections::BTreeMap::new();
@@ -105,7 +105,7 @@ pub fn kernel_and_library_make_the_same_token() -> Result<()> {
             bench.program.maps.keys.load(&keys)?;
         }
         let (id, tag) = (random.below(16), random.next() as u16);
-        let bind = random.one_of(&Bind::ALL);
+        let bind = *random.one_of(&Bind::ALL);
         // Far from the edges, so that the time that the round takes does not matter.
         let slot = random.next() >> 36;
         set_clock(&bench.program.maps, slot, 16, Duration::from_secs(2))?;

@@ -14,6 +14,7 @@ mod oracle;
 mod others;
 mod packet;
 mod policies;
+mod random;
 mod reference;
 mod run;
 mod shared;

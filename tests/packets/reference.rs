@@ -16,8 +16,8 @@ use netoken::program::Settings;
 use netoken::types::Verdict;
 use toml::{Table, Value};
 
-use crate::mutate::{Random, seed};
 use crate::packet::syn;
+use crate::random::{Random, seed};
 use crate::run::Bench;
 use crate::support::{ensure_eq, sh, share_of};
 
@@ -381,7 +381,7 @@ fn compare(mut random: Random, world: &World, pairs: usize) -> Result<[usize; 3]
 /// The same with frames through the classifier itself, as far as a frame can say it: no sender.
 pub fn the_classifier_agrees_with_the_reference() -> Result<()> {
     let world = World { cgroups: vec![("/".into(), vec![1])], netns: Netns::current()?.inode() };
-    let mut random = Random(seed()?);
+    let mut random = Random::seeded()?;
     let mut bench = Bench::load(Settings { netns_ino: world.netns, ..Settings::default() })?;
     for _ in 0..share_of(100)? {
         let text = random_policy(&mut random, &world);

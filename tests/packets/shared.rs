@@ -19,7 +19,7 @@ use netoken::types::{Accept, Check, Clock, Flow as RawFlow};
 use serde_json::Value;
 
 use crate::keyed::{flow_of, random_packet, random_secret, ring};
-use crate::mutate::{Random, seed};
+use crate::random::Random;
 use crate::run::{How, test_run};
 use crate::support::{ensure_eq, share_of};
 
@@ -231,7 +231,7 @@ pub fn the_vectors_are_made_and_found_valid() -> Result<()> {
 
 /// Random tokens, right and wrong in every way, get the same answer from both.
 pub fn kernel_and_library_check_alike() -> Result<()> {
-    let mut random = Random(seed()?);
+    let mut random = Random::seeded()?;
     let source = Source::choose(&Kernel::probe());
     let shared = Shared::load(source)?;
     let mut seen = std::collections::BTreeMap::new();
@@ -253,7 +253,7 @@ pub fn kernel_and_library_check_alike() -> Result<()> {
             let stamp = Stamp {
                 tag: random.next() as u16,
                 key_id: random.below(5) as u8,
-                bind: random.one_of(&Bind::ALL),
+                bind: *random.one_of(&Bind::ALL),
                 slot: now.wrapping_add(random.below(40) as u32).wrapping_sub(20),
             };
             let of = usize::from(stamp.key_id);

@@ -2,28 +2,32 @@
 
 use std::os::fd::AsFd;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use super::rules::{NO_MARKS, load_keys, set_rules};
 use super::{GuardArgs, HookArg, Record, hook_name, print_json};
 use crate::cli::args::Scope;
+use crate::clock;
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
+use crate::guard::running::{self, Running};
 use crate::hooks::clsact::{Attachment, Hooks, Place, attached};
 use crate::hooks::link::link_header;
-use crate::hooks::loaded::{Loaded, loaded_programs};
+use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::netlink::{Link, Netlink, Side};
 use crate::hooks::unused::remove_unused;
-use crate::hooks::xdp::{Allowed, XdpAttachment, attach_xdp, detach_xdp, undo_xdp};
+use crate::hooks::xdp::{Allowed, XdpAttachment, attach_xdp, attached_xdp, detach_xdp, undo_xdp};
 use crate::keys::Key;
 use crate::netns::Netns;
+use crate::pins::Renewal;
 use crate::privileges;
 use crate::program::{DEFAULT_EXID, LinkHeader, Program};
-use crate::state::{Instance, Lock, State};
+use crate::state::{self, Instance, Lock, State};
 
 /// What was done on one interface.
 enum Done {
-    Tc(Attachment),
+    /// With the reason why it is not XDP, if that was tried.
+    Tc(Attachment, Option<String>),
     Xdp(Box<GuardProgram>, XdpAttachment),
 }
 
@@ -31,15 +35,19 @@ struct Job<'a> {
     args: &'a GuardArgs,
     state: &'a State,
     instance: &'a Instance,
+    /// The instance was not there before.
+    is_new: bool,
+    renewal: Option<Renewal>,
+    /// The number of the rules that were remembered last, if the maps had none.
+    restored: Option<Option<u64>>,
     done: Vec<(Link, Done)>,
+    /// The rules that others were put into the place of.
+    before: Option<Running>,
 }
 
 pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> Result<()> {
     let doing = format!("attaching the guard to {}", scope.ifaces.join(", "));
     privileges::check(&doing)?;
-    if args.hook == HookArg::Xdp && rules.is_some_and(Rules::marks) {
-        bail!("{doing}: {NO_MARKS}");
-    }
     let links = scope.find(&Netlink::connect()?.links()?)?;
     for link in &links {
         link_header(link)?;
@@ -49,7 +57,16 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
     let is_new = !instance.pins.exists();
-    let mut job = Job { args, state: &state, instance: &instance, done: Vec::new() };
+    let mut job = Job {
+        args,
+        state: &state,
+        instance: &instance,
+        is_new,
+        renewal: None,
+        restored: None,
+        done: Vec::new(),
+        before: None,
+    };
     if let Err(error) = job.attach_all(&lock, &links, rules, keys.as_deref()) {
         job.undo(&lock);
         if is_new {
@@ -57,6 +74,9 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
         }
         state.remove_if_empty(lock).ok();
         return Err(error);
+    }
+    if let Some(taken_over) = job.renewal.take().and_then(Renewal::finish) {
+        note!("instance '{}': {taken_over}", instance.name);
     }
     job.tell(scope)
 }
@@ -70,12 +90,19 @@ impl Job<'_> {
         keys: Option<&[Key]>,
     ) -> Result<()> {
         self.instance.create()?;
+        let mut wanted = Program::wanted_maps()?;
+        wanted.extend(GuardProgram::wanted_maps()?);
+        self.renewal = Some(self.instance.renew(wanted)?);
         // So that every command finds an instance whole, whichever side was attached first.
         Program::make_maps(&self.instance.pins)?;
+        if rules.is_some_and(Rules::marks) {
+            self.expect_no_xdp_beside(links)?;
+        }
         let netns_ino = Netns::current()?.inode();
         let mut ready = false;
         for link in links {
-            for kind in self.candidates(link, rules)? {
+            let mut why = None;
+            for kind in self.candidates(link)? {
                 let settings = Settings {
                     kind,
                     sample: self.args.sample,
@@ -85,35 +112,83 @@ impl Job<'_> {
                     faults: 0,
                 };
                 let program = GuardProgram::load(settings, Some(&self.instance.pins))?;
+                if kind == Kind::Xdp
+                    && rules.map_or_else(|| program.maps.marks(), |rules| Ok(rules.marks()))?
+                {
+                    if self.args.hook == HookArg::Xdp {
+                        bail!("attaching the guard to {}: {NO_MARKS}", link.name);
+                    }
+                    why = Some("the rules mark, which needs an skb".to_string());
+                    continue;
+                }
                 if !ready {
                     self.prepare(&program.maps, rules, keys)?;
                     ready = true;
                 }
-                match self.attach_one(lock, link, program, kind) {
+                match self.attach_one(lock, link, program, kind, why.take()) {
                     // The driver cannot, and nobody asked for more than what fits.
-                    Err(_) if self.args.hook == HookArg::Auto && kind == Kind::Xdp => continue,
-                    attached => attached?,
+                    Err(error) if self.args.hook == HookArg::Auto && kind == Kind::Xdp => {
+                        why = Some(format!("{error:#}"));
+                    }
+                    attached => {
+                        attached?;
+                        break;
+                    }
                 }
-                break;
             }
         }
         Ok(())
     }
 
-    /// Rules come before the program: it must not see a packet without them.
-    fn prepare(&self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
-        match rules {
-            Some(rules) => set_rules(self.instance, maps, rules, &self.args.source(), keys),
-            None if maps.table()?.is_none() => bail!(
-                "attaching the guard: instance '{}' has no rules yet; say which with --rules FILE",
-                self.instance.name
-            ),
-            None => keys.map_or(Ok(()), |keys| maps.keys.load(keys)),
+    /// Rules that mark are for all interfaces of the instance, of which none may be at XDP. Those that are attached to now
+    /// will not be.
+    fn expect_no_xdp_beside(&self, links: &[Link]) -> Result<()> {
+        let programs = loaded_programs(self.state)?;
+        let mut here = Vec::new();
+        for link in links {
+            here.extend(attached_xdp(link.index, &programs)?.map(|ours| ours.program));
         }
+        let name = &self.instance.name;
+        let is_ours = |loaded: &Loaded| {
+            loaded.role == Role::GuardXdp && loaded.instance.as_deref() == Some(name.as_str())
+        };
+        if programs.iter().any(|(id, loaded)| is_ours(loaded) && !here.contains(id)) {
+            bail!("attaching the guard: instance '{name}' is on another interface at XDP: {NO_MARKS}");
+        }
+        Ok(())
+    }
+
+    /// Rules come before the program: it must not see a packet without them.
+    fn prepare(&mut self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
+        self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
+        clock::publish(&maps.clock, None)?;
+        let has_rules = maps.table()?.is_some();
+        if !has_rules {
+            self.restored = Some(state::newest(&self.instance.guard_dir));
+        }
+        if let Some(rules) = rules {
+            // What is not remembered any more cannot be put back, and is no reason to keep it.
+            let before = running::read(self.instance, maps).ok();
+            set_rules(self.instance, maps, rules, &self.args.source(), keys)?;
+            self.before = before;
+            return Ok(());
+        }
+        keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
+        if !has_rules && (self.is_new || running::restore(self.instance, maps)?.is_none()) {
+            let why = match self.renewal.as_ref().is_some_and(|renewal| renewal.lacks("guard_rules")) {
+                true => "goes by rules of another version of netoken, of which nothing is remembered",
+                false => "has no rules yet",
+            };
+            bail!(
+                "attaching the guard: instance '{}' {why}; say which with --rules FILE",
+                self.instance.name
+            );
+        }
+        Ok(())
     }
 
     /// What may be attached to an interface, the best first.
-    fn candidates(&self, link: &Link, rules: Option<&Rules>) -> Result<Vec<Kind>> {
+    fn candidates(&self, link: &Link) -> Result<Vec<Kind>> {
         let has_ethernet = link_header(link)? == LinkHeader::Ethernet;
         let tc = if has_ethernet { Kind::Tc } else { Kind::TcLayer3 };
         Ok(match self.args.hook {
@@ -130,7 +205,7 @@ impl Job<'_> {
                     .iter()
                     .any(|filter| ours(&filter.loaded));
                 let wants_tc = self.args.priority.is_some() || self.args.handle.is_some();
-                match has_ethernet && !at_tc && !wants_tc && !rules.is_some_and(Rules::marks) {
+                match has_ethernet && !at_tc && !wants_tc {
                     true => vec![Kind::Xdp, tc],
                     false => vec![tc],
                 }
@@ -138,8 +213,15 @@ impl Job<'_> {
         })
     }
 
-    /// Afterwards exactly one program of this instance is on the interface's way in.
-    fn attach_one(&mut self, lock: &Lock, link: &Link, program: GuardProgram, kind: Kind) -> Result<()> {
+    /// Afterwards exactly one program of this instance is on the interface's way in. `why` it is not another one.
+    fn attach_one(
+        &mut self,
+        lock: &Lock,
+        link: &Link,
+        program: GuardProgram,
+        kind: Kind,
+        why: Option<String>,
+    ) -> Result<()> {
         let name = &self.instance.name;
         let mut hooks = Hooks::open_side(self.state, Side::Ingress)?;
         if kind == Kind::Xdp {
@@ -152,7 +234,7 @@ impl Job<'_> {
         } else {
             let place = Place { priority: self.args.priority, handle: self.args.handle };
             let done = hooks.attach(lock, link, name, program.as_fd(), place)?;
-            self.done.push((link.clone(), Done::Tc(done)));
+            self.done.push((link.clone(), Done::Tc(done, why)));
             detach_xdp(self.state, lock, link, name)?;
         }
         Ok(())
@@ -160,10 +242,25 @@ impl Job<'_> {
 
     /// Last things first.
     fn undo(&mut self, lock: &Lock) {
+        self.undo_hooks(lock);
+        if let Some(before) = self.before.take() {
+            let put_back = GuardMaps::open(&self.instance.pins)
+                .and_then(|maps| set_rules(self.instance, &maps, &before.rules, &before.source, None));
+            if let Err(error) = put_back.context("putting back the rules that ran") {
+                note!("netoken: {error:#}");
+            }
+        }
+        drop(self.renewal.take());
+        if let Some(number) = self.restored {
+            state::forget_newer(&self.instance.guard_dir, number);
+        }
+    }
+
+    fn undo_hooks(&mut self, lock: &Lock) {
         for (link, done) in std::mem::take(&mut self.done).iter().rev() {
             let undone = match done {
                 Done::Xdp(program, done) => undo_xdp(lock, link, program.as_fd(), done),
-                Done::Tc(done) => Hooks::open_side(self.state, Side::Ingress)
+                Done::Tc(done, _) => Hooks::open_side(self.state, Side::Ingress)
                     .and_then(|mut hooks| hooks.undo(lock, link, &self.instance.name, done)),
             };
             if let Err(error) = undone {
@@ -175,13 +272,15 @@ impl Job<'_> {
     fn tell(&self, scope: &Scope) -> Result<()> {
         for (link, done) in &self.done {
             let (hook, replaced, why, pushed_out) = match done {
-                Done::Tc(done) => ("clsact ingress", done.replaced(), None, None),
-                Done::Xdp(_, done) => (
-                    hook_name(done.mode),
-                    done.replaced(),
-                    done.why_generic.as_deref(),
-                    done.pushed_out.as_ref(),
-                ),
+                Done::Tc(done, why) => {
+                    let why = why.as_ref().map(|why| format!(" (not at XDP: {why})"));
+                    ("clsact ingress", done.replaced(), why, None)
+                }
+                Done::Xdp(_, done) => {
+                    let why = done.why_generic.as_ref();
+                    let why = why.map(|why| format!(" (natively the driver refused: {why})"));
+                    (hook_name(done.mode), done.replaced(), why, done.pushed_out.as_ref())
+                }
             };
             if scope.json {
                 print_json(&Record::GuardAttached { interface: &link.name, hook, replaced, pushed_out })?;
@@ -191,8 +290,7 @@ impl Job<'_> {
                 note!("pushed out of XDP of {}: {foreign}; it does not come back by itself", link.name);
             }
             let how = if replaced { "replaced in place on" } else { "attached to" };
-            let why = why.map_or(String::new(), |why| format!(" (natively the driver refused: {why})"));
-            note!("guard {how} {}: {hook}{why}", link.name);
+            note!("guard {how} {}: {hook}{}", link.name, why.unwrap_or_default());
         }
         Ok(())
     }

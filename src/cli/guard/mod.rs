@@ -1,6 +1,7 @@
 //! `netoken guard`: puts the guard on interfaces, gives it its rules, and says what it does.
 
 use std::io::{self, Write};
+use std::ops::Not;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -9,10 +10,13 @@ use serde::{Serialize, Serializer};
 
 use super::args::{Scope, exid, handle, instance};
 use super::blocked::unblock_prefix;
+use super::told::Told;
+use crate::files::Files;
 use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
+use crate::hooks::clsact::Qdisc;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::xdp::{Foreign, Mode};
 use crate::netns::Netns;
@@ -42,7 +46,8 @@ Examples:
     netoken guard --diff guard.toml
   See where it is attached, and what it has counted:
     netoken guard --query
-  Watch what comes in, until Ctrl-C; the second also loads the file whenever it changes:
+  Watch what comes in, until Ctrl-C; the second also loads the file whenever it
+  changes:
     netoken guard --watch
     netoken guard --watch --rules guard.toml
   Let in again who was blocked automatically:
@@ -50,7 +55,8 @@ Examples:
   Remove it, and its clsact qdisc if nobody else uses it:
     netoken guard --iface eth0 --destroy
 
-Begin with mode = \"observe\": everything is counted as if it were enforced, and nothing is dropped.";
+Begin with mode = \"observe\": everything is counted as if it were enforced, and
+nothing is dropped.";
 
 /// Let only connections with a right token in
 #[derive(Debug, clap::Args)]
@@ -104,8 +110,8 @@ pub(super) struct GuardArgs {
     detach: bool,
 
     /// Remove it, the clsact qdisc if we made it and nobody else uses it, and with the last program of the instance
-    /// its rules and counters
-    #[arg(long, requires = "iface", help_heading = "What to do")]
+    /// its rules and counters; without --iface on all interfaces of this network namespace
+    #[arg(long, help_heading = "What to do")]
     destroy: bool,
 
     /// File that says what is protected, what is accepted there, and which sources are exempt or blocked [default:
@@ -113,8 +119,9 @@ pub(super) struct GuardArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["show", "diff", "query", "unblock", "detach", "destroy"])]
     rules: Option<PathBuf>,
 
-    /// Where to attach
-    #[arg(long, value_enum, default_value_t = HookArg::Auto, help_heading = "With --attach")]
+    /// Where to attach: auto is where it is already, else XDP if the driver runs it, else TC; xdp is by the driver if it
+    /// can, else by the kernel behind it; tc is clsact ingress
+    #[arg(long, value_enum, default_value_t = HookArg::Auto, hide_possible_values = true, help_heading = "With --attach")]
     hook: HookArg,
 
     /// At XDP: push out somebody else's program, which does not come back with --detach
@@ -147,9 +154,9 @@ pub(super) struct GuardArgs {
     #[arg(long, value_name = "NAME|PATH")]
     netns: Option<String>,
 
-    /// Which set of rules, keys and counters to use
-    #[arg(long, value_name = "NAME", default_value = "default", value_parser = instance)]
-    instance: String,
+    /// Which set of rules, keys and counters to use [default: default; with --query: all]
+    #[arg(long, value_name = "NAME", value_parser = instance)]
+    instance: Option<String>,
 
     /// Print one JSON object a line
     #[arg(long)]
@@ -194,6 +201,21 @@ enum Record<'a> {
         since: String,
         /// Foreign filters that see a packet first and may let it pass the guard by.
         filters_before: usize,
+        /// Of the filter at TC; none at XDP.
+        handle: Option<u32>,
+        priority: Option<u16>,
+        /// What its program was told; nothing if another version of netoken has loaded it.
+        #[serde(flatten)]
+        told: Option<&'a Told>,
+        /// Only if it is so: another version of netoken has loaded it, and no command changes what it goes by.
+        #[serde(skip_serializing_if = "Not::not")]
+        outdated: bool,
+    },
+    GuardLoaded {
+        instance: &'a str,
+        rules: usize,
+        exempt: usize,
+        blocked: usize,
     },
     GuardCounters {
         instance: &'a str,
@@ -235,8 +257,9 @@ enum Record<'a> {
         interface: &'a str,
         /// How many programs of ours were removed.
         programs: usize,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        qdisc: Option<&'a str>,
+        /// Only with `--destroy`: what became of the clsact qdisc.
+        #[serde(flatten)]
+        qdisc: Option<Qdisc>,
     },
 }
 
@@ -269,7 +292,8 @@ impl GuardArgs {
 }
 
 pub(super) fn run(args: GuardArgs) -> Result<()> {
-    let (rules, files) = args.rules.as_deref().map(Rules::read).transpose()?.unzip();
+    let files = Files::default();
+    let rules = args.rules.as_deref().map(|path| Rules::read(path, &files)).transpose()?;
     if let (true, Some(rules)) = (args.check, &rules) {
         note!("the rules are right: {}", rules.summary());
         return Ok(());
@@ -280,8 +304,8 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
     let scope = Scope {
         ifaces: args.iface.clone(),
         netns: args.netns.clone(),
-        is_one_instance: true,
-        instance: args.instance.clone(),
+        is_one_instance: args.instance.is_some(),
+        instance: args.instance.clone().unwrap_or("default".to_string()),
         json: args.json,
     };
     if args.attach {
@@ -300,12 +324,7 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
         return query::query(&scope);
     }
     if args.watch {
-        let given = args.rules.as_deref().zip(rules.as_ref()).zip(files);
-        return watch::watch(
-            &scope,
-            given.map(|((path, rules), files)| (path, rules, files)),
-            &args.source(),
-        );
+        return watch::watch(&scope, args.rules.as_deref().zip(rules.as_ref()), files, &args.source());
     }
     if let Some(prefix) = args.unblock {
         return unblock(&scope, prefix);
@@ -336,11 +355,11 @@ fn hook_name(mode: Mode) -> &'static str {
     }
 }
 
-fn print_counters(scope: &Scope, instance: &str, counters: &GuardCounters, lost: Option<u64>) -> Result<()> {
+/// `found` stands behind the name, for people.
+fn print_counters(scope: &Scope, instance: &str, found: &str, counters: &GuardCounters) -> Result<()> {
     if scope.json {
-        return print_json(&Record::GuardCounters { instance, counters, lost });
+        return print_json(&Record::GuardCounters { instance, counters, lost: None });
     }
-    let mut out = io::stdout().lock();
-    let lost = lost.filter(|lost| *lost > 0).map_or(String::new(), |lost| format!("; {lost} events lost"));
-    writeln!(out, "instance '{instance}': {}{lost}", counters.line()).context("writing to standard output")
+    writeln!(io::stdout(), "instance '{instance}'{found}: {}", counters.line())
+        .context("writing to standard output")
 }

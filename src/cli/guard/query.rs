@@ -9,16 +9,19 @@ use nix::time::{ClockId, clock_gettime};
 use super::{Record, hook_name, print_counters, print_json};
 use crate::cli::args::Scope;
 use crate::cli::blocked::print_blocked;
+use crate::cli::outdated::advice;
 use crate::cli::table::table;
+use crate::cli::told::Told;
+use crate::events::model::since_epoch;
 use crate::guard::counters::GuardCounters;
 use crate::guard::program::GuardMaps;
 use crate::hooks::clsact::attached;
 use crate::hooks::loaded::{Loaded, loaded_programs};
-use crate::hooks::netlink::{Netlink, Side};
+use crate::hooks::netlink::{Filter, Netlink, Side};
 use crate::hooks::xdp::attached_xdp;
 use crate::netns::Netns;
 use crate::privileges;
-use crate::state::State;
+use crate::state::{Instance, State};
 
 /// One program of ours on an interface.
 struct Hook {
@@ -28,6 +31,9 @@ struct Hook {
     hook: &'static str,
     program: u32,
     loaded: Loaded,
+    told: Option<Told>,
+    /// Where it stands at TC; at XDP there is but one place.
+    filter: Option<Filter>,
     filters_before: usize,
 }
 
@@ -49,15 +55,29 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
                 links = scope.find(&links)?;
             }
             for link in links {
-                let mut push = |hook, program, loaded, filters_before| {
+                let mut push = |hook, program, loaded: Loaded, filter, filters_before| {
                     let (netns, interface) = (name.clone(), link.name.clone());
-                    found.push(Hook { netns, netns_inode, interface, hook, program, loaded, filters_before });
+                    let told = Told::of(&loaded);
+                    let hook = Hook {
+                        netns,
+                        netns_inode,
+                        interface,
+                        hook,
+                        program,
+                        loaded,
+                        told,
+                        filter,
+                        filters_before,
+                    };
+                    if scope.wants(hook.loaded.instance.as_deref()) {
+                        found.push(hook);
+                    }
                 };
                 if let Some(ours) = attached_xdp(link.index, &programs)? {
-                    push(hook_name(ours.mode), ours.program, ours.loaded, 0);
+                    push(hook_name(ours.mode), ours.program, ours.loaded, None, 0);
                 }
                 for ours in attached(&mut netlink, link.index, Side::Ingress, &programs)? {
-                    push("clsact ingress", ours.program, ours.loaded, ours.before);
+                    push("clsact ingress", ours.program, ours.loaded, Some(ours.filter), ours.before);
                 }
             }
             Ok(())
@@ -73,7 +93,8 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
         Some(state) => find(scope, state)?,
         None => scope.find(&Netlink::connect()?.links()?).map(|_| Vec::new())?,
     };
-    let (Some(state), false) = (&state, hooks.is_empty()) else {
+    let instances = state.as_ref().map_or(Vec::new(), |state| instances(scope, state, &hooks));
+    if hooks.is_empty() {
         if !scope.ifaces.is_empty() {
             bail!(
                 "looking for the guard on {0}: it is not there; attach it with: netoken guard {1} --attach --rules FILE",
@@ -81,60 +102,118 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
                 scope.flags(&scope.ifaces[0])
             );
         }
+        if scope.is_one_instance && instances.is_empty() {
+            bail!(
+                "looking for the guard of instance '{0}': there is none; netoken guard --query lists all, and netoken \
+                 guard --iface NAME --attach --rules FILE --instance {0} makes it",
+                scope.instance
+            );
+        }
         if !scope.json {
             note!("the guard is not attached to any interface");
         }
-        return Ok(());
-    };
+    } else if scope.json {
+        hooks.iter().try_for_each(print_hook)?;
+    } else {
+        print_hooks(&hooks).context("writing to standard output")?;
+    }
+    for (at, instance) in instances.iter().enumerate() {
+        let is_attached =
+            hooks.iter().any(|hook| hook.loaded.instance.as_deref() == Some(instance.name.as_str()));
+        let maps = match GuardMaps::open(&instance.pins) {
+            // An attach that was killed leaves an instance without all of its maps.
+            Err(error) if !is_attached => {
+                note!(
+                    "netoken: {error:#}; nothing is attached with it here, and the next --attach or --destroy mends it"
+                );
+                continue;
+            }
+            maps => maps?,
+        };
+        if !scope.json && (at > 0 || !hooks.is_empty()) {
+            writeln!(io::stdout()).context("writing to standard output")?;
+        }
+        let found = if is_attached { "" } else { ", not attached here" };
+        print_counters(scope, &instance.name, found, &GuardCounters::read(&maps)?)?;
+        print_blocked(scope.json, &instance.name, &maps)?;
+    }
+    Ok(())
+}
+
+/// The instances that have a guard: those of the hooks and, unless an interface was named, those that keep rules for the
+/// next attach.
+fn instances(scope: &Scope, state: &State, hooks: &[Hook]) -> Vec<Instance> {
+    let mut found = state.instances();
+    found.retain(|instance| {
+        let is_attached = hooks.iter().any(|hook| hook.loaded.instance.as_deref() == Some(&instance.name));
+        let has_rules = || instance.pins.join("guard_rules").exists() && instance.guard_dir.exists();
+        is_attached || (scope.ifaces.is_empty() && scope.wants(Some(&instance.name)) && has_rules())
+    });
+    found
+}
+
+fn since(hook: &Hook) -> String {
     let boot =
         SystemTime::now() - clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-    let since = |hook: &Hook| humantime::format_rfc3339_seconds(boot + hook.loaded.loaded_at).to_string();
-    if scope.json {
-        for hook in &hooks {
-            print_json(&Record::GuardHook {
-                netns: &hook.netns,
-                netns_inode: hook.netns_inode,
-                interface: &hook.interface,
-                hook: hook.hook,
-                program: hook.program,
-                instance: hook.loaded.instance.as_deref(),
-                since: since(hook),
-                filters_before: hook.filters_before,
-            })?;
+    humantime::format_rfc3339_seconds(since_epoch(boot + hook.loaded.loaded_at)).to_string()
+}
+
+fn print_hook(hook: &Hook) -> Result<()> {
+    print_json(&Record::GuardHook {
+        netns: &hook.netns,
+        netns_inode: hook.netns_inode,
+        interface: &hook.interface,
+        hook: hook.hook,
+        program: hook.program,
+        instance: hook.loaded.instance.as_deref(),
+        since: since(hook),
+        filters_before: hook.filters_before,
+        handle: hook.filter.as_ref().map(|filter| filter.handle),
+        priority: hook.filter.as_ref().map(|filter| filter.priority),
+        told: hook.told.as_ref(),
+        outdated: hook.loaded.is_outdated,
+    })
+}
+
+fn print_hooks(hooks: &[Hook]) -> io::Result<()> {
+    let heads = ["NETNS", "INTERFACE", "HOOK", "PROGRAM", "HANDLE", "PRIORITY", "INSTANCE", "SINCE (UTC)"];
+    let none = || "-".to_string();
+    let rows: Vec<_> = hooks
+        .iter()
+        .map(|hook| {
+            [
+                if hook.netns.is_empty() { none() } else { hook.netns.clone() },
+                hook.interface.clone(),
+                hook.hook.to_string(),
+                hook.program.to_string(),
+                hook.filter.as_ref().map_or_else(none, |filter| format!("{:#x}", filter.handle)),
+                hook.filter.as_ref().map_or_else(none, |filter| filter.priority.to_string()),
+                hook.loaded.instance.clone().unwrap_or("(pins lost)".to_string()),
+                since(hook),
+            ]
+        })
+        .collect();
+    let mut out = io::stdout().lock();
+    table(&mut out, heads, &rows)?;
+    for hook in hooks {
+        let place = match hook.netns.is_empty() {
+            true => hook.interface.clone(),
+            false => format!("{} in {}", hook.interface, hook.netns),
+        };
+        if let Some(told) = hook.told.as_ref().filter(|told| !told.is_usual()) {
+            writeln!(out, "{place}: {told}")?;
         }
-    } else {
-        let heads = ["NETNS", "INTERFACE", "HOOK", "PROGRAM", "INSTANCE", "SINCE (UTC)"];
-        let rows: Vec<_> = hooks
-            .iter()
-            .map(|hook| {
-                [
-                    if hook.netns.is_empty() { "-".to_string() } else { hook.netns.clone() },
-                    hook.interface.clone(),
-                    hook.hook.to_string(),
-                    hook.program.to_string(),
-                    hook.loaded.instance.clone().unwrap_or("(pins lost)".to_string()),
-                    since(hook),
-                ]
-            })
-            .collect();
-        let mut out = io::stdout().lock();
-        table(&mut out, heads, &rows).context("writing to standard output")?;
-        for hook in hooks.iter().filter(|hook| hook.filters_before > 0) {
-            writeln!(
-                out,
-                "{}: {} other filters run before the guard and may let packets pass it by",
-                hook.interface, hook.filters_before
-            )?;
+        if hook.loaded.is_outdated {
+            let instance = hook.loaded.instance.as_deref();
+            writeln!(out, "{}", advice("netoken guard", &hook.interface, &hook.netns, instance))?;
         }
-        writeln!(out)?;
-    }
-    let mut instances: Vec<&str> = hooks.iter().filter_map(|hook| hook.loaded.instance.as_deref()).collect();
-    instances.sort_unstable();
-    instances.dedup();
-    for instance in instances {
-        let maps = GuardMaps::open(&state.instance(instance).pins)?;
-        print_counters(scope, instance, &GuardCounters::read(&maps)?, None)?;
-        print_blocked(scope.json, instance, &maps)?;
+        if hook.filters_before > 0 {
+            let others = match hook.filters_before {
+                1 => "another filter runs".to_string(),
+                n => format!("{n} other filters run"),
+            };
+            writeln!(out, "{place}: {others} before the guard and may let packets pass it by")?;
+        }
     }
     Ok(())
 }

@@ -11,36 +11,40 @@ use crate::hooks::xdp::detach_xdp;
 use crate::privileges;
 use crate::state::State;
 
+/// Without an interface, on all of this network namespace; then only those are told of which there is news.
 pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
-    privileges::check(&format!("detaching the guard from {}", scope.ifaces.join(", ")))?;
-    let links = scope.find(&Netlink::connect()?.links()?)?;
+    let all = scope.ifaces.is_empty();
+    let what = if all { "all interfaces".to_string() } else { scope.ifaces.join(", ") };
+    privileges::check(&format!("detaching the guard from {what}"))?;
+    let links = Netlink::connect()?.links()?;
+    let links = if all { links } else { scope.find(&links)? };
     let (state, lock) = State::create()?;
     let mut hooks = Hooks::open_side(&state, Side::Ingress)?;
     let mut done = Vec::new();
+    let had_state = state.instance(&scope.instance).exists();
     for link in &links {
         let programs = hooks.detach(&lock, link, &scope.instance)?
             + usize::from(detach_xdp(&state, &lock, link, &scope.instance)?);
         let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
-        done.push((link, programs, qdisc));
+        if !all || programs > 0 || qdisc == Some(Qdisc::Removed) {
+            done.push((link, programs, qdisc));
+        }
     }
     let in_use = destroy && !remove_unused(&state, &lock, &scope.instance)?;
     drop(hooks);
     state.remove_if_empty(lock)?;
 
-    for (link, programs, qdisc) in done {
-        let qdisc = qdisc.and_then(|qdisc| match qdisc {
-            Qdisc::Absent => None,
-            Qdisc::Removed => Some("clsact qdisc removed: we made it and nobody else uses it"),
-            Qdisc::Foreign => Some("clsact qdisc kept: somebody else made it"),
-            Qdisc::InUse(_) => Some("clsact qdisc kept: other filters are on it"),
-            Qdisc::HasChains => Some("clsact qdisc kept: somebody else's chain is on it"),
-        });
+    for (link, programs, qdisc) in &done {
         if scope.json {
-            print_json(&Record::GuardRemoved { interface: &link.name, programs, qdisc })?;
+            print_json(&Record::GuardRemoved { interface: &link.name, programs: *programs, qdisc: *qdisc })?;
             continue;
         }
-        let what = if programs > 0 { "guard removed" } else { "the guard was not attached" };
-        note!("{}: {what}{}", link.name, qdisc.map_or(String::new(), |qdisc| format!(", {qdisc}")));
+        let what = if *programs > 0 { "guard removed" } else { "the guard was not attached" };
+        note!("{}: {what}{}", link.name, Qdisc::as_clause(*qdisc));
+    }
+    if done.is_empty() && all && !scope.json {
+        let also = if had_state && !in_use { "; its rules and counters are removed" } else { "" };
+        note!("the guard of instance '{}' is not attached to any interface here{also}", scope.instance);
     }
     if in_use {
         note!("instance '{}' is still used elsewhere: its rules, keys and counters stay", scope.instance);

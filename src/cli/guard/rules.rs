@@ -2,8 +2,9 @@
 
 use anyhow::{Result, bail};
 
-use super::of_instance;
+use super::{Record, of_instance, print_json};
 use crate::cli::args::Scope;
+use crate::cli::outdated;
 use crate::clock;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
@@ -40,15 +41,24 @@ pub(super) fn set_rules(
     keys: Option<&[Key]>,
 ) -> Result<()> {
     keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
-    clock::publish(&maps.clock, rules.slots)?;
-    running::load(instance, maps, rules, source)
+    // What fails is the rules, and then the slots are as they were, too.
+    running::load(instance, maps, rules, source)?;
+    clock::publish(&maps.clock, rules.slots).map(drop)
 }
 
 /// Puts rules, which are from the file `source`, into use where the guard is attached, and says so.
 pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
     put(scope, rules, source)?;
+    if scope.json {
+        return print_json(&Record::GuardLoaded {
+            instance: &scope.instance,
+            rules: rules.rules.len(),
+            exempt: rules.exempt.len(),
+            blocked: rules.blocked.len(),
+        });
+    }
     note!("instance '{}' has new rules: {}", scope.instance, rules.summary());
-    Ok(())
+    State::find()?.map_or(Ok(()), |state| outdated::tell(&state, &scope.instance, true))
 }
 
 /// The same without a word.

@@ -31,8 +31,10 @@ fn running(doing: &str, scope: &Scope) -> Result<Running> {
     }
     let (state, _lock) = State::create()?;
     let instance = state.instance(&scope.instance);
-    let maps = GuardMaps::open(&instance.pins);
-    let maps = maps.with_context(|| format!("{doing}: instance '{}' has no guard", scope.instance))?;
+    if !instance.has_guard() {
+        bail!("{doing}: instance '{}' has no guard", scope.instance);
+    }
+    let maps = GuardMaps::open(&instance.pins).with_context(|| doing.to_string())?;
     running::read(&instance, &maps)
 }
 

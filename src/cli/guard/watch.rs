@@ -1,21 +1,25 @@
 //! `netoken guard --watch`: what comes in, as it comes.
 
-use std::io::{self, Write};
+use std::fs;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use super::rules::{load, put};
-use super::{Record, of_instance, print_counters, print_json};
+use super::{Record, of_instance};
 use crate::cli::args::Scope;
-use crate::cli::blocked::print_alert;
-use crate::cli::reload::{Loaded, Reload};
+use crate::cli::blocked::{alert_line, alert_record};
+use crate::cli::reload::Reload;
 use crate::cli::signals::Signals;
+use crate::events::columns::Columns;
+use crate::files::Files;
 use crate::guard::counters::GuardCounters;
-use crate::guard::events::{Reader, Seen};
+use crate::guard::events::{Alert, Reader, Seen};
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
 use crate::privileges;
@@ -23,12 +27,14 @@ use crate::state::{Instance, State};
 
 /// Longest time between two looks at the counters.
 const PERIOD: Duration = Duration::from_secs(1);
+const PRINTING: &str = "writing to standard output";
 const POLL: Duration = Duration::from_millis(200);
 
-/// A file of rules, what it says, and all files that this is from.
-type Given<'a> = (&'a Path, &'a Rules, Vec<PathBuf>);
+/// A file of rules, and what it says.
+type Given<'a> = (&'a Path, &'a Rules);
 
-pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, source: &str) -> Result<()> {
+/// `files` are those that the rules were read from.
+pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, source: &str) -> Result<()> {
     let doing = format!("watching the guard of instance '{}'", scope.instance);
     privileges::check(&doing)?;
     let Some(state) = State::find()? else { bail!("{doing}: it is not attached anywhere") };
@@ -37,6 +43,8 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, source: &str) -> Re
         bail!("{doing}: it is not attached anywhere");
     }
     let maps = GuardMaps::open(&instance.pins)?;
+    let events = instance.pins.join("guard_events");
+    let pin = fs::metadata(&events).with_context(|| doing.clone())?.ino();
     // Another one than that of the stamp, whose events have a reader of their own.
     let reading = Instance { name: format!("{}.guard", instance.name), ..state.instance(&scope.instance) };
     let _reading = state.lock_reader(&reading)?;
@@ -45,65 +53,105 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, source: &str) -> Re
     // Last of all, so that what cannot be watched keeps the rules that it has.
     let mut reload = match given {
         None => None,
-        Some((path, rules, files)) => {
+        Some((path, rules)) => {
             load(scope, rules, source)?;
-            let again = move || {
-                let (rules, files) = Rules::read(path)?;
+            let again = move |files: &Files| {
+                let rules = Rules::read(path, files)?;
                 put(scope, &rules, source)?;
-                Ok(Loaded { summary: rules.summary(), files })
+                Ok(rules.summary())
             };
             Some(Reload::new("rules", files, true, &signals.reload, again))
         }
     };
+    let mut output = Output { scope, out: Columns::new(HEADS, WIDTHS, Arc::clone(&signals.stop))? };
     if !scope.json {
         note!("watching; Ctrl-C ends it, and the guard stays attached");
     }
+    output.heads()?;
     let mut counted = GuardCounters::read(&maps)?;
     let mut last = Instant::now();
     loop {
         let ends = signals.stop.load(Ordering::Relaxed);
         reload.iter_mut().for_each(Reload::look);
         for seen in reader.read(if ends { Duration::ZERO } else { POLL })? {
-            print_seen(scope, &seen)?;
+            output.seen(&seen)?;
         }
         for alert in reader.alerts() {
-            print_alert(scope.json, &instance.name, &alert)?;
+            output.alert(&alert)?;
         }
         if ends || last.elapsed() >= PERIOD {
             last = Instant::now();
             let now = GuardCounters::read(&maps)?;
             if now != counted {
-                print_counters(scope, &instance.name, &now, Some(reader.lost(&now)?))?;
+                output.counters(&now, reader.lost(&now)?)?;
                 counted = now;
             }
         }
+        output.flush()?;
         if ends {
             return Ok(());
+        }
+        // Whoever attaches it again makes other maps, of which nothing comes in here.
+        if fs::metadata(&events).ok().map(|pin| pin.ino()) != Some(pin) {
+            bail!("{doing}: it was destroyed");
         }
     }
 }
 
-fn print_seen(scope: &Scope, seen: &Seen) -> Result<()> {
-    if scope.json {
-        return print_json(&Record::Guarded { seen });
+const COLUMNS: usize = 5;
+const HEADS: [&str; COLUMNS] = ["VERDICT", "SOURCE", "DESTINATION", "ISN", "RULE"];
+/// What most IPv4 lines need.
+const WIDTHS: [usize; COLUMNS] = [8, 19, 18, 8, 11];
+
+/// Where it is printed.
+struct Output<'a> {
+    scope: &'a Scope,
+    out: Columns<COLUMNS>,
+}
+
+impl Output<'_> {
+    fn heads(&mut self) -> Result<()> {
+        if self.scope.json { Ok(()) } else { self.out.heads().context(PRINTING) }
     }
-    let time = humantime::format_rfc3339_micros(seen.time).to_string();
-    let end = |addr: Option<SocketAddr>| addr.map_or("?".to_string(), |addr| addr.to_string());
-    let verdict = format!("{}{}", seen.verdict, if seen.dropped { "!" } else { "" });
-    let rule = if seen.rule == 0 {
-        "-".to_string()
-    } else {
-        format!("{} ({})", seen.rule, seen.mode.unwrap_or("-"))
-    };
-    let token = seen.token.map_or("-".to_string(), |token| token.to_string());
-    let mut out = io::stdout().lock();
-    writeln!(
-        out,
-        "{}  {verdict:<16}  {:<21}  {:<21}  {:08x}  {rule:<11}  {token}",
-        &time[11..26],
-        end(seen.src),
-        end(seen.dst),
-        seen.isn
-    )
-    .context("writing to standard output")
+
+    fn seen(&mut self, seen: &Seen) -> Result<()> {
+        if self.scope.json {
+            return self.out.json(&Record::Guarded { seen }).context(PRINTING);
+        }
+        let end = |addr: Option<SocketAddr>| addr.map_or("?".to_string(), |addr| addr.to_string());
+        let rule = match seen.mode {
+            Some(mode) => format!("{} ({mode})", seen.rule),
+            None => "-".to_string(),
+        };
+        let cells = [
+            format!("{}{}", seen.verdict, if seen.dropped { "!" } else { "" }),
+            end(seen.src),
+            end(seen.dst),
+            format!("{:08x}", seen.isn),
+            rule,
+        ];
+        let token = seen.token.map_or("-".to_string(), |token| token.to_string());
+        let time = humantime::format_rfc3339_millis(seen.time).to_string();
+        self.out.line(&time, &cells, &token).context(PRINTING)
+    }
+
+    fn alert(&mut self, alert: &Alert) -> Result<()> {
+        if self.scope.json {
+            return self.out.json(&alert_record(&self.scope.instance, alert)).context(PRINTING);
+        }
+        self.out.text(&alert_line(alert)).context(PRINTING)
+    }
+
+    fn counters(&mut self, counters: &GuardCounters, lost: u64) -> Result<()> {
+        if self.scope.json {
+            let record = Record::GuardCounters { instance: &self.scope.instance, counters, lost: Some(lost) };
+            return self.out.json(&record).context(PRINTING);
+        }
+        let lost = if lost > 0 { format!("; {lost} events lost") } else { String::new() };
+        self.out.text(&format!("-- {}{lost}", counters.line())).context(PRINTING)
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.out.flush().context(PRINTING)
+    }
 }

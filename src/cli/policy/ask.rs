@@ -24,6 +24,9 @@ const EXPLAINED_MAX: usize = 10;
 
 /// Which rule decides over such a SYN, and why; the kernel's own lookup answers
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  netoken policy test --dst 192.0.2.1 --port 443 --src 10.17.0.5\n  netoken policy test --dst 192.0.2.1 --port 443 --file policy.toml"
+)]
 pub(super) struct TestArgs {
     /// Ask this policy instead of the one in use; it is not put into use
     #[arg(long, value_name = "FILE")]
@@ -46,7 +49,7 @@ pub(super) struct TestArgs {
     src: Option<IpAddr>,
 
     /// Source port
-    #[arg(long, default_value_t = 40000)]
+    #[arg(long, value_name = "PORT", default_value_t = 40000)]
     src_port: u16,
 
     /// Mark of the skb
@@ -99,6 +102,8 @@ pub(super) fn run(args: &TestArgs) -> Result<()> {
         None => {
             let (state, lock) = args.common.open()?;
             let instance = state.instance(&args.common.instance);
+            // Which makes none, where they are of another version.
+            drop(instance.maps()?);
             let ask = Ask::load(Some(&instance.pins))?;
             let answer = ask.about(&syn)?;
             let policy = running::read(&instance, &ask.program.maps)?.policy;

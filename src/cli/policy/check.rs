@@ -12,6 +12,7 @@ use crate::policy::compile::{Naming, compile};
 
 /// Check a policy: every error is shown with its line; nothing is changed
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  netoken policy check policy.toml --shapes")]
 pub(super) struct CheckArgs {
     /// The policy
     file: PathBuf,

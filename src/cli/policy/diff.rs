@@ -13,6 +13,7 @@ use crate::privileges;
 
 /// Show what loading a policy would change
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  netoken policy diff policy.toml")]
 pub(super) struct DiffArgs {
     /// The policy
     file: PathBuf,

@@ -13,6 +13,9 @@ use crate::state::Instance;
 
 /// Add a rule to the policy in use; the file that it came from is left alone
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Example, for two ports of one prefix:\n  netoken policy add --name web --dst 192.0.2.0/24 --port 80 --port 443 \\\n      --action stamp --token 0011223344556677 --last"
+)]
 #[command(group = ArgGroup::new("place").args(["before", "after", "last"]))]
 pub(super) struct AddArgs {
     /// Name of the rule
@@ -28,7 +31,7 @@ pub(super) struct AddArgs {
     token: Option<String>,
 
     /// What to do if it cannot be stamped: pass or drop
-    #[arg(long)]
+    #[arg(long, value_name = "WHAT")]
     when_full: Option<String>,
 
     /// In front of the rule of this name [default: in front of all]
@@ -43,11 +46,12 @@ pub(super) struct AddArgs {
     #[arg(long)]
     last: bool,
 
-    #[command(flatten)]
-    conditions: Conditions,
-
+    // In front of the conditions, whose heading is for all that stand behind it.
     #[command(flatten)]
     common: Common,
+
+    #[command(flatten)]
+    conditions: Conditions,
 }
 
 /// Every condition may be given more than once: one of the values has to fit.
@@ -55,28 +59,28 @@ pub(super) struct AddArgs {
 #[command(next_help_heading = "Conditions, all of which must hold; each may be given more than once")]
 struct Conditions {
     /// Interface that it leaves by
-    #[arg(long)]
+    #[arg(long, value_name = "NAME")]
     interface: Vec<String>,
     /// Source prefix
-    #[arg(long)]
+    #[arg(long, value_name = "PREFIX")]
     src: Vec<String>,
     /// Destination prefix
-    #[arg(long)]
+    #[arg(long, value_name = "PREFIX")]
     dst: Vec<String>,
     /// Source port or range
-    #[arg(long)]
+    #[arg(long, value_name = "PORT|RANGE")]
     src_port: Vec<String>,
     /// Destination port or range
-    #[arg(long)]
+    #[arg(long, value_name = "PORT|RANGE")]
     port: Vec<String>,
     /// Mark, with /MASK if not all bits count
-    #[arg(long)]
+    #[arg(long, value_name = "MARK")]
     mark: Vec<String>,
     /// Cgroup of the sender
-    #[arg(long)]
+    #[arg(long, value_name = "PATH")]
     cgroup: Vec<String>,
     /// User id, range of them or user name of the sender
-    #[arg(long)]
+    #[arg(long, value_name = "UID|RANGE|NAME")]
     uid: Vec<String>,
     /// The negation of a condition, like port=443
     #[arg(long, value_name = "KEY=VALUE")]
@@ -85,6 +89,7 @@ struct Conditions {
 
 /// Remove rules from the policy in use; the file that it came from is left alone
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  netoken policy del web")]
 pub(super) struct DelArgs {
     /// Names of the rules
     #[arg(required = true)]
@@ -149,7 +154,7 @@ fn change(common: &Common, change: impl FnOnce(&mut Policy) -> Result<()>) -> Re
     let Running { mut policy, source, .. } = running::read(&instance, &maps)?;
     change(&mut policy)?;
     let generation = put(&instance, &maps, &policy, &source)?;
-    tell_loaded(common, &policy, generation)
+    tell_loaded(common, &state, &policy, generation)
 }
 
 fn put(instance: &Instance, maps: &Maps, policy: &Policy, source: &str) -> Result<u64> {

@@ -7,8 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Subcommand};
+use serde::Serialize;
 
 use super::args::instance;
+use super::outdated;
+use crate::files::Files;
 use crate::keys::file::keys_for;
 use crate::netns::Netns;
 use crate::policy::Policy;
@@ -27,14 +30,19 @@ mod show;
 
 const EXAMPLES: &str = "\
 Examples:
-  netoken policy check policy.toml               is it right? Shows every error with its line; needs no rights
-  netoken policy load policy.toml                put it into use in one step
-  netoken policy show                            what is in use, and how often each rule decided
-  netoken policy diff policy.toml                what loading it would change
-  netoken policy test --dst 192.0.2.1 --port 443 which rule decides over such a SYN, and why
-  netoken policy add --name blocked --dst 198.51.100.0/24 --action drop
-                                                 put a rule in front of the others
-  netoken policy del blocked                     take it out again
+  Is it right? Shows every error with its line; needs no rights:
+    netoken policy check policy.toml
+  Put it into use in one step:
+    netoken policy load policy.toml
+  See what is in use, and how often each rule decided:
+    netoken policy show
+  See what loading it would change:
+    netoken policy diff policy.toml
+  Which rule decides over such a SYN, and why?
+    netoken policy test --dst 192.0.2.1 --port 443
+  Put a rule in front of the others, and take it out again:
+    netoken policy add --name blocked --dst 198.51.100.0/24 --action drop
+    netoken policy del blocked
 
 The language is described in docs/policy.md.";
 
@@ -75,6 +83,7 @@ struct Common {
 
 /// Put a policy into use, in one step
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  netoken policy load policy.toml")]
 struct LoadArgs {
     /// The policy
     file: PathBuf,
@@ -108,23 +117,30 @@ fn load(args: &LoadArgs) -> Result<()> {
     let (state, _lock) = args.common.open()?;
     let instance = state.instance(&args.common.instance);
     let generation = put(&instance, &instance.maps()?, &checked, &args.file, &progress)?;
-    let told = tell_loaded(&args.common, &checked.policy, generation);
+    let told = tell_loaded(&args.common, &state, &checked.policy, generation);
     // The process ends; to take a million rules apart before would take a person's time.
     std::mem::forget(checked);
     told
 }
 
 /// What was put into use, as `--json` prints it.
-fn tell_loaded(common: &Common, policy: &Policy, generation: u64) -> Result<()> {
+#[derive(Serialize)]
+#[serde(tag = "type", rename = "loaded")]
+struct Loaded<'a> {
+    instance: &'a str,
+    generation: u64,
+    rules: usize,
+}
+
+fn tell_loaded(common: &Common, state: &State, policy: &Policy, generation: u64) -> Result<()> {
     if common.json {
-        let line = serde_json::json!({
-            "type": "loaded", "instance": common.instance, "generation": generation, "rules": policy.rules.len(),
-        });
-        writeln!(io::stdout(), "{line}").context("writing to standard output")?;
+        let loaded = Loaded { instance: &common.instance, generation, rules: policy.rules.len() };
+        writeln!(io::stdout(), "{}", serde_json::to_string(&loaded)?)
+            .context("writing to standard output")?;
     } else {
         note!("instance '{}': {}", common.instance, policy.summary());
     }
-    Ok(())
+    outdated::tell(state, &common.instance, false)
 }
 
 /// Puts a policy that was read into use.
@@ -165,9 +181,19 @@ fn load_keys(instance: &Instance, maps: &Maps, policy: &Policy) -> Result<()> {
 /// # Errors
 /// It has errors; the message shows all of them.
 pub(super) fn read(file: &Path, allow_missing: bool, progress: &Progress) -> Result<Checked> {
+    read_by(&Files::default(), file, allow_missing, progress)
+}
+
+/// The same by way of `files`, which knows all of them afterwards, also if this fails.
+pub(super) fn read_by(
+    files: &Files,
+    file: &Path,
+    allow_missing: bool,
+    progress: &Progress,
+) -> Result<Checked> {
     let told = |doing: &str, done: usize, total: usize| progress.show(doing, done, total);
     let options = Options { allow_missing, progress: Some(&told), ..Options::default() };
-    let checked = read_file(file, &options);
+    let checked = read_file(file, files, &options);
     progress.clear();
     let checked = checked.map_err(|report| refuse(&report))?;
     warn(&checked.report);

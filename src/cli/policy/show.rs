@@ -19,6 +19,9 @@ use crate::types::Hits;
 
 /// Show the policy that is in use, with how often each rule decided and when last
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Example, which keeps what is in use as a file:\n  netoken policy show --toml > policy.toml"
+)]
 pub(super) struct ShowArgs {
     /// Print it as a policy file
     #[arg(long, conflicts_with = "json")]

@@ -3,7 +3,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -20,6 +19,7 @@ use super::report::{Problem, Report};
 use super::split::Pieces;
 use super::values::{Prefix, Range, merge_prefixes};
 use super::{Decision, Place, Policy, Rule};
+use crate::files::Files;
 
 mod decision;
 mod fields;
@@ -52,8 +52,6 @@ pub struct Checked {
     pub policy: Policy,
     /// What is worth a look.
     pub report: Report,
-    /// Every file that was read.
-    pub files: Vec<PathBuf>,
 }
 
 /// Every key of a rule but those that begin with `not_`.
@@ -63,16 +61,14 @@ const FILE_KEYS: [&str; 6] = ["default", "missing", "include", "prefixes", "port
 const DECISION_KEYS: [&str; 3] = ["action", "token", "when_full"];
 /// So many files may include each other.
 const FILES_MAX: usize = 1000;
-/// Offsets in a file are kept in 32 bits.
-const FILE_MAX_BYTES: u64 = 1 << 32;
 
-/// Reads a file and everything that it names.
+/// Reads a file and everything that it names, by way of `files`, which knows all of them afterwards, also if this fails.
 ///
 /// # Errors
 /// It cannot be used; the report says everything that is wrong.
-pub fn read_file(path: &Path, options: &Options<'_>) -> Result<Checked, Box<Report>> {
-    let reader = Reader::new(options, Names::default());
-    let text = match read_text_file(path) {
+pub fn read_file(path: &Path, files: &Files, options: &Options<'_>) -> Result<Checked, Box<Report>> {
+    let reader = Reader::new(options, files, Names::default());
+    let text = match files.read(path) {
         Ok(text) => text,
         Err(error) => {
             let mut report = Report::default();
@@ -103,19 +99,7 @@ pub fn read_with(
     options: &Options<'_>,
     names: Names,
 ) -> Result<Checked, Box<Report>> {
-    Reader::new(options, names).run(path, text.into())
-}
-
-fn read_text_file(path: &Path) -> Result<String, String> {
-    let metadata = fs::metadata(path).map_err(|error| error.to_string())?;
-    let kind = metadata.file_type();
-    if kind.is_char_device() || kind.is_block_device() {
-        return Err("it is a device".to_string());
-    }
-    if metadata.len() >= FILE_MAX_BYTES {
-        return Err("it is larger than 4 GiB".to_string());
-    }
-    fs::read_to_string(path).map_err(|error| error.to_string())
+    Reader::new(options, &Files::default(), names).run(path, text.into())
 }
 
 /// Sets by name, as they are used.
@@ -123,17 +107,12 @@ type Sets<T> = HashMap<String, Arc<[T]>>;
 
 struct Reader<'a> {
     options: &'a Options<'a>,
+    files: &'a Files,
     names: Names,
-    shared: Mutex<Shared>,
+    /// What every thread adds to.
+    report: Mutex<Report>,
     /// By canonical path; nothing if it could not be read.
     lists: Mutex<HashMap<PathBuf, Option<Arc<[Prefix]>>>>,
-}
-
-/// What every thread adds to.
-#[derive(Default)]
-struct Shared {
-    report: Report,
-    files: Vec<PathBuf>,
 }
 
 /// What is known of all files so far.
@@ -149,15 +128,15 @@ struct Known {
 }
 
 impl<'a> Reader<'a> {
-    fn new(options: &'a Options<'a>, names: Names) -> Self {
-        Reader { options, names, shared: Mutex::default(), lists: Mutex::default() }
+    fn new(options: &'a Options<'a>, files: &'a Files, names: Names) -> Self {
+        Reader { options, files, names, report: Mutex::default(), lists: Mutex::default() }
     }
 
     fn run(self, path: &Path, text: Arc<str>) -> Result<Checked, Box<Report>> {
         let mut known = Known { warn_missing: self.options.allow_missing, ..Known::default() };
         self.file(path, text, &mut known, true);
         let Known { rules, default, .. } = known;
-        let Shared { mut report, files } = self.shared.into_inner().unwrap_or_else(|e| e.into_inner());
+        let mut report = self.report.into_inner().unwrap_or_else(|e| e.into_inner());
         let policy = Policy { default, rules };
         check_names(&policy, &mut report);
         if !report.has_errors() && !self.options.is_checked {
@@ -166,18 +145,17 @@ impl<'a> Reader<'a> {
         report.problems.sort_by_key(|problem| problem.place.map(|place| (place.file, place.start)));
         match report.has_errors() {
             true => Err(Box::new(report)),
-            false => Ok(Checked { policy, report, files }),
+            false => Ok(Checked { policy, report }),
         }
     }
 
     fn push(&self, problem: Problem) {
-        self.shared.lock().unwrap_or_else(|e| e.into_inner()).report.push(problem);
+        self.report.lock().unwrap_or_else(|e| e.into_inner()).push(problem);
     }
 
     fn add_source(&self, path: &Path, text: Arc<str>) -> u32 {
-        let mut shared = self.shared.lock().unwrap_or_else(|e| e.into_inner());
-        shared.files.push(path.to_path_buf());
-        shared.report.sources.add(path.display().to_string(), text)
+        let mut report = self.report.lock().unwrap_or_else(|e| e.into_inner());
+        report.sources.add(path.display().to_string(), text)
     }
 
     /// One file: first what it includes, then its sets, then its rules.
@@ -235,11 +213,10 @@ impl<'a> Reader<'a> {
         if known.open.contains(&canonical) {
             return from.error(span, format!("{} includes itself", path.display()));
         }
-        let count = self.shared.lock().unwrap_or_else(|e| e.into_inner()).files.len();
-        if count >= FILES_MAX {
+        if self.files.len() >= FILES_MAX {
             return from.error(span, format!("there are more than {FILES_MAX} files"));
         }
-        match read_text_file(&path) {
+        match self.files.read(&path) {
             Ok(text) => self.file(&path, text.into(), known, false),
             Err(error) => from.error(span, format!("reading {}: {error}", path.display())),
         }
@@ -286,7 +263,7 @@ impl<'a> Reader<'a> {
         if let Some(known) = lists.get(&key) {
             return known.clone();
         }
-        let list = match read_text_file(&path) {
+        let list = match self.files.read(&path) {
             Ok(text) => self.read_list(&path, text.into()),
             Err(error) => {
                 file.error(span.clone(), format!("reading the list {}: {error}", path.display()));

@@ -1,0 +1,109 @@
+//! `netoken guard --watch` at the terminal.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::process::Stdio;
+
+use anyhow::{Context, Result, ensure};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, pipe};
+
+use crate::lab::{Running, wait_until};
+use crate::support::ensure_eq;
+use crate::world::World;
+
+/// Observed, so that everybody is answered.
+const RULES: &str =
+    "[[rule]]\nname = 'all'\ndst = '10.77.0.0/24'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n";
+
+/// A guard at the server.
+fn guarded() -> Result<World> {
+    let world = World::new()?;
+    let rules = world.lab.run.with_extension("guard.toml");
+    fs::write(&rules, RULES)?;
+    world.lab.ok(&format!("guard {} --attach --rules {}", place(&world), rules.display()))?;
+    Ok(world)
+}
+
+fn place(world: &World) -> String {
+    format!("--netns {} --iface s0", world.server_ns)
+}
+
+pub fn what_is_watched_stands_under_heads() -> Result<()> {
+    let world = guarded()?;
+    let mut watch = Running::start(&mut world.lab.netoken("guard --watch"))?;
+    watch.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
+    // Events begin when the buffer is open, which is before.
+    world.syns(1)?;
+    watch.wait_for("one without a token", |line| line.contains("missing"))?;
+    world.ok("-i c0 --attach --quiet --token 0000000000000001")?;
+    world.syns(1)?;
+    watch.wait_for("one with another token", |line| line.contains("wrong_static"))?;
+    watch.wait_for("the counters", |line| {
+        line.starts_with("-- 2 seen, 1 missing, 1 wrong_static; 0 dropped")
+    })?;
+    let heads: Vec<&String> = watch.seen.iter().filter(|line| line.starts_with("TIME")).collect();
+    // The second verdict needs a wider column.
+    ensure_eq!(heads.len(), 2, "heads in {:#?}", watch.seen);
+    let mut last = heads[0];
+    let mut looked_at = 0;
+    for line in &watch.seen {
+        if line.starts_with("TIME") {
+            last = line;
+        } else if line.contains("10.77.0.2:9 ") {
+            let token = if line.contains("missing") { "-" } else { "0000000000000001" };
+            for (head, cell) in [("DESTINATION", "10.77.0.2:9"), ("RULE", "1 (observe)"), ("TOKEN", token)] {
+                ensure_eq!(line.rfind(cell), last.find(head), "the column of {head}:\n{last}\n{line}");
+            }
+            looked_at += 1;
+        }
+    }
+    ensure_eq!(looked_at, 2, "packets in {:#?}", watch.seen);
+    watch.signal(Signal::SIGINT)?;
+    ensure_eq!(watch.end()?.0, Some(0), "exit code");
+    Ok(())
+}
+
+pub fn an_output_that_nobody_reads_does_not_keep_it_alive() -> Result<()> {
+    let world = guarded()?;
+    let (reader, writer) = pipe()?;
+    fcntl(&reader, FcntlArg::F_SETPIPE_SZ(4096))?;
+    let mut command = world.lab.netoken("guard --watch --json");
+    let mut child = command.stdout(writer).stderr(Stdio::null()).spawn()?;
+    drop(command);
+    // More than fits into the pipe and what it buffers itself. It begins to read some time after it was started.
+    let mut first = [0; 1];
+    wait_until("its first bytes", || {
+        world.syns(1)?;
+        let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+        Ok((poll(&mut fds, PollTimeout::ZERO)? > 0).then_some(()))
+    })?;
+    ensure_eq!(nix::unistd::read(&reader, &mut first)?, 1, "bytes");
+    world.syns(300)?;
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?;
+    let ended = wait_until("the end of the watch", || Ok(child.try_wait()?));
+    child.kill().ok();
+    child.wait()?;
+    ensure_eq!(ended?.code(), Some(0), "the exit code");
+    drop(reader);
+    Ok(())
+}
+
+/// A guard that is attached again has other maps, of which one who watches the old ones would never hear.
+pub fn a_destroyed_guard_ends_the_watch() -> Result<()> {
+    let world = guarded()?;
+    let mut watch = Running::start(&mut world.lab.netoken("guard --watch"))?;
+    watch.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
+    // A detach keeps the instance, and what watches it.
+    world.lab.ok(&format!("guard {} --detach", place(&world)))?;
+    world.lab.ok(&format!("guard {} --attach", place(&world)))?;
+    world.syns(1)?;
+    watch.wait_for("a packet", |line| line.contains("missing"))?;
+    world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
+    let (code, lines) = watch.end()?;
+    let last = lines.last().context("nothing was said")?;
+    ensure!(code == Some(1) && last.contains("instance 'default': it was destroyed"), "{code:?} {lines:#?}");
+    Ok(())
+}
