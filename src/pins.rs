@@ -33,7 +33,7 @@ const LOSSES: [(&str, &str); 9] = [
     ("key_counts", "what each key was used for"),
     ("clock", "the length of slots, where it was set"),
     ("guard_counters", "the guard's counters"),
-    ("guard_tokens", "which tokens were seen: until its slot is over, one may be used again"),
+    ("guard_seen", "which tokens were seen: until its slot is over, one may be used again"),
     ("guard_peers", "who opened the connections whose tokens were scrubbed"),
     ("guard_auto_blocked", "who is blocked automatically"),
 ];
@@ -357,14 +357,14 @@ mod tests {
         ];
         assert_eq!((Size::POLICY_LAYOUT.0, policy), (1, [4672, 64, 40, 80, 24]));
         let rules = [size_of::<Table>(), size_of::<SourcePage>()];
-        assert_eq!((GuardSize::GUARD_LAYOUT.0, rules), (2, [8824, 6160]));
+        assert_eq!((GuardSize::GUARD_LAYOUT.0, rules), (3, [8824, 6304]));
     }
 
     #[test]
     fn the_first_layout_has_the_plain_names() {
         let dir = Path::new("/dir");
         assert_eq!(path_of(dir, "policies"), Path::new("/dir/policies"));
-        assert_eq!(path_of(dir, "guard_rules"), Path::new("/dir/guard_rules-2"));
+        assert_eq!(path_of(dir, "guard_rules"), Path::new("/dir/guard_rules-3"));
         assert_eq!(path_of(dir, "guard_counters"), Path::new("/dir/guard_counters"));
     }
 }

@@ -59,13 +59,14 @@ struct seen_bucket {
 
 _Static_assert(sizeof(struct seen_token) == 32, "seen_token has hidden padding");
 
-/* By bits of the MAC, which are as good as random. Only who has a key can add to it. */
+/* By bits of the MAC, which are as good as random. Only who has a key can add to it. As
+ * `guard_tokens` it is pinned with another lock, which the verifier knows by its type. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__type(key, __u32);
 	__type(value, struct seen_bucket);
 	__uint(max_entries, SEEN_BUCKETS);
-} guard_tokens SEC(".maps");
+} guard_seen SEC(".maps");
 
 #ifdef __TARGET_ARCH_x86
 
@@ -90,7 +91,7 @@ static __always_inline bool try_lock(struct seen_bucket *bucket)
  * the verifier looks at the loop once. */
 __noinline int wait_for_bucket(__u32 at)
 {
-	struct seen_bucket *bucket = bpf_map_lookup_elem(&guard_tokens, &at);
+	struct seen_bucket *bucket = bpf_map_lookup_elem(&guard_seen, &at);
 
 	if (!bucket)
 		return false;

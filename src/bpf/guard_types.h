@@ -41,7 +41,7 @@ enum netoken_guard_size {
 
 	/* Of what rules are compiled to, the maps `guard_rules`, `guard_lists` and `guard_sources`;
 	 * as POLICY_LAYOUT. */
-	GUARD_LAYOUT = 2,
+	GUARD_LAYOUT = 3,
 };
 
 /*

@@ -119,7 +119,8 @@ fn with_root() -> Vec<Trial> {
             an_attach_that_fails_leaves_the_maps_of_the_other_version
             what_another_version_has_compiled_is_compiled_again a_policy_that_cannot_be_read_any_more_is_asked_for
             a_policy_of_an_attach_that_failed_is_forgotten
-            keys_of_another_shape_are_read_from_their_files rules_and_lists_of_a_guard_are_compiled_again;
+            keys_of_another_shape_are_read_from_their_files rules_and_lists_of_a_guard_are_compiled_again
+            tokens_that_another_version_has_seen_are_forgotten_and_that_is_told;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything

@@ -293,3 +293,29 @@ pub fn rules_and_lists_of_a_guard_are_compiled_again() -> Result<()> {
     world.ok("-i c0 --destroy")?;
     expect_no_state(&world.lab)
 }
+
+/// In a map of the same shape, but another name, buckets had a lock that only the kernel may touch: with that one no
+/// program of this version could be loaded.
+pub fn tokens_that_another_version_has_seen_are_forgotten_and_that_is_told() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    let rules = "[[rule]]\nname = 'all'\ndst = '10.77.0.2'\nmode = 'drop'\ntokens = '1111111111111111'\n";
+    let path = write(dir.path(), "guard.toml", rules)?;
+    let guard = |args: &str| world.lab.run(&format!("guard --netns {} -i s0 {args}", world.server_ns));
+    told(guard(&format!("--attach --hook tc --rules {}", path.display()))?)?;
+    let seen = world.lab.run.join("bpf/default/guard_seen");
+    let now = MapHandle::from_pinned_path(&seen).context("opening what was seen")?;
+    let mut before = made(MapType::Array, now.value_size() as usize, now.max_entries(), None)?;
+    before.pin(seen.with_file_name("guard_tokens")).context("pinning it as it was")?;
+    fs::remove_file(&seen).context("removing the pin")?;
+    let said = told(guard("--attach")?)?;
+    ensure!(said.contains("not kept: which tokens were seen"), "{said}");
+    ensure!(!pins(&world)?.iter().any(|pin| pin == "guard_tokens"), "{:?}", pins(&world)?);
+    let id = |map: &MapHandle| Ok::<_, anyhow::Error>(map.info()?.info.id);
+    ensure!(
+        id(&MapHandle::from_pinned_path(&seen)?)? != id(&before)?,
+        "the map of the other version is in use"
+    );
+    told(guard("--destroy")?)?;
+    expect_no_state(&world.lab)
+}

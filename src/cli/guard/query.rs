@@ -146,7 +146,7 @@ fn instances(scope: &Scope, state: &State, hooks: &[Hook]) -> Vec<Instance> {
     let mut found = state.instances();
     found.retain(|instance| {
         let is_attached = hooks.iter().any(|hook| hook.loaded.instance.as_deref() == Some(&instance.name));
-        let has_rules = || instance.pins.join("guard_rules").exists() && instance.guard_dir.exists();
+        let has_rules = || instance.has_guard() && instance.guard_dir.exists();
         is_attached || (scope.ifaces.is_empty() && scope.wants(Some(&instance.name)) && has_rules())
     });
     found
