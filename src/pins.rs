@@ -33,7 +33,7 @@ const LOSSES: [(&str, &str); 9] = [
     ("key_counts", "what each key was used for"),
     ("clock", "the length of slots, where it was set"),
     ("guard_counters", "the guard's counters"),
-    ("guard_seen", "which tokens were seen: until its slot is over, one may be used again"),
+    ("guard_accepted", "which tokens were seen: until its slot is over, one may be used again"),
     ("guard_peers", "who opened the connections whose tokens were scrubbed"),
     ("guard_auto_blocked", "who is blocked automatically"),
 ];

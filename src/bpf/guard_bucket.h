@@ -66,7 +66,7 @@ struct {
 	__type(key, __u32);
 	__type(value, struct seen_bucket);
 	__uint(max_entries, SEEN_BUCKETS);
-} guard_seen SEC(".maps");
+} guard_accepted SEC(".maps");
 
 #ifdef __TARGET_ARCH_x86
 
@@ -91,7 +91,7 @@ static __always_inline bool try_lock(struct seen_bucket *bucket)
  * the verifier looks at the loop once. */
 __noinline int wait_for_bucket(__u32 at)
 {
-	struct seen_bucket *bucket = bpf_map_lookup_elem(&guard_seen, &at);
+	struct seen_bucket *bucket = bpf_map_lookup_elem(&guard_accepted, &at);
 
 	if (!bucket)
 		return false;

@@ -52,7 +52,7 @@ static __always_inline __u32 check_seen(struct guard_scratch *scratch, __u64 tok
 	__u32 at = (le64(token) & SEEN_MASK) >> SEEN_SHIFT;
 	const struct netoken_clock *now = bpf_map_lookup_elem(&clock, &zero);
 	const struct netoken_key *key = bpf_map_lookup_elem(&keys, &key_id);
-	struct seen_bucket *bucket = bpf_map_lookup_elem(&guard_seen, &at);
+	struct seen_bucket *bucket = bpf_map_lookup_elem(&guard_accepted, &at);
 	const __u64 *saddr = (const __u64 *)flow->saddr;
 	__u32 verdict, now_units;
 	struct seen_token mine;

@@ -207,7 +207,7 @@ fn kept<'a, 'obj>(maps: &'a mut OpenGuardMaps<'obj>) -> [&'a mut OpenMapMut<'obj
         &mut maps.guard_rules,
         &mut maps.guard_lists,
         &mut maps.guard_sources,
-        &mut maps.guard_seen,
+        &mut maps.guard_accepted,
         &mut maps.guard_peers,
         &mut maps.guard_refused,
         &mut maps.guard_auto_blocked,

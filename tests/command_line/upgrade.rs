@@ -303,7 +303,7 @@ pub fn tokens_that_another_version_has_seen_are_forgotten_and_that_is_told() -> 
     let path = write(dir.path(), "guard.toml", rules)?;
     let guard = |args: &str| world.lab.run(&format!("guard --netns {} -i s0 {args}", world.server_ns));
     told(guard(&format!("--attach --hook tc --rules {}", path.display()))?)?;
-    let seen = world.lab.run.join("bpf/default/guard_seen");
+    let seen = world.lab.run.join("bpf/default/guard_accepted");
     let now = MapHandle::from_pinned_path(&seen).context("opening what was seen")?;
     let mut before = made(MapType::Array, now.value_size() as usize, now.max_entries(), None)?;
     before.pin(seen.with_file_name("guard_tokens")).context("pinning it as it was")?;

@@ -118,7 +118,7 @@ fn map_of(bench: &Bench, name: &str) -> Result<MapHandle> {
 pub fn a_bucket_that_is_never_free_takes_no_new_token() -> Result<()> {
     for kind in [Kind::Tc, Kind::Xdp] {
         let mut bench = Bench::new(kind, RULE)?;
-        let tokens = map_of(&bench, "guard_seen")?;
+        let tokens = map_of(&bench, "guard_accepted")?;
         let token = keyed(&syn(), 1, 17, Bind::Server, SLOT)?;
         let first = with(&syn(), LINUX, &[token.0]);
         let copy = Packet { sport: first.sport + 1, ..first.clone() };
