@@ -52,6 +52,15 @@ pub struct State {
 #[derive(Debug)]
 pub struct Lock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
 
+/// Whose events: each kind has a buffer of its own in an instance, and so a reader of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventsOf {
+    /// What became of the SYNs that went out.
+    Stamp,
+    /// What was decided of the packets that came in.
+    Guard,
+}
+
 /// Held by the one process that reads the events of an instance.
 #[derive(Debug)]
 pub struct ReaderLock {
@@ -160,12 +169,18 @@ impl State {
         Ok(same_file(&held, &path).then_some(Lock(held)))
     }
 
-    /// Becomes the one reader of an instance's events.
+    /// Becomes the one reader of an instance's events of one kind.
     ///
     /// # Errors
     /// Another process reads them; the message names it.
-    pub fn lock_reader(&self, instance: &Instance) -> Result<ReaderLock> {
-        let name = format!("{}.{READER}", instance.name);
+    pub fn lock_reader(&self, instance: &Instance, of: EventsOf) -> Result<ReaderLock> {
+        let (kind, whose, instead) = match of {
+            EventsOf::Stamp => {
+                ("", "events", "stop that one, or attach with --quiet, or use another --instance")
+            }
+            EventsOf::Guard => (".guard", "guard's events", "stop that one"),
+        };
+        let name = format!("{}{kind}.{READER}", instance.name);
         let path = self.below(&name);
         loop {
             let file = lock_file(&path, &self.path.join(&name))?;
@@ -181,8 +196,7 @@ impl State {
                     let mut holder = String::new();
                     file.read_to_string(&mut holder).ok();
                     bail!(
-                        "reading the events of instance '{}': {} already reads them, and an event has one reader; \
-                         stop that one, or attach with --quiet, or use another --instance",
+                        "reading the {whose} of instance '{}': {} already reads them, and an event has one reader; {instead}",
                         instance.name,
                         if holder.is_empty() { "another process" } else { &holder }
                     );

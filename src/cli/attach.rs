@@ -30,7 +30,7 @@ use crate::policy::read::Checked;
 use crate::policy::{Policy, running};
 use crate::privileges;
 use crate::program::{LinkHeader, Maps, Program, Settings};
-use crate::state::{self, Instance, Lock, ReaderLock, State};
+use crate::state::{self, EventsOf, Instance, Lock, ReaderLock, State};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
@@ -231,7 +231,11 @@ impl Job<'_> {
     /// Attaches to all of them. A policy that runs is left to be replaced when all else has worked; one that does
     /// not must be there first.
     fn attach(&mut self, lock: &Lock, targets: &[Target], given: Option<&Given<'_>>) -> Result<Attached> {
-        let reading = if self.options.quiet { None } else { Some(self.state.lock_reader(self.instance)?) };
+        let reading = if self.options.quiet {
+            None
+        } else {
+            Some(self.state.lock_reader(self.instance, EventsOf::Stamp)?)
+        };
         self.instance.create()?;
         self.renewal = Some(self.instance.renew(Program::wanted_maps()?)?);
         let mut attached: Option<Attached> = None;

@@ -107,3 +107,22 @@ pub fn a_destroyed_guard_ends_the_watch() -> Result<()> {
     ensure!(code == Some(1) && last.contains("instance 'default': it was destroyed"), "{code:?} {lines:#?}");
     Ok(())
 }
+
+/// Its events are not those of the stamp, which have a reader of their own.
+pub fn a_second_reader_is_told_who_the_first_is() -> Result<()> {
+    let world = guarded()?;
+    let mut stamp = Running::start(&mut world.lab.netoken(&world.args("-i c0 --attach")))?;
+    stamp.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
+    let mut watch = Running::start(&mut world.lab.netoken("guard --watch"))?;
+    watch.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
+    let second = world.lab.run("guard --watch")?;
+    let said = String::from_utf8(second.stderr)?;
+    ensure_eq!(second.status.code(), Some(1), "exit code of the second, which said: {said}");
+    let first = format!("guard's events of instance 'default': process {} ", watch.child.id());
+    ensure!(said.contains(&first) && said.ends_with("stop that one\n"), "{said}");
+    for reader in [watch, stamp] {
+        reader.signal(Signal::SIGINT)?;
+        ensure_eq!(reader.end()?.0, Some(0), "exit code");
+    }
+    Ok(())
+}

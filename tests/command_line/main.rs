@@ -112,7 +112,7 @@ fn with_root() -> Vec<Trial> {
             a_relative_directory_is_below_the_current_one
             a_query_names_a_broken_instance;
         guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
-            a_destroyed_guard_ends_the_watch;
+            a_destroyed_guard_ends_the_watch a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;
         upgrade: a_map_of_another_shape_is_replaced_and_the_loss_told
             counters_of_a_version_with_fewer_verdicts_are_carried_over

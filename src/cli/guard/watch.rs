@@ -23,7 +23,7 @@ use crate::guard::events::{Alert, Reader, Seen};
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
 use crate::privileges;
-use crate::state::{Instance, State};
+use crate::state::{EventsOf, State};
 
 /// Longest time between two looks at the counters.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -45,9 +45,7 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
     let maps = GuardMaps::open(&instance.pins)?;
     let events = instance.pins.join("guard_events");
     let pin = fs::metadata(&events).with_context(|| doing.clone())?.ino();
-    // Another one than that of the stamp, whose events have a reader of their own.
-    let reading = Instance { name: format!("{}.guard", instance.name), ..state.instance(&scope.instance) };
-    let _reading = state.lock_reader(&reading)?;
+    let _reading = state.lock_reader(&instance, EventsOf::Guard)?;
     let signals = Signals::catch(given.is_some())?;
     let mut reader = Reader::open(&maps)?;
     // Last of all, so that what cannot be watched keeps the rules that it has.
