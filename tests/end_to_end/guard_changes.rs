@@ -120,8 +120,8 @@ fn under_load(hook: &'static str, family: Family, change: fn(&Load<'_>) -> Resul
 
 /// All three steps, more than once around. Client and server share the keys here, so that a step reaches both at once.
 fn rotate(load: &Load<'_>) -> Result<()> {
-    let lab = &load.world.lab;
-    for _ in 0..3 {
+    let (lab, rounds) = (&load.world.lab, share_of(3)?);
+    for _ in 0..rounds {
         for step in ["add", "sign"] {
             lab.ok(&format!("key rotate edge --step {step}"))?;
             load.load_rules()?;
@@ -136,15 +136,15 @@ fn rotate(load: &Load<'_>) -> Result<()> {
         load.wait_for_more(20)?;
     }
     let keys = lab.ok("key list --json")?;
-    ensure_eq!(keys.matches("\"retired\"").count(), 3, "retired keys in {keys}");
+    ensure_eq!(keys.matches("\"retired\"").count(), rounds, "retired keys in {keys}");
     Ok(())
 }
 
 fn reload(load: &Load<'_>) -> Result<()> {
-    let (begin, loads) = (Instant::now(), share_of(LOADS)?);
+    let (begin, loads, seconds) = (Instant::now(), share_of(LOADS)?, share_of(10)?.max(4));
     let mut done = 0;
     // On a slow machine as many as there is time for.
-    while done < loads && begin.elapsed() < Duration::from_secs(10) {
+    while done < loads && begin.elapsed() < Duration::from_secs(seconds as u64) {
         load.load_rules()?;
         done += 1;
     }
