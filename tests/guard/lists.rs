@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
@@ -333,23 +333,33 @@ pub fn while_lists_are_replaced_a_source_is_on_the_old_one_or_the_new_one() -> R
     let rules = ["exempt", "blocked"].map(|name| format!("{name} = [{around} '10.1.2.3']\n{RULE}"));
     let bench = Bench::new(Kind::Xdp, &rules[0])?;
     let frame = from("10.1.2.3").build();
-    let done = AtomicBool::new(false);
-    let runs = thread::scope(|scope| {
+    let (done, runs) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
         let packets = scope.spawn(|| {
-            let mut runs = 0;
             while !done.load(Ordering::Relaxed) {
-                bench.run_uncounted(&frame)?;
-                runs += 1;
+                let run = bench.run_uncounted(&frame);
+                done.fetch_or(run.is_err(), Ordering::Relaxed);
+                run?;
+                runs.fetch_add(1, Ordering::Relaxed);
             }
-            Ok::<u64, anyhow::Error>(runs)
+            Ok::<(), anyhow::Error>(())
         });
-        let replaced = share_of(50).and_then(|rounds| {
-            (0..rounds).try_for_each(|_| rules.iter().rev().try_for_each(|rules| bench.set_rules(rules)))
-        });
+        // However slow the machine is, a packet comes to each list: the second of those that end after it was set.
+        let set = |rules: &String| {
+            bench.set_rules(rules)?;
+            let enough = runs.load(Ordering::Relaxed) + 2;
+            while runs.load(Ordering::Relaxed) < enough && !done.load(Ordering::Relaxed) {
+                thread::yield_now();
+            }
+            Ok(())
+        };
+        let replaced = share_of(50)
+            .and_then(|rounds| (0..rounds).try_for_each(|_| rules.iter().rev().try_for_each(set)));
         done.store(true, Ordering::Relaxed);
-        let runs = packets.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        replaced.map(|()| runs)
+        packets.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        replaced
     })?;
+    let runs = runs.into_inner();
     let counters = bench.counters()?;
     let (exempt, blocked) = (counters.of(Verdict::GUARD_EXEMPT), counters.of(Verdict::GUARD_BLOCKED));
     ensure!(exempt > 0 && blocked > 0 && exempt + blocked == runs, "{runs} packets: {}", counters.line());
