@@ -5,6 +5,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
@@ -78,7 +79,7 @@ fn reloads() -> Result<()> {
                         let waiting =
                             opened.load(Ordering::Relaxed).saturating_sub(accepted.load(Ordering::Relaxed));
                         if waiting > WAITING {
-                            thread::yield_now();
+                            thread::sleep(Duration::from_millis(1));
                             continue;
                         }
                         opened.fetch_add(1, Ordering::Relaxed);
