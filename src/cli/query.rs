@@ -10,8 +10,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::args::Scope;
-use super::outdated::advice;
-use super::told::Told;
+use super::told::{Remarks, Told};
 use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::model::since_epoch;
@@ -288,25 +287,18 @@ fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
         })
         .collect();
     super::table::table(out, heads, &rows)?;
-    for hook in hooks {
-        let place = match hook.netns.is_empty() {
-            true => hook.interface.clone(),
-            false => format!("{} in {}", hook.interface, hook.netns),
+    hooks.iter().try_for_each(|hook| {
+        let remarks = Remarks {
+            command: "netoken",
+            netns: &hook.netns,
+            interface: &hook.interface,
+            instance: hook.instance.as_deref(),
+            told: hook.told.as_ref(),
+            outdated: hook.outdated,
+            filters_before: hook.filters_before,
+            risk: "before ours and may end a packet's way there",
         };
-        if let Some(told) = hook.told.as_ref().filter(|told| !told.is_usual()) {
-            writeln!(out, "{place}: {told}")?;
-        }
-        if hook.outdated {
-            let instance = hook.instance.as_deref();
-            writeln!(out, "{}", advice("netoken", &hook.interface, &hook.netns, instance))?;
-        }
-        if hook.filters_before > 0 {
-            let others = match hook.filters_before {
-                1 => "another filter runs".to_string(),
-                n => format!("{n} other filters run"),
-            };
-            writeln!(out, "{place}: {others} before ours and may end a packet's way there")?;
-        }
-    }
+        remarks.write(out)
+    })?;
     Ok(())
 }

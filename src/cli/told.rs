@@ -1,13 +1,52 @@
 //! What an attached program was told, for `--query`.
 
 use std::fmt;
+use std::io::{self, Write};
 
 use serde::Serialize;
 
+use super::outdated::advice;
 use crate::guard;
 use crate::hooks::loaded::{Loaded, Role};
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 use crate::types;
+
+/// What is said of a program below the table in which it is listed.
+pub(super) struct Remarks<'a> {
+    /// The one that attached it.
+    pub command: &'a str,
+    /// May be empty.
+    pub netns: &'a str,
+    pub interface: &'a str,
+    pub instance: Option<&'a str>,
+    pub told: Option<&'a Told>,
+    pub outdated: bool,
+    /// Foreign filters.
+    pub filters_before: usize,
+    /// What those may do.
+    pub risk: &'a str,
+}
+
+impl Remarks<'_> {
+    /// Nothing, if all is as usual.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        let place = match self.netns.is_empty() {
+            true => self.interface.to_string(),
+            false => format!("{} in {}", self.interface, self.netns),
+        };
+        if let Some(told) = self.told.filter(|told| !told.is_usual()) {
+            writeln!(out, "{place}: {told}")?;
+        }
+        if self.outdated {
+            writeln!(out, "{}", advice(self.command, self.interface, self.netns, self.instance))?;
+        }
+        match self.filters_before {
+            0 => Ok(()),
+            1 => writeln!(out, "{place}: another filter runs {}", self.risk),
+            n => writeln!(out, "{place}: {n} other filters run {}", self.risk),
+        }
+    }
+}
 
 /// What a program was told when it was attached.
 #[derive(Serialize)]
@@ -28,7 +67,7 @@ impl Told {
     }
 
     /// Whether all of it is as if nothing was said.
-    pub fn is_usual(&self) -> bool {
+    fn is_usual(&self) -> bool {
         (self.option_kind, self.exid, self.sample) == (DEFAULT_KIND, DEFAULT_EXID, 1)
     }
 }

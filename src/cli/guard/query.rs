@@ -9,9 +9,8 @@ use nix::time::{ClockId, clock_gettime};
 use super::{Record, hook_name, print_counters, print_json};
 use crate::cli::args::Scope;
 use crate::cli::blocked::print_blocked;
-use crate::cli::outdated::advice;
 use crate::cli::table::table;
-use crate::cli::told::Told;
+use crate::cli::told::{Remarks, Told};
 use crate::events::model::since_epoch;
 use crate::guard::counters::GuardCounters;
 use crate::guard::program::GuardMaps;
@@ -195,25 +194,17 @@ fn print_hooks(hooks: &[Hook]) -> io::Result<()> {
         .collect();
     let mut out = io::stdout().lock();
     table(&mut out, heads, &rows)?;
-    for hook in hooks {
-        let place = match hook.netns.is_empty() {
-            true => hook.interface.clone(),
-            false => format!("{} in {}", hook.interface, hook.netns),
+    hooks.iter().try_for_each(|hook| {
+        let remarks = Remarks {
+            command: "netoken guard",
+            netns: &hook.netns,
+            interface: &hook.interface,
+            instance: hook.loaded.instance.as_deref(),
+            told: hook.told.as_ref(),
+            outdated: hook.loaded.is_outdated,
+            filters_before: hook.filters_before,
+            risk: "before the guard and may let packets pass it by",
         };
-        if let Some(told) = hook.told.as_ref().filter(|told| !told.is_usual()) {
-            writeln!(out, "{place}: {told}")?;
-        }
-        if hook.loaded.is_outdated {
-            let instance = hook.loaded.instance.as_deref();
-            writeln!(out, "{}", advice("netoken guard", &hook.interface, &hook.netns, instance))?;
-        }
-        if hook.filters_before > 0 {
-            let others = match hook.filters_before {
-                1 => "another filter runs".to_string(),
-                n => format!("{n} other filters run"),
-            };
-            writeln!(out, "{place}: {others} before the guard and may let packets pass it by")?;
-        }
-    }
-    Ok(())
+        remarks.write(&mut out)
+    })
 }
