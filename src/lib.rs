@@ -24,6 +24,7 @@ mod inner;
 pub mod kernel;
 pub mod keys;
 pub mod netns;
+mod object;
 pub mod peer;
 mod pins;
 pub mod policy;

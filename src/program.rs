@@ -4,11 +4,11 @@
 use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Mutex, OnceLock};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMapMut, PrintLevel};
+use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
+use libbpf_rs::{MapHandle, OpenObject};
 use plain::Plain;
 
 use crate::clock;
@@ -16,9 +16,10 @@ use crate::events::buffer::set_reader;
 use crate::inner;
 use crate::kernel::Kernel;
 use crate::keys::live::LiveKeys;
-use crate::pins::{Wanted, expect, open, path_of};
+use crate::object::{map, messages, pin_below, settings_among, wanted};
+use crate::pins::{Wanted, expect, open};
 use crate::skel::types::rodata;
-use crate::skel::{NetokenSkelBuilder, OpenNetokenMaps};
+use crate::skel::{NetokenSkelBuilder, OpenNetokenSkel};
 use crate::types::Config;
 
 // SAFETY: integers without hidden padding, which types.h asserts.
@@ -76,6 +77,23 @@ impl Default for Settings {
     }
 }
 
+/// All maps that an instance keeps for its stamp.
+const KEPT: [&str; 13] = [
+    "policies",
+    "policy_entries",
+    "policy_records",
+    "policy_sets",
+    "hits",
+    "more_hits",
+    "counters",
+    "events",
+    "live",
+    "clock",
+    "keys",
+    "rings",
+    "key_counts",
+];
+
 /// Which of the programs is loaded.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Purpose {
@@ -124,6 +142,11 @@ impl AsFd for Program {
     }
 }
 
+fn opened(storage: &mut MaybeUninit<OpenObject>) -> Result<OpenNetokenSkel<'_>> {
+    let (opened, _) = messages(|| NetokenSkelBuilder::default().open(storage));
+    opened.context("opening the classifier that is built into this program")
+}
+
 impl Program {
     /// Makes the maps of an instance where there are none yet, without loading the classifier. Another program of
     /// the instance then shares them.
@@ -133,9 +156,8 @@ impl Program {
     pub fn make_maps(pins: &Path) -> Result<Maps> {
         let kernel = Kernel::probe();
         let mut storage = MaybeUninit::uninit();
-        let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
-        let mut open = opened.context("opening the classifier that is built into this program")?;
-        pin_below(pins, kept(&mut open.maps))?;
+        let mut open = opened(&mut storage)?;
+        pin_below(pins, open.open_object_mut(), &KEPT)?;
         open.progs.netoken_egress.set_autoload(false);
         open.progs.netoken_egress3.set_autoload(false);
         let (loaded, log) = messages(|| open.load());
@@ -151,9 +173,8 @@ impl Program {
     /// The classifier that is built in cannot be opened.
     pub(crate) fn wanted_maps() -> Result<Vec<Wanted>> {
         let mut storage = MaybeUninit::uninit();
-        let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
-        let mut open = opened.context("opening the classifier that is built into this program")?;
-        Ok(kept(&mut open.maps).into_iter().map(|map| Wanted::new(map)).collect())
+        let mut open = opened(&mut storage)?;
+        wanted(open.open_object_mut(), &KEPT)
     }
 
     /// Loads the classifier. With `pins`, its maps are those that are pinned in this directory; what is not
@@ -177,8 +198,7 @@ impl Program {
     fn load_for(purpose: Purpose, settings: Settings, pins: Option<&Path>) -> Result<Program> {
         let kernel = Kernel::probe();
         let mut storage = MaybeUninit::uninit();
-        let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
-        let mut open = opened.context("opening the classifier that is built into this program")?;
+        let mut open = opened(&mut storage)?;
 
         let data = open.maps.rodata_data.as_deref_mut().context("the classifier has no settings")?;
         data.config = Config {
@@ -195,7 +215,7 @@ impl Program {
         };
         data.has_tai = kernel.has_tai.into();
         if let Some(dir) = pins {
-            pin_below(dir, kept(&mut open.maps))?;
+            pin_below(dir, open.open_object_mut(), &KEPT)?;
         }
 
         let (attaches, header) = (purpose == Purpose::Attach, settings.link_header);
@@ -205,7 +225,6 @@ impl Program {
 
         let (loaded, log) = messages(|| open.load());
         let skel = loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
-        let own = |map: &libbpf_rs::Map<'_>| MapHandle::try_from(map).context("keeping a map open");
         let program = match (purpose, settings.link_header) {
             (Purpose::Ask, _) => &skel.progs.netoken_ask,
             (Purpose::Attach, LinkHeader::Ethernet) => &skel.progs.netoken_egress,
@@ -213,54 +232,11 @@ impl Program {
         };
         let program = Program {
             fd: program.as_fd().try_clone_to_owned().context("keeping the program open")?,
-            maps: Maps {
-                policies: own(&skel.maps.policies)?,
-                policy_entries: own(&skel.maps.policy_entries)?,
-                policy_records: own(&skel.maps.policy_records)?,
-                policy_sets: own(&skel.maps.policy_sets)?,
-                hits: own(&skel.maps.hits)?,
-                more_hits: own(&skel.maps.more_hits)?,
-                counters: own(&skel.maps.counters)?,
-                events: own(&skel.maps.events)?,
-                live: own(&skel.maps.live)?,
-                clock: own(&skel.maps.clock)?,
-                keys: LiveKeys {
-                    keys: own(&skel.maps.keys)?,
-                    rings: own(&skel.maps.rings)?,
-                    counts: own(&skel.maps.key_counts)?,
-                },
-            },
+            maps: Maps::by_name(|name| map(skel.object(), name))?,
         };
         clock::publish(&program.maps.clock, None)?;
         Ok(program)
     }
-}
-
-/// Everything that an instance keeps.
-fn kept<'a, 'obj>(maps: &'a mut OpenNetokenMaps<'obj>) -> [&'a mut OpenMapMut<'obj>; 13] {
-    [
-        &mut maps.policies,
-        &mut maps.policy_entries,
-        &mut maps.policy_records,
-        &mut maps.policy_sets,
-        &mut maps.hits,
-        &mut maps.more_hits,
-        &mut maps.counters,
-        &mut maps.events,
-        &mut maps.live,
-        &mut maps.clock,
-        &mut maps.keys,
-        &mut maps.rings,
-        &mut maps.key_counts,
-    ]
-}
-
-/// Loads them from their pins, or pins them.
-pub(crate) fn pin_below<const N: usize>(dir: &Path, maps: [&mut OpenMapMut<'_>; N]) -> Result<()> {
-    maps.into_iter().try_for_each(|map| {
-        let path = path_of(dir, &map.name().to_string_lossy());
-        map.set_pin_path(&path).with_context(|| format!("choosing {} as a pin", path.display()))
-    })
 }
 
 impl Maps {
@@ -270,19 +246,22 @@ impl Maps {
     /// A pin is missing or not readable.
     pub fn open(dir: &Path) -> Result<Maps> {
         expect(dir, &Program::wanted_maps()?)?;
-        let open = |name: &str| open(dir, name);
+        Maps::by_name(|name| open(dir, name))
+    }
+
+    fn by_name(map: impl Fn(&str) -> Result<MapHandle>) -> Result<Maps> {
         Ok(Maps {
-            policies: open("policies")?,
-            policy_entries: open("policy_entries")?,
-            policy_records: open("policy_records")?,
-            policy_sets: open("policy_sets")?,
-            hits: open("hits")?,
-            more_hits: open("more_hits")?,
-            counters: open("counters")?,
-            events: open("events")?,
-            live: open("live")?,
-            clock: open("clock")?,
-            keys: LiveKeys { keys: open("keys")?, rings: open("rings")?, counts: open("key_counts")? },
+            policies: map("policies")?,
+            policy_entries: map("policy_entries")?,
+            policy_records: map("policy_records")?,
+            policy_sets: map("policy_sets")?,
+            hits: map("hits")?,
+            more_hits: map("more_hits")?,
+            counters: map("counters")?,
+            events: map("events")?,
+            live: map("live")?,
+            clock: map("clock")?,
+            keys: LiveKeys::by_name(map)?,
         })
     }
 
@@ -309,45 +288,7 @@ pub fn config_among(map_ids: &[u32]) -> Option<Config> {
     static LEN_BYTES: OnceLock<Option<u32>> = OnceLock::new();
     let len_bytes = *LEN_BYTES.get_or_init(|| {
         let mut storage = MaybeUninit::uninit();
-        let (opened, _) = messages(|| NetokenSkelBuilder::default().open(&mut storage));
-        Some(opened.ok()?.maps.rodata.value_size())
+        Some(opened(&mut storage).ok()?.maps.rodata.value_size())
     });
     settings_among(map_ids, len_bytes?, offset_of!(rodata, config))
-}
-
-/// What stands at an offset of the read-only data of the program that has these maps. That is `len_bytes` long, if it is of
-/// this version: longer than the skeleton knows, as compilers put constants of their own behind it.
-pub(crate) fn settings_among<T: Plain + Default>(
-    map_ids: &[u32],
-    len_bytes: u32,
-    offset: usize,
-) -> Option<T> {
-    let maps = map_ids.iter().filter_map(|id| MapHandle::from_map_id(*id).ok());
-    let settings = maps.into_iter().find(|map| map.name().to_string_lossy().ends_with(".rodata"))?;
-    let bytes = settings.lookup(&0u32.to_ne_bytes(), MapFlags::ANY).ok()??;
-    if bytes.len() != len_bytes as usize {
-        return None;
-    }
-    let mut config = T::default();
-    config.copy_from_bytes(bytes.get(offset..)?).ok()?;
-    Some(config)
-}
-
-/// Runs `f` and returns with its result what libbpf had to say: the reasons, and the verifier's log.
-pub(crate) fn messages<T>(f: impl FnOnce() -> T) -> (T, String) {
-    static LOG: Mutex<String> = Mutex::new(String::new());
-    // One at a time: libbpf has one printer for the whole process.
-    static TURN: Mutex<()> = Mutex::new(());
-
-    fn keep(_: PrintLevel, message: String) {
-        LOG.lock().unwrap_or_else(|e| e.into_inner()).push_str(&message);
-    }
-
-    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
-    let before = libbpf_rs::set_print(Some((PrintLevel::Warn, keep)));
-    LOG.lock().unwrap_or_else(|e| e.into_inner()).clear();
-    let result = f();
-    libbpf_rs::set_print(before);
-    let log = std::mem::take(&mut *LOG.lock().unwrap_or_else(|e| e.into_inner()));
-    (result, log)
 }

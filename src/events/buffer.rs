@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, PerfBuffer, PerfBufferBuilder, num_possible_cpus};
 
 use super::model::Clock;
-use crate::program::messages;
+use crate::object::messages;
 use crate::types::Live;
 
 /// Memory for all CPUs together; a CPU's share is a power of two of pages, and at least MIN_PAGES.

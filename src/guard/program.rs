@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow};
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenMapMut};
+use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenObject};
 use plain::Plain;
 
 use super::compile::RingNumbers;
@@ -17,12 +17,13 @@ use super::sources;
 use super::types::{Config, Mode, Size, Table};
 use crate::clock;
 use crate::guard_skel::types::rodata;
-use crate::guard_skel::{GuardSkelBuilder, OpenGuardMaps};
+use crate::guard_skel::{GuardSkelBuilder, OpenGuardSkel};
 use crate::inner;
 use crate::kernel::Kernel;
 use crate::keys::live::LiveKeys;
+use crate::object::{map, messages, pin_below, settings_among, wanted};
 use crate::pins::{Wanted, expect, open};
-use crate::program::{DEFAULT_EXID, DEFAULT_KIND, messages, pin_below, settings_among};
+use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 
 /// The names that `tc filter show`, `ip link` and `bpftool prog` print.
 pub const PROGRAM_NAME: &str = "netoken_guard";
@@ -43,8 +44,7 @@ pub(crate) fn config_among(map_ids: &[u32]) -> Option<Config> {
     static LEN_BYTES: OnceLock<Option<u32>> = OnceLock::new();
     let len_bytes = *LEN_BYTES.get_or_init(|| {
         let mut storage = MaybeUninit::uninit();
-        let (opened, _) = messages(|| GuardSkelBuilder::default().open(&mut storage));
-        Some(opened.ok()?.maps.rodata.value_size())
+        Some(opened(&mut storage).ok()?.maps.rodata.value_size())
     });
     settings_among(map_ids, len_bytes?, offset_of!(rodata, config))
 }
@@ -115,6 +115,25 @@ pub struct GuardMaps {
     pub keys: LiveKeys,
 }
 
+/// All maps that an instance keeps for its guard; the last four are shared with the stamp.
+const KEPT: [&str; 15] = [
+    "guard_rules",
+    "guard_lists",
+    "guard_sources",
+    "guard_accepted",
+    "guard_peers",
+    "guard_refused",
+    "guard_auto_blocked",
+    "guard_alarms",
+    "guard_counters",
+    "guard_events",
+    "guard_live",
+    "clock",
+    "keys",
+    "rings",
+    "key_counts",
+];
+
 /// A loaded guard. Dropping it unloads it, unless it is attached somewhere.
 #[derive(Debug)]
 pub struct GuardProgram {
@@ -129,6 +148,11 @@ impl AsFd for GuardProgram {
     }
 }
 
+fn opened(storage: &mut MaybeUninit<OpenObject>) -> Result<OpenGuardSkel<'_>> {
+    let (opened, _) = messages(|| GuardSkelBuilder::default().open(storage));
+    opened.context("opening the guard that is built into this program")
+}
+
 impl GuardProgram {
     /// The maps of the guard of an instance as this version makes them.
     ///
@@ -136,9 +160,8 @@ impl GuardProgram {
     /// The guard that is built in cannot be opened.
     pub(crate) fn wanted_maps() -> Result<Vec<Wanted>> {
         let mut storage = MaybeUninit::uninit();
-        let (opened, _) = messages(|| GuardSkelBuilder::default().open(&mut storage));
-        let mut open = opened.context("opening the guard that is built into this program")?;
-        Ok(kept(&mut open.maps).into_iter().map(|map| Wanted::new(map)).collect())
+        let mut open = opened(&mut storage)?;
+        wanted(open.open_object_mut(), &KEPT)
     }
 
     /// Loads the guard. With `pins`, its maps are those that are pinned in this directory; what is not there yet is
@@ -149,8 +172,7 @@ impl GuardProgram {
     pub fn load(settings: Settings, pins: Option<&Path>) -> Result<GuardProgram> {
         let kernel = Kernel::probe();
         let mut storage = MaybeUninit::uninit();
-        let (opened, _) = messages(|| GuardSkelBuilder::default().open(&mut storage));
-        let mut open = opened.context("opening the guard that is built into this program")?;
+        let mut open = opened(&mut storage)?;
 
         let data = open.maps.rodata_data.as_deref_mut().context("the guard has no settings")?;
         data.config = Config {
@@ -163,7 +185,7 @@ impl GuardProgram {
         };
         data.has_tai = kernel.has_tai.into();
         if let Some(dir) = pins {
-            pin_below(dir, kept(&mut open.maps))?;
+            pin_below(dir, open.open_object_mut(), &KEPT)?;
         }
         open.progs.netoken_guard.set_autoload(settings.kind == Kind::Tc);
         open.progs.netoken_guard3.set_autoload(settings.kind == Kind::TcLayer3);
@@ -171,7 +193,6 @@ impl GuardProgram {
 
         let (loaded, log) = messages(|| open.load());
         let skel = loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
-        let own = |map: &libbpf_rs::Map<'_>| MapHandle::try_from(map).context("keeping a map open");
         let program = match settings.kind {
             Kind::Tc => &skel.progs.netoken_guard,
             Kind::TcLayer3 => &skel.progs.netoken_guard3,
@@ -179,47 +200,11 @@ impl GuardProgram {
         };
         let program = GuardProgram {
             fd: program.as_fd().try_clone_to_owned().context("keeping the program open")?,
-            maps: GuardMaps {
-                rules: own(&skel.maps.guard_rules)?,
-                lists: own(&skel.maps.guard_lists)?,
-                sources: own(&skel.maps.guard_sources)?,
-                peers: own(&skel.maps.guard_peers)?,
-                auto_blocked: own(&skel.maps.guard_auto_blocked)?,
-                counters: own(&skel.maps.guard_counters)?,
-                events: own(&skel.maps.guard_events)?,
-                live: own(&skel.maps.guard_live)?,
-                clock: own(&skel.maps.clock)?,
-                keys: LiveKeys {
-                    keys: own(&skel.maps.keys)?,
-                    rings: own(&skel.maps.rings)?,
-                    counts: own(&skel.maps.key_counts)?,
-                },
-            },
+            maps: GuardMaps::by_name(|name| map(skel.object(), name))?,
         };
         clock::publish(&program.maps.clock, None)?;
         Ok(program)
     }
-}
-
-/// Everything that an instance keeps of its guard, and what it shares with the stamp.
-fn kept<'a, 'obj>(maps: &'a mut OpenGuardMaps<'obj>) -> [&'a mut OpenMapMut<'obj>; 15] {
-    [
-        &mut maps.guard_rules,
-        &mut maps.guard_lists,
-        &mut maps.guard_sources,
-        &mut maps.guard_accepted,
-        &mut maps.guard_peers,
-        &mut maps.guard_refused,
-        &mut maps.guard_auto_blocked,
-        &mut maps.guard_alarms,
-        &mut maps.guard_counters,
-        &mut maps.guard_events,
-        &mut maps.guard_live,
-        &mut maps.clock,
-        &mut maps.keys,
-        &mut maps.rings,
-        &mut maps.key_counts,
-    ]
 }
 
 impl GuardMaps {
@@ -229,18 +214,21 @@ impl GuardMaps {
     /// A pin is missing or not readable.
     pub fn open(dir: &Path) -> Result<GuardMaps> {
         expect(dir, &GuardProgram::wanted_maps()?)?;
-        let open = |name: &str| open(dir, name);
+        GuardMaps::by_name(|name| open(dir, name))
+    }
+
+    fn by_name(map: impl Fn(&str) -> Result<MapHandle>) -> Result<GuardMaps> {
         Ok(GuardMaps {
-            rules: open("guard_rules")?,
-            lists: open("guard_lists")?,
-            sources: open("guard_sources")?,
-            peers: open("guard_peers")?,
-            auto_blocked: open("guard_auto_blocked")?,
-            counters: open("guard_counters")?,
-            events: open("guard_events")?,
-            live: open("guard_live")?,
-            clock: open("clock")?,
-            keys: LiveKeys { keys: open("keys")?, rings: open("rings")?, counts: open("key_counts")? },
+            rules: map("guard_rules")?,
+            lists: map("guard_lists")?,
+            sources: map("guard_sources")?,
+            peers: map("guard_peers")?,
+            auto_blocked: map("guard_auto_blocked")?,
+            counters: map("guard_counters")?,
+            events: map("guard_events")?,
+            live: map("guard_live")?,
+            clock: map("clock")?,
+            keys: LiveKeys::by_name(map)?,
         })
     }
 

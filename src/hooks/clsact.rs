@@ -13,7 +13,8 @@ use super::loaded::{Loaded, Role, loaded_programs};
 use super::netlink::{Filter, Link, Netlink, Side};
 use crate::guard::program as guard;
 use crate::netns::Netns;
-use crate::program::{PROGRAM_NAME, messages};
+use crate::object::messages;
+use crate::program::PROGRAM_NAME;
 use crate::state::{Lock, State};
 use crate::types::Config;
 

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::loaded::{Loaded, Role, loaded_programs, program_name};
 use super::netlink::Link;
-use crate::program::messages;
+use crate::object::messages;
 use crate::state::{Lock, State};
 
 /// Who runs the program.

@@ -51,6 +51,11 @@ impl Use {
 }
 
 impl LiveKeys {
+    /// Those that `map` finds under these names.
+    pub(crate) fn by_name(map: impl Fn(&str) -> Result<MapHandle>) -> Result<LiveKeys> {
+        Ok(LiveKeys { keys: map("keys")?, rings: map("rings")?, counts: map("key_counts")? })
+    }
+
     /// The number of a ring, which it is given now if it has none yet.
     ///
     /// # Errors
