@@ -14,7 +14,7 @@ use super::signals::Signals;
 use crate::clock;
 use crate::events::reader::Reader;
 use crate::events::rules::RuleNames;
-use crate::events::show::{Names, Output, Record};
+use crate::events::show::{Output, Record};
 use crate::events::stream::{self, End};
 use crate::events::watch::Watch;
 use crate::files::Files;
@@ -80,8 +80,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         false => Stream::prepare(&state, &instance, &maps, links).map(Some),
     };
     let prepared = prepared.and_then(|stream| {
-        let names = stream.as_ref().map_or(Names::new(), |stream| stream.watch.names());
-        let output = Output::new(scope.json, names, RuleNames::of(&instance), Arc::clone(&signals.stop))
+        let output = Output::new(scope.json, RuleNames::of(&instance), Arc::clone(&signals.stop))
             .context("preparing standard output")?;
         // Last of all, so that no failure leaves another policy than there was.
         if had_policy {
@@ -150,7 +149,7 @@ impl<'a> Stream<'a> {
         maps: &'a Maps,
         links: Vec<Link>,
     ) -> Result<Stream<'a>> {
-        let watch = Watch::start(state, &instance.name, Netns::current()?.inode(), links)?;
+        let watch = Watch::start(state, &instance.name, links)?;
         Ok(Stream { reader: Reader::open(maps)?, watch })
     }
 }

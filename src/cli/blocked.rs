@@ -30,6 +30,8 @@ enum Record<'a> {
     #[serde(rename = "guard_alert")]
     Alert {
         instance: &'a str,
+        /// Where the last packet came in.
+        interface: &'a str,
         #[serde(flatten)]
         alert: &'a Alert,
     },
@@ -69,8 +71,12 @@ pub(super) fn unblock_prefix(json: bool, instance: &str, maps: &GuardMaps, prefi
 }
 
 /// An alert, as `--json` prints it.
-pub(super) fn alert_record<'a>(instance: &'a str, alert: &'a Alert) -> impl Serialize + 'a {
-    Record::Alert { instance, alert }
+pub(super) fn alert_record<'a>(
+    instance: &'a str,
+    interface: &'a str,
+    alert: &'a Alert,
+) -> impl Serialize + 'a {
+    Record::Alert { instance, interface, alert }
 }
 
 /// An alert, for a person.

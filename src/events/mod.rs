@@ -1,10 +1,12 @@
 //! What the kernel reports, from the perf buffer to the terminal.
 //!
-//! [`buffer`] and [`reader`] take events out of the kernel, [`model`] gives them a meaning, [`rules`] knows what rules
-//! are called, [`show`] prints them in [`columns`], [`watch`] notices when an interface or a filter disappears, [`stream`] runs all of it until it is told to stop.
+//! [`buffer`] and [`reader`] take events out of the kernel, [`model`] gives them a meaning, [`rules`] and [`interfaces`]
+//! know what is called how, [`show`] prints them in [`columns`], [`watch`] notices when an interface or a filter
+//! disappears, [`stream`] runs all of it until it is told to stop.
 
 pub mod buffer;
 pub mod columns;
+pub mod interfaces;
 pub mod model;
 pub mod reader;
 pub mod rules;

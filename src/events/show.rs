@@ -1,6 +1,5 @@
 //! Prints what happens: aligned columns for a person, or one JSON object a line for a program.
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -8,14 +7,12 @@ use std::sync::atomic::AtomicBool;
 use serde::Serialize;
 
 use super::columns::Columns;
+use super::interfaces::Interfaces;
 use super::model::Syn;
 use super::rules::RuleNames;
 use super::watch::Change;
 use crate::counters::Counters;
 use crate::types::Verdict;
-
-/// Names of interfaces by network namespace and index.
-pub type Names = HashMap<(u32, u32), String>;
 
 /// Everything that `--attach --json` prints, by its `type`.
 #[derive(Serialize)]
@@ -66,7 +63,7 @@ pub enum Record<'a> {
 pub struct Output {
     out: Columns<COLUMNS>,
     json: bool,
-    names: Names,
+    interfaces: Interfaces,
     rules: RuleNames,
 }
 
@@ -80,8 +77,9 @@ impl Output {
     ///
     /// # Errors
     /// There is no descriptor left.
-    pub fn new(json: bool, names: Names, rules: RuleNames, stop: Arc<AtomicBool>) -> io::Result<Output> {
-        Ok(Output { out: Columns::new(HEADS, WIDTHS, stop)?, json, names, rules })
+    pub fn new(json: bool, rules: RuleNames, stop: Arc<AtomicBool>) -> io::Result<Output> {
+        let out = Columns::new(HEADS, WIDTHS, stop)?;
+        Ok(Output { out, json, interfaces: Interfaces::default(), rules })
     }
 
     /// True if the lines are JSON.
@@ -90,8 +88,8 @@ impl Output {
     }
 
     /// Interfaces may have other names from now on.
-    pub fn rename(&mut self, names: Names) {
-        self.names = names;
+    pub fn interfaces_changed(&mut self) {
+        self.interfaces.changed();
     }
 
     /// Prints the heads of the columns.
@@ -115,8 +113,7 @@ impl Output {
     /// # Errors
     /// Standard output is closed.
     pub fn syn(&mut self, syn: &Syn) -> io::Result<()> {
-        let key = (syn.netns_inode, syn.ifindex);
-        let name = self.names.get(&key).cloned().unwrap_or_else(|| format!("#{}", syn.ifindex));
+        let name = self.interfaces.name(syn.netns_inode, syn.ifindex);
         let rule_name = self.rules.get(syn.generation, syn.rule);
         if self.json {
             let record = Record::Syn { interface: &name, syn, rule_name };

@@ -116,7 +116,7 @@ fn report_changes(output: &mut Output, watch: &mut Watch<'_>) -> Result<()> {
     if changes.is_empty() {
         return Ok(());
     }
-    output.rename(watch.names());
+    output.interfaces_changed();
     for (interface, change) in changes {
         if output.is_json() {
             output.record(&Record::Interface { interface: &interface, change: &change })?;

@@ -10,7 +10,6 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use serde::Serialize;
 
-use super::show::Names;
 use crate::hooks::clsact::Hooks;
 use crate::hooks::netlink::Link;
 use crate::state::State;
@@ -48,7 +47,6 @@ pub struct Watch<'a> {
     notices: Socket,
     state: &'a State,
     instance: String,
-    netns: u32,
     links: Vec<Link>,
 }
 
@@ -57,14 +55,14 @@ impl<'a> Watch<'a> {
     ///
     /// # Errors
     /// The kernel refused a netlink socket.
-    pub fn start(state: &'a State, instance: &str, netns: u32, links: Vec<Link>) -> Result<Watch<'a>> {
+    pub fn start(state: &'a State, instance: &str, links: Vec<Link>) -> Result<Watch<'a>> {
         let mut notices = Socket::new(NETLINK_ROUTE).context("opening a netlink socket for notices")?;
         notices.bind(&SocketAddr::new(0, 0)).context("binding a netlink socket for notices")?;
         for group in [RTNLGRP_LINK, RTNLGRP_TC] {
             notices.add_membership(group).context("asking for notices of interfaces and filters")?;
         }
         notices.set_non_blocking(true).context("preparing a netlink socket for notices")?;
-        Ok(Watch { notices, state, instance: instance.to_string(), netns, links })
+        Ok(Watch { notices, state, instance: instance.to_string(), links })
     }
 
     /// What has changed since the last look. An interface that is gone or detached is not watched any more.
@@ -99,11 +97,6 @@ impl<'a> Watch<'a> {
     /// The interfaces that are still attached to.
     pub fn links(&self) -> &[Link] {
         &self.links
-    }
-
-    /// Their names.
-    pub fn names(&self) -> Names {
-        self.links.iter().map(|link| ((self.netns, link.index), link.name.clone())).collect()
     }
 
     /// Takes all notices off the socket; a lost one (ENOBUFS) is as good as any.

@@ -10,7 +10,7 @@ use serde::ser::SerializeMap;
 
 use super::counters::{GuardCounters, verdict_name};
 use super::program::GuardMaps;
-use super::types::{Event, Mode, RawAlert, Severity};
+use super::types::{Event, Mode, RawAlert, Severity, Verdict};
 use crate::events::buffer::{self, Buffer};
 use crate::events::model::Clock;
 use crate::token::Token;
@@ -91,6 +91,14 @@ fn mode_name(mode: u32) -> &'static str {
     }
 }
 
+/// Whether a packet with this verdict has a token. That may be eight zeros, as no token is.
+fn has_token(verdict: u8) -> bool {
+    matches!(
+        Verdict(verdict.into()),
+        Verdict::GUARD_VALID | Verdict::GUARD_DUPLICATE | Verdict::GUARD_SCRUBBED
+    ) || (Verdict::GUARD_WRONG_STATIC.0..=Verdict::GUARD_SEEN_FULL.0).contains(&verdict.into())
+}
+
 impl Seen {
     /// Reads an event as it came out of the buffer; nothing if it is too short to be one.
     pub fn decode(bytes: &[u8], clock: Clock) -> Option<Seen> {
@@ -117,7 +125,7 @@ impl Seen {
             scrubbed: event.scrubbed != 0,
             mode: (event.rule != 0).then(|| mode_name(event.mode.into())),
             rule: event.rule,
-            token: (event.token != [0; 8]).then_some(Token(event.token)),
+            token: (event.token != [0; 8] || has_token(event.verdict)).then_some(Token(event.token)),
         })
     }
 }
@@ -222,5 +230,25 @@ impl<'a> Reader<'a> {
     /// The kernel refused to read the buffer.
     pub fn lost(&mut self, counters: &GuardCounters) -> Result<u64> {
         self.buffer.lost(counters.events())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token_of(verdict: Verdict) -> Option<Token> {
+        let event = Event { verdict: verdict.0 as u8, ..Default::default() };
+        // SAFETY: plain data without padding.
+        let bytes = unsafe { plain::as_bytes(&event) };
+        Seen::decode(bytes, Clock::now()).unwrap().token
+    }
+
+    #[test]
+    fn eight_zeros_are_a_token_where_there_is_one() {
+        assert_eq!(token_of(Verdict::GUARD_WRONG_STATIC), Some(Token([0; 8])));
+        assert_eq!(token_of(Verdict::GUARD_VALID), Some(Token([0; 8])));
+        assert_eq!(token_of(Verdict::GUARD_MISSING), None);
+        assert_eq!(token_of(Verdict::GUARD_CLEAN), None);
     }
 }

@@ -38,7 +38,8 @@ pub fn what_is_watched_stands_under_heads() -> Result<()> {
     // Events begin when the buffer is open, which is before.
     world.syns(1)?;
     watch.wait_for("one without a token", |line| line.contains("missing"))?;
-    world.ok("-i c0 --attach --quiet --token 0000000000000001")?;
+    // Also a token of zeros is one.
+    world.ok("-i c0 --attach --quiet --token 0000000000000000")?;
     world.syns(1)?;
     watch.wait_for("one with another token", |line| line.contains("wrong_static"))?;
     watch.wait_for("the counters", |line| {
@@ -53,8 +54,13 @@ pub fn what_is_watched_stands_under_heads() -> Result<()> {
         if line.starts_with("TIME") {
             last = line;
         } else if line.contains("10.77.0.2:9 ") {
-            let token = if line.contains("missing") { "-" } else { "0000000000000001" };
-            for (head, cell) in [("DESTINATION", "10.77.0.2:9"), ("RULE", "1 (observe)"), ("TOKEN", token)] {
+            let token = if line.contains("missing") { "-" } else { "0000000000000000" };
+            for (head, cell) in [
+                ("INTERFACE", "s0"),
+                ("DESTINATION", "10.77.0.2:9"),
+                ("RULE", "1 (observe)"),
+                ("TOKEN", token),
+            ] {
                 ensure_eq!(line.rfind(cell), last.find(head), "the column of {head}:\n{last}\n{line}");
             }
             looked_at += 1;

@@ -1,6 +1,8 @@
 //! Two commands at once, and two readers.
 
 use std::fs::File;
+use std::io::ErrorKind;
+use std::net::TcpStream;
 use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use nix::sys::signal::Signal;
 
-use crate::lab::{Running, wait_until};
+use crate::lab::{PATIENCE, Running, wait_until};
 use crate::look::{expect_bare, expect_no_state, expect_ours};
 use crate::support::ensure_eq;
 use crate::world::World;
@@ -146,5 +148,27 @@ pub fn two_instances_have_two_readers() -> Result<()> {
     world.ok("-i c0 --destroy")?;
     world.ok("-i c0 --destroy --instance blue")?;
     expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
+/// The events of an instance are of all its interfaces, whoever attached them and wherever they are.
+pub fn a_reader_knows_interfaces_that_others_attached() -> Result<()> {
+    let world = World::new()?;
+    let mut first = stream(&world, "")?;
+    world.lab.ok(&format!("--netns {} -i s0 --attach --quiet", world.server_ns))?;
+    world.syns(1)?;
+    first.wait_for("a SYN of its own interface", |line| line.contains(" c0 "))?;
+    world.lab.within(&world.server_ns, || {
+        let refused = TcpStream::connect_timeout(&"10.77.0.1:9".parse()?, PATIENCE);
+        ensure!(
+            refused.is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused),
+            "somebody answered"
+        );
+        Ok(())
+    })?;
+    first.wait_for("a SYN of the other's", |line| line.contains(" s0 ") && line.contains("10.77.0.1:9"))?;
+    world.lab.ok(&format!("--netns {} -i s0 --destroy", world.server_ns))?;
+    ensure_eq!(shown(first)?, 1, "SYNs of its own interface that it showed");
+    world.ok("-i c0 --destroy")?;
     expect_no_state(&world.lab)
 }

@@ -250,6 +250,7 @@ enum Record<'a> {
         verdicts: Verdicts<'a>,
     },
     Guarded {
+        interface: &'a str,
         #[serde(flatten)]
         seen: &'a Seen,
     },

@@ -17,6 +17,7 @@ use crate::cli::blocked::{alert_line, alert_record};
 use crate::cli::reload::Reload;
 use crate::cli::signals::Signals;
 use crate::events::columns::Columns;
+use crate::events::interfaces::Interfaces;
 use crate::files::Files;
 use crate::guard::counters::GuardCounters;
 use crate::guard::events::{Alert, Reader, Seen};
@@ -61,7 +62,8 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
             Some(Reload::new("rules", files, true, &signals.reload, again))
         }
     };
-    let mut output = Output { scope, out: Columns::new(HEADS, WIDTHS, Arc::clone(&signals.stop))? };
+    let out = Columns::new(HEADS, WIDTHS, Arc::clone(&signals.stop))?;
+    let mut output = Output { scope, out, interfaces: Interfaces::default() };
     if !scope.json {
         note!("watching; Ctrl-C ends it, and the guard stays attached");
     }
@@ -96,15 +98,16 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
     }
 }
 
-const COLUMNS: usize = 5;
-const HEADS: [&str; COLUMNS] = ["VERDICT", "SOURCE", "DESTINATION", "ISN", "RULE"];
+const COLUMNS: usize = 6;
+const HEADS: [&str; COLUMNS] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN", "RULE"];
 /// What most IPv4 lines need.
-const WIDTHS: [usize; COLUMNS] = [8, 19, 18, 8, 11];
+const WIDTHS: [usize; COLUMNS] = [9, 8, 19, 18, 8, 11];
 
 /// Where it is printed.
 struct Output<'a> {
     scope: &'a Scope,
     out: Columns<COLUMNS>,
+    interfaces: Interfaces,
 }
 
 impl Output<'_> {
@@ -113,8 +116,9 @@ impl Output<'_> {
     }
 
     fn seen(&mut self, seen: &Seen) -> Result<()> {
+        let interface = self.interfaces.name(seen.netns_inode, seen.ifindex);
         if self.scope.json {
-            return self.out.json(&Record::Guarded { seen }).context(PRINTING);
+            return self.out.json(&Record::Guarded { interface: &interface, seen }).context(PRINTING);
         }
         let end = |addr: Option<SocketAddr>| addr.map_or("?".to_string(), |addr| addr.to_string());
         let rule = match seen.mode {
@@ -122,6 +126,7 @@ impl Output<'_> {
             None => "-".to_string(),
         };
         let cells = [
+            interface,
             format!("{}{}", seen.verdict, if seen.dropped { "!" } else { "" }),
             end(seen.src),
             end(seen.dst),
@@ -135,7 +140,8 @@ impl Output<'_> {
 
     fn alert(&mut self, alert: &Alert) -> Result<()> {
         if self.scope.json {
-            return self.out.json(&alert_record(&self.scope.instance, alert)).context(PRINTING);
+            let interface = self.interfaces.name(alert.netns_inode, alert.ifindex);
+            return self.out.json(&alert_record(&self.scope.instance, &interface, alert)).context(PRINTING);
         }
         self.out.text(&alert_line(alert)).context(PRINTING)
     }

@@ -1,0 +1,46 @@
+//! Names of interfaces. An event has the index of its interface, and the inode number of the network namespace that it
+//! is in.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use crate::hooks::netlink::Netlink;
+use crate::netns::Netns;
+
+/// How long names are good that nobody said have changed.
+const GOOD: Duration = Duration::from_secs(10);
+/// How often an unknown one is looked for.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Names of the interfaces in this network namespace and in those that have a name.
+#[derive(Debug, Default)]
+pub struct Interfaces {
+    names: HashMap<(u32, u32), String>,
+    looked: Option<Instant>,
+}
+
+impl Interfaces {
+    /// The name; `#` and the index if it is not known. What is gone keeps the name that it had.
+    pub fn name(&mut self, netns_inode: u32, ifindex: u32) -> String {
+        let key = (netns_inode, ifindex);
+        let good = if self.names.contains_key(&key) { GOOD } else { RETRY };
+        if self.looked.is_none_or(|looked| looked.elapsed() >= good) {
+            self.look();
+        }
+        self.names.get(&key).cloned().unwrap_or_else(|| format!("#{ifindex}"))
+    }
+
+    /// Some may have other names now.
+    pub fn changed(&mut self) {
+        self.looked = None;
+    }
+
+    fn look(&mut self) {
+        // A namespace that has just gone has no interfaces; and a name is not worth the end of a stream.
+        for netns in Netns::all().unwrap_or_default() {
+            let links = netns.run(|| Netlink::connect()?.links()).unwrap_or_default();
+            self.names.extend(links.into_iter().map(|link| ((netns.inode(), link.index), link.name)));
+        }
+        self.looked = Some(Instant::now());
+    }
+}
