@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::SystemTime;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use rustc_hash::FxHashSet;
 use serde::Deserialize;
 
@@ -21,6 +21,8 @@ const RULES_MAX: usize = Size::GUARD_RULES_MAX.0 as usize;
 const MATCHES_MAX: usize = Size::GUARD_MATCHES_MAX.0 as usize;
 const TAGS_MAX: usize = Size::GUARD_TAGS_MAX.0 as usize;
 const STATICS_MAX: usize = Size::GUARD_STATICS_MAX.0 as usize;
+/// How many of the errors of a file are shown.
+const WRONG_MAX: usize = 20;
 /// Each may begin a range and end one, and for so many boundaries there is room in the pages of all levels.
 const LIST_MAX: usize = (Size::SOURCE_PAGE_BOUNDARIES.0 as usize).pow(Size::SOURCE_LEVELS.0) / 2 - 1;
 
@@ -133,11 +135,37 @@ fn time(text: &str) -> Result<SystemTime> {
         .map_err(|_| anyhow!("'{text}' is no time; write it in UTC, like 2026-12-01T00:00:00Z"))
 }
 
+/// What is wrong with a file. Who mends it wants to know all of it at once.
+#[derive(Default)]
+struct Wrong(Vec<Error>);
+
+impl Wrong {
+    fn keep<T>(&mut self, result: Result<T>) -> Option<T> {
+        result.map_err(|error| self.0.push(error)).ok()
+    }
+
+    fn end(mut self) -> Result<()> {
+        if self.0.len() < 2 {
+            return self.0.pop().map_or(Ok(()), Err);
+        }
+        let mut all = format!("{} things are wrong:", self.0.len());
+        for error in self.0.iter().take(WRONG_MAX) {
+            // What is in a list stands below its name.
+            all.push_str("\n  ");
+            all.push_str(&format!("{error:#}").replace('\n', "\n  "));
+        }
+        if self.0.len() > WRONG_MAX {
+            all.push_str("\n  ...");
+        }
+        bail!(all)
+    }
+}
+
 /// One prefix a line, and behind it, if it expires, when. A `#` begins a comment.
 fn list_file(path: &Path, files: &Files) -> Result<Vec<Listed>> {
     let doing = || format!("reading the list {}", path.display());
     let text = files.read(path).with_context(doing)?;
-    let mut listed = Vec::new();
+    let (mut listed, mut wrong) = (Vec::new(), Wrong::default());
     for (line, number) in text.lines().zip(1..) {
         let mut words = line.split('#').next().unwrap_or_default().split_whitespace();
         let Some(src) = words.next() else { continue };
@@ -148,8 +176,9 @@ fn list_file(path: &Path, files: &Files) -> Result<Vec<Listed>> {
             }
             Ok(Listed { src, until })
         });
-        listed.push(entry.with_context(|| format!("line {number}")).with_context(doing)?);
+        listed.extend(wrong.keep(entry.with_context(|| format!("line {number}"))));
     }
+    wrong.end().with_context(doing)?;
     Ok(listed)
 }
 
@@ -240,38 +269,43 @@ impl Rules {
     fn parse(text: &str, dir: &Path, files: &Files) -> Result<Rules> {
         let file: RulesFile =
             toml::from_str(text).map_err(|error| anyhow!("{}", error.to_string().trim_end()))?;
-        let slots =
-            file.slots.map(|s| Slots::new(s.length, s.behind, s.ahead)).transpose().context("'slots'")?;
+        let mut wrong = Wrong::default();
+        let slots = file.slots.map(|s| Slots::new(s.length, s.behind, s.ahead)).transpose();
+        let slots = wrong.keep(slots.context("'slots'")).flatten();
 
         let mut rules: Vec<Rule> = Vec::new();
+        let mut names = FxHashSet::default();
         for spanned in file.rules {
             let line = text[..spanned.span().start].lines().count() + 1;
             let rule = spanned.into_inner();
             let place = format!("line {line}: rule '{}'", rule.name);
-            if rules.iter().any(|other| other.name == rule.name) {
-                bail!("{place}: an earlier rule has this name");
+            if !names.insert(rule.name.clone()) {
+                wrong.0.push(anyhow!("{place}: an earlier rule has this name"));
             }
-            rules.push(rule.check().context(place)?);
+            rules.extend(wrong.keep(rule.check().context(place)));
         }
-        let list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
-            let mut listed: Vec<Listed> = inline
-                .into_iter()
-                .map(ListedFile::check)
-                .collect::<Result<_>>()
-                .context(format!("'{name}'"))?;
-            if let Some(file) = file {
-                listed.extend(list_file(&dir.join(file), files)?);
+        let mut list = |name: &str, inline: Vec<ListedFile>, file: Option<String>| {
+            let mut listed = Vec::new();
+            for entry in inline {
+                listed.extend(wrong.keep(entry.check().context(format!("'{name}'"))));
             }
-            check_list(&listed).context(format!("'{name}'"))?;
-            Ok::<_, anyhow::Error>(listed)
+            if let Some(file) = file {
+                listed.extend(wrong.keep(list_file(&dir.join(file), files)).unwrap_or_default());
+            }
+            wrong.keep(check_list(&listed).context(format!("'{name}'")));
+            listed
         };
-        let exempt = list("exempt", file.exempt, file.exempt_file)?;
-        let blocked = list("blocked", file.blocked, file.blocked_file)?;
-        let auto_block = file.auto_block.map(AutoBlockFile::check).transpose().context("'auto_block'")?;
-        let alerts = file.alerts.map(AlertsFile::check).transpose().context("'alerts'")?;
+        let exempt = list("exempt", file.exempt, file.exempt_file);
+        let blocked = list("blocked", file.blocked, file.blocked_file);
+        let auto_block = file.auto_block.map(AutoBlockFile::check).transpose().context("'auto_block'");
+        let auto_block = wrong.keep(auto_block).flatten();
+        let alerts = file.alerts.map(AlertsFile::check).transpose().context("'alerts'");
+        let alerts = wrong.keep(alerts).flatten();
         let rules = Rules { slots, rules, exempt, blocked, auto_block, alerts };
-        rules.check_sizes()?;
-        Ok(rules)
+        if wrong.0.is_empty() {
+            wrong.keep(rules.check_sizes());
+        }
+        wrong.end().map(|()| rules)
     }
 
     fn check_sizes(&self) -> Result<()> {
@@ -382,6 +416,31 @@ mod tests {
     }
 
     #[test]
+    fn all_that_is_wrong_is_said_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("list"), "192.0.2.1\nx\n192.0.2.2 soon\n").unwrap();
+        let text = format!(
+            "blocked_file = 'list'\nexempt = ['1.2.3.4/8', 'y']\n{}{}{}",
+            RULE.replace("'drop'", "'mark'"),
+            RULE,
+            RULE.replace("'a'", "'b'").replace("10.0.0.0/8", "10.0.0.1/8"),
+        );
+        assert_eq!(
+            format!("{:#}", Rules::from_toml(&text, dir.path()).unwrap_err())
+                .replace(dir.path().to_str().unwrap(), "D"),
+            "6 things are wrong:
+  line 3: rule 'a': mode 'mark' needs to know the marks, like: mark = { valid = 1, refused = 2, mask = 3 }
+  line 8: rule 'a': an earlier rule has this name
+  line 13: rule 'b': 10.0.0.1/8 has bits set behind its prefix length; did you mean 10.0.0.0/8?
+  'exempt': 1.2.3.4/8 has bits set behind its prefix length; did you mean 1.0.0.0/8?
+  'exempt': 'y' is neither an IPv4 nor an IPv6 address
+  reading the list D/list: 2 things are wrong:
+    line 2: 'x' is neither an IPv4 nor an IPv6 address
+    line 3: 'soon' is no time; write it in UTC, like 2026-12-01T00:00:00Z"
+        );
+    }
+
+    #[test]
     fn lists_have_prefixes_and_times() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("list");
@@ -399,6 +458,7 @@ mod tests {
             assert!(error.contains(expect), "{error}");
         }
     }
+
     #[test]
     fn a_list_that_is_too_long_is_refused() {
         let listed = |text: &str| Listed { src: text.parse().unwrap(), until: None };
