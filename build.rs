@@ -30,12 +30,14 @@ fn main() -> Result<()> {
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").context("cargo sets OUT_DIR")?);
     let arch = env::var("CARGO_CFG_TARGET_ARCH").context("cargo sets CARGO_CFG_TARGET_ARCH")?;
     let clang = env::var("CLANG").unwrap_or_else(|_| "clang".to_string());
+    let more = env::var("BPF_CFLAGS").unwrap_or_default();
     let kernel_types = Path::new("vmlinux").join(&arch);
 
     // A directory covers every file in it, so a new header needs no line here.
     println!("cargo::rerun-if-changed={SOURCE_DIR}");
     println!("cargo::rerun-if-changed=vmlinux");
     println!("cargo::rerun-if-env-changed=CLANG");
+    println!("cargo::rerun-if-env-changed=BPF_CFLAGS");
 
     if !kernel_types.join("vmlinux.h").exists() {
         bail!(
@@ -49,26 +51,28 @@ fn main() -> Result<()> {
             "compiling the programs in {SOURCE_DIR}: `{clang}` cannot be run; install it (apt install clang) or set CLANG"
         );
     }
-    SOURCES.iter().try_for_each(|source| source.build(&out_dir, &clang, &kernel_types))
+    SOURCES.iter().try_for_each(|source| source.build(&out_dir, &clang, &kernel_types, &more))
 }
 
 impl Source {
-    fn build(&self, out_dir: &Path, clang: &str, kernel_types: &Path) -> Result<()> {
+    fn build(&self, out_dir: &Path, clang: &str, kernel_types: &Path, more: &str) -> Result<()> {
         let source = format!("{SOURCE_DIR}/{}.bpf.c", self.name);
         let object = out_dir.join(format!("{}.bpf.o", self.name));
+        let kernel_types = kernel_types.to_string_lossy();
+        let args = [
+            "-I",
+            &kernel_types,
+            // 32-bit registers (kernel 5.1): without them a checked length loses its bound in a shift.
+            "-mcpu=v3",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+        ];
         SkeletonBuilder::new()
             .source(&source)
             .obj(&object)
             .clang(clang)
-            .clang_args([
-                "-I",
-                &kernel_types.to_string_lossy(),
-                // 32-bit registers (kernel 5.1): without them a checked length loses its bound in a shift.
-                "-mcpu=v3",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-            ])
+            .clang_args(args.into_iter().chain(more.split_whitespace()))
             .build_and_generate(out_dir.join(format!("{}.skel.rs", self.name)))
             .with_context(|| format!("building the skeleton of {source}"))?;
         self.write_verdicts(&object, &out_dir.join(format!("{}_verdicts.rs", self.name)))

@@ -43,12 +43,13 @@ struct seen_token {
 	__u64 from[2];
 };
 
-#ifdef __TARGET_ARCH_x86
+/* -DBUCKET_LOCK_PORTABLE shows on x86 what runs elsewhere. */
+#if defined(__TARGET_ARCH_x86) && !defined(BUCKET_LOCK_PORTABLE)
 #define BUCKET_LOCK __u32
-#define reads_unlocked true
+#define reads_unlocked 1
 #else
 #define BUCKET_LOCK struct bpf_spin_lock
-#define reads_unlocked false
+#define reads_unlocked 0
 #endif
 
 struct seen_bucket {
@@ -68,7 +69,7 @@ struct {
 	__uint(max_entries, SEEN_BUCKETS);
 } guard_accepted SEC(".maps");
 
-#ifdef __TARGET_ARCH_x86
+#if reads_unlocked
 
 /* How often to look whether a bucket is free, some 50 ns each time. */
 #define BUCKET_LOOKS 64

@@ -13,6 +13,8 @@ mod lab;
 mod links;
 mod losses;
 mod measures;
+#[path = "../support/nginx.rs"]
+mod nginx;
 mod peers;
 mod policies;
 mod receivers;

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 
 use crate::lab::{PATIENCE, Running, host};
+use crate::nginx::nginx;
 use crate::segment::TOKEN;
 use crate::sockets::{Listener, connect, exchange, expect_dropped};
 use crate::support::{ensure_eq, sh};
@@ -143,22 +144,7 @@ fn web_server(family: Family) -> Result<()> {
     let page: String = (0..100_000).map(|at| format!("{at}\n")).collect();
     fs::write(dir.join("page"), &page)?;
     let addr = host(world.server_addr(family), 8080);
-    let path = dir.display();
-    fs::write(
-        dir.join("nginx.conf"),
-        format!(
-            "daemon off; master_process off; pid {path}/pid; error_log stderr notice; events {{ }}\n\
-             http {{ access_log off; client_body_temp_path {path}/body; proxy_temp_path {path}/proxy;\n\
-             fastcgi_temp_path {path}/fastcgi; uwsgi_temp_path {path}/uwsgi; scgi_temp_path {path}/scgi;\n\
-             server {{ listen {addr}; root {path}; }} }}\n"
-        ),
-    )?;
-    let mut command = Command::new("ip");
-    command.args(["netns", "exec", &world.server, "nginx", "-e", "stderr", "-p"]).arg(&dir);
-    command.arg("-c").arg(dir.join("nginx.conf"));
-    let mut nginx = Running::start(&mut command)?;
-    // It listens before it says so.
-    nginx.wait_for("nginx to start", |line| line.contains("using the \"") || line.contains("emerg"))?;
+    let _nginx = nginx(&world.server, &addr, &dir)?;
     // Fails at once, and not after all of curl's patience, if nginx does not listen.
     drop(connect(&world.lab, &world.client, (world.server_addr(family), 8080).into(), PATIENCE)?);
     for _ in 0..CONNECTIONS {

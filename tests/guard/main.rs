@@ -71,10 +71,12 @@ fn main() -> ExitCode {
         &[Need::Root, Need::Cpus(races::CPUS)],
         races::two_cpus_never_accept_one_token_for_two_flows,
     ));
-    // Elsewhere nobody but the kernel can hold a bucket.
     cases.push(support::case(
         "races::a_bucket_that_is_never_free_takes_no_new_token",
-        &[Need::Root, Need::Works("uname -m | grep x86_64")],
+        &[
+            Need::Root,
+            Need::Is(races::is_lock_a_count(), "its lock is bpf_spin_lock(), which only a program can hold"),
+        ],
         races::a_bucket_that_is_never_free_takes_no_new_token,
     ));
     support::run(cases)

@@ -113,6 +113,13 @@ fn map_of(bench: &Bench, name: &str) -> Result<MapHandle> {
     maps.find(|map| map.name() == name).with_context(|| format!("the program has no map '{name}'"))
 }
 
+/// Whether a bucket is locked by counting, as guard_bucket.h says, and not by bpf_spin_lock(), which nobody can hold from
+/// outside.
+pub fn is_lock_a_count() -> bool {
+    let is_portable = option_env!("BPF_CFLAGS").is_some_and(|flags| flags.contains("BUCKET_LOCK_PORTABLE"));
+    cfg!(target_arch = "x86_64") && !is_portable
+}
+
 /// What user space writes into the lock of a bucket is there a CPU that has it for ever. Who has to write is refused in
 /// the end, and takes back what he had added. Who only has to look does not ask for the lock.
 pub fn a_bucket_that_is_never_free_takes_no_new_token() -> Result<()> {

@@ -26,13 +26,15 @@ pub enum Need {
     RealTime,
     /// A guest of `scripts/kernels`, which does not outlive the test.
     Guest,
+    /// What is known beforehand, and why it is not so.
+    Is(bool, &'static str),
     /// A shell command that succeeds in a network namespace of its own.
     Works(&'static str),
 }
 
 impl Need {
     /// Why it is not met, if it is not.
-    fn missing(self) -> Option<String> {
+    pub fn missing(self) -> Option<String> {
         match self {
             Need::Root => (!nix::unistd::geteuid().is_root()).then(|| "it needs root".to_string()),
             Need::Tool(name) => {
@@ -54,6 +56,7 @@ impl Need {
             Need::Guest => (!std::fs::read_to_string("/proc/cmdline")
                 .is_ok_and(|line| line.contains(EMULATED)))
             .then(|| "it needs a machine that is thrown away, a guest of scripts/kernels".to_string()),
+            Need::Is(is_so, why_not) => (!is_so).then(|| why_not.to_string()),
             Need::Works(command) => why_not(command),
             Need::Kernel(major, minor) => {
                 let kernel = netoken::kernel::Kernel::probe();
