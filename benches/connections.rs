@@ -1,6 +1,9 @@
-//! What the classifier costs where it is used: connections a second and bulk throughput over a veth pair, with nothing
-//! attached, not even a qdisc; with what any classifier needs; with one that does nothing; and with ours. Rounds of all
-//! alternate in one run. What is added is for each connection, and for each packet of 64 KiB.
+//! What the classifier costs where it is used: connections a second, alone and with a request that nginx answers, and
+//! bulk throughput over veth pairs: with nothing attached, not even a qdisc; with what any classifier needs; with one
+//! that does nothing; and with ours. What is added is for each connection, and for each packet of 64 KiB.
+//!
+//! All of them are there at once, each on a pair of its own, and take turns of a few milliseconds: a machine whose speed
+//! changes is as fast for one as for the next. In each round all of them move on to the next pair.
 //!
 //! `cargo bench --bench connections`, as root; in front of it, `nice -n -20` helps on a busy machine. Makes two network
 //! namespaces and removes them.
@@ -8,6 +11,8 @@
 #[path = "../tests/support/lab.rs"]
 #[allow(dead_code)]
 mod lab;
+#[path = "../tests/support/nginx.rs"]
+mod nginx;
 #[path = "../tests/support/mod.rs"]
 #[allow(dead_code)]
 mod support;
@@ -17,49 +22,48 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use lab::{Lab, kernel_counter};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-const ROUNDS: usize = 20;
-/// Samples of one round, and the connections of one of them: a few milliseconds, so that among many some are not
-/// disturbed, on a busy machine as well.
-const SAMPLES: usize = 40;
+/// Each arm is on each pair equally often.
+const ROUNDS: usize = 4 * ARMS.len();
+/// Of each arm in one round, and how many connections or writes make one sample: a few milliseconds.
+const SAMPLES: usize = 30;
 const CONNECTIONS: u32 = 100;
-/// Connections of one round, samples of one, and writes of one of those.
-const STREAMS: usize = 10;
-const TRANSFERS: usize = 10;
-const BLOCKS: usize = 100;
+const REQUESTS: u32 = 40;
+const BLOCKS: u32 = 300;
 /// Bytes of a write: as many segments, with timestamps, as go into one packet where the device cuts it up.
 const BLOCK: usize = 45 * 1448;
-const ADDR: &str = "192.0.2.2:7000";
+const PORT: u16 = 7000;
+const WEB_PORT: u16 = 8080;
 
-/// What is attached to the client's interface.
+/// What is attached to the client's interface of a pair.
 #[derive(Clone, Copy)]
 enum Attached {
     Nothing,
     /// By tc, below a clsact qdisc.
     Filter(&'static str),
     Clsact,
-    /// Ours, with a policy that has only this default.
-    Ours(&'static str),
+    /// Ours: an instance, and a policy that has only this default.
+    Ours(&'static str, &'static str),
 }
 
 use Attached::{Clsact, Filter, Nothing, Ours};
 
-const NOTHING: usize = 0;
-const EMPTY: usize = 2;
+/// Those that the others are compared with: nothing at all, what any classifier takes, and ours without the stamp.
+const BASES: [(&str, usize); 3] = [("of nothing", 0), ("of an empty", 2), ("of skipped", 3)];
 const ARMS: [(&str, Attached); 6] = [
     ("nothing attached", Nothing),
     ("clsact alone", Clsact),
     // The shortest program: it returns -1, which says "continue".
     ("an empty classifier", Filter("bpf direct-action bytecode '1,6 0 0 4294967295,'")),
-    ("ours, every SYN skipped", Ours("{ action = 'skip' }")),
-    ("ours, stamped", Ours("{ action = 'stamp', token = '4e45544f4b454e31' }")),
+    ("ours, every SYN skipped", Ours("skipped", "{ action = 'skip' }")),
+    ("ours, stamped", Ours("stamped", "{ action = 'stamp', token = '4e45544f4b454e31' }")),
     (
         "ours, stamped with a key",
-        Ours("{ action = 'stamp', token = { tag = 17, key = 'edge', bind = 'flow' } }"),
+        Ours("keyed", "{ action = 'stamp', token = { tag = 17, key = 'edge', bind = 'flow' } }"),
     ),
 ];
 
@@ -68,16 +72,28 @@ fn main() -> Result<()> {
         println!("SKIPPED: it needs root");
         return Ok(());
     }
-    let mut lab = Lab::new()?;
-    let (client, server) = (lab.netns("client")?, lab.netns("server")?);
-    lab.veth((&client, "veth0"), (&server, "veth0"), true)?;
-    lab.addr(&client, "veth0", "192.0.2.1/24")?;
-    lab.addr(&server, "veth0", "192.0.2.2/24")?;
-    lab.ok("key new edge")?;
-    let policy = tempfile::NamedTempFile::new().context("making a file for policies")?;
-    let bench = Bench { lab, client, server, policy };
-    bench.report("connections a second", 1e9, connections)?;
-    bench.report("bulk transfer, MB/s", BLOCK as f64 * 1e3, bulk)
+    let bench = Bench::new()?;
+    let listener = bench.lab.within(&bench.server, listen)?;
+    bench.report("connections a second", 1e9, |place| connections(place, &listener))?;
+    bench.report("bulk transfer, MB/s", BLOCK as f64 * 1e3, |place| bulk(place, &listener))?;
+    if let Some(why) = support::Need::Tool("nginx").missing() {
+        println!("connections with a request: SKIPPED: {why}");
+        return Ok(());
+    }
+    let dir = tempfile::tempdir().context("making a directory for nginx")?;
+    fs::write(dir.path().join("page"), [b'x'; 1000]).context("writing a page")?;
+    let server = nginx::nginx(&bench.server, &format!("0.0.0.0:{WEB_PORT}"), dir.path())?;
+    stay_on_one_cpu(Pid::from_raw(server.child.id().cast_signed()))?;
+    bench.report("with a request to nginx", 1e9, |place| rate_of(REQUESTS, || request(place)))
+}
+
+/// A pair of interfaces by its number, and the server's address on it.
+fn interface(place: usize) -> String {
+    format!("pair{place}")
+}
+
+fn server(place: usize, port: u16) -> SocketAddr {
+    ([10, 99, place as u8, 2], port).into()
 }
 
 struct Bench {
@@ -88,133 +104,156 @@ struct Bench {
 }
 
 impl Bench {
+    fn new() -> Result<Bench> {
+        let mut lab = Lab::new()?;
+        let (client, server) = (lab.netns("client")?, lab.netns("server")?);
+        for place in 0..ARMS.len() {
+            let name = interface(place);
+            lab.veth((&client, &name), (&server, &name), true)?;
+            lab.addr(&client, &name, &format!("10.99.{place}.1/24"))?;
+            lab.addr(&server, &name, &format!("10.99.{place}.2/24"))?;
+        }
+        lab.ok("key new edge --instance keyed")?;
+        let policy = tempfile::NamedTempFile::new().context("making a file for policies")?;
+        Ok(Bench { lab, client, server, policy })
+    }
+
     fn tc(&self, command: &str) -> Result<()> {
         support::sh(&format!("tc -n {} {command}", self.client)).map(drop)
     }
 
-    fn netoken(&self, what: &str) -> Result<()> {
-        self.lab.ok(&format!("--netns {} --iface veth0 {what}", self.client)).map(drop)
+    fn netoken(&self, place: usize, what: &str) -> Result<()> {
+        self.lab.ok(&format!("--netns {} --iface {} {what}", self.client, interface(place))).map(drop)
     }
 
-    fn attach(&self, what: Attached) -> Result<()> {
+    fn attach(&self, place: usize, what: Attached) -> Result<()> {
         match what {
             Nothing => Ok(()),
-            Clsact => self.tc("qdisc add dev veth0 clsact"),
+            Clsact => self.tc(&format!("qdisc add dev {} clsact", interface(place))),
             Filter(filter) => {
-                self.attach(Clsact)?;
-                self.tc(&format!("filter add dev veth0 egress {filter}"))
+                self.attach(place, Clsact)?;
+                self.tc(&format!("filter add dev {} egress {filter}", interface(place)))
             }
-            Ours(default) => {
+            Ours(instance, default) => {
                 fs::write(&self.policy, format!("default = {default}")).context("writing a policy")?;
-                self.netoken(&format!("--attach --quiet --policy {}", self.policy.path().display()))
+                let policy = self.policy.path().display();
+                self.netoken(place, &format!("--attach --quiet --instance {instance} --policy {policy}"))
             }
         }
     }
 
-    fn detach(&self, what: Attached) -> Result<()> {
+    fn detach(&self, place: usize, what: Attached) -> Result<()> {
         match what {
             Nothing => Ok(()),
-            Clsact | Filter(_) => self.tc("qdisc del dev veth0 clsact"),
-            Ours(_) => self.netoken("--destroy"),
+            Clsact | Filter(_) => self.tc(&format!("qdisc del dev {} clsact", interface(place))),
+            Ours(instance, _) => self.netoken(place, &format!("--destroy --instance {instance}")),
         }
     }
 
-    /// Alternates rounds of all arms. `one` is what there is one of at a rate of 1, in nanoseconds.
-    fn report(&self, what: &str, one: f64, round: fn(&TcpListener) -> Result<Vec<f64>>) -> Result<()> {
-        let listener = self.lab.within(&self.server, listen)?;
-        let mut results = ARMS.map(|_| Rounds { rates: [0.0; ROUNDS], resent: 0 });
-        for number in 0..ROUNDS {
-            let mut order: Vec<usize> = (0..ARMS.len()).collect();
-            // Whatever follows upon another does so only every second time.
-            if number % 2 == 1 {
-                order.reverse();
+    /// `one` is what there is one of at a rate of 1, in nanoseconds.
+    fn report(&self, what: &str, one: f64, sample: impl Fn(usize) -> Result<f64> + Sync) -> Result<()> {
+        let mut rates = ARMS.map(|_| Vec::new());
+        let mut resent = [0; ARMS.len()];
+        for round in 0..ROUNDS {
+            let places: Vec<usize> = (0..ARMS.len()).map(|arm| (arm + round) % ARMS.len()).collect();
+            for (place, (_, attached)) in places.iter().zip(ARMS) {
+                self.attach(*place, attached)?;
             }
-            for arm in order {
-                let (_, attached) = ARMS[arm];
-                self.attach(attached)?;
-                let before = kernel_counter(&self.client, "TcpRetransSegs")?;
-                let samples = self.lab.within(&self.client, || round(&listener))?;
-                results[arm].rates[number] = quantile(samples, 0.9);
-                results[arm].resent += kernel_counter(&self.client, "TcpRetransSegs")? - before;
-                self.detach(attached)?;
+            self.lab.within(&self.client, || {
+                stay_on_one_cpu(THIS_THREAD)?;
+                for turn in 0..SAMPLES * ARMS.len() {
+                    // Whom it follows upon makes a difference, and is not always the same.
+                    let arm =
+                        if round % 2 == 0 { turn } else { SAMPLES * ARMS.len() - 1 - turn } % ARMS.len();
+                    let before = kernel_counter(&self.client, "TcpRetransSegs")?;
+                    rates[arm].push(sample(places[arm])?);
+                    resent[arm] += kernel_counter(&self.client, "TcpRetransSegs")? - before;
+                }
+                Ok(())
+            })?;
+            for (place, (_, attached)) in places.iter().zip(ARMS) {
+                self.detach(*place, attached)?;
             }
         }
-        println!("{what:<35} {:>16} {:>13} {:>10} {:>7}", "of nothing", "of an empty", "added", "resent");
-        for ((name, _), rounds) in ARMS.iter().zip(&results) {
-            rounds.print(name, one, &results[NOTHING], &results[EMPTY]);
+        print!("{what:<35}");
+        BASES.iter().for_each(|(head, _)| print!("  {head:<14}"));
+        println!("{:>10}", "added");
+        for ((name, _), own) in ARMS.iter().zip(&rates) {
+            print!("  {name:<24} {:>8.0}", median(own));
+            for (_, base) in BASES {
+                let Ratio { value, error } = Ratio::of(own, &rates[base]);
+                print!("  {value:<5.3} +-{error:<5.3} ");
+            }
+            let added: Vec<f64> = own.iter().zip(&rates[0]).map(|(a, b)| one / a - one / b).collect();
+            println!("{:>7.0} ns", median(&added));
+        }
+        if resent.iter().any(|segments| *segments > 0) {
+            println!("  {resent:?} segments were sent again, which costs more than any classifier");
         }
         Ok(())
     }
 }
 
-/// What one arm came to.
-struct Rounds {
-    /// Of each round the rate that its better samples reach: what disturbs one only makes it slower, and the very
-    /// best are luck.
-    rates: [f64; ROUNDS],
-    resent: u64,
+/// How many times as fast one is as another.
+struct Ratio {
+    value: f64,
+    /// Standard error: of the median of many values that are distributed about normally.
+    error: f64,
 }
 
-impl Rounds {
-    /// Medians of what the rounds came to, each over what the same round had with another arm, and how far from that
-    /// half of the rounds are.
-    fn print(&self, name: &str, one: f64, nothing: &Rounds, empty: &Rounds) {
-        let ratios = |to: &Rounds| self.rates.iter().zip(to.rates).map(|(a, b)| a / b).collect::<Vec<f64>>();
-        let added = self.rates.iter().zip(nothing.rates).map(|(a, b)| one / a - one / b).collect();
-        let ratio = median(ratios(nothing));
-        let distances = ratios(nothing).into_iter().map(|one| (one - ratio).abs()).collect();
-        println!(
-            "  {name:<24} {:>8.0} {ratio:>8.3} +-{:.3} {:>13.3} {:>7.0} ns {:>7}",
-            median(self.rates.to_vec()),
-            median(distances),
-            median(ratios(empty)),
-            median(added),
-            self.resent,
-        );
+impl Ratio {
+    /// Each sample is compared with the one that was taken in the same turn.
+    fn of(one: &[f64], other: &[f64]) -> Ratio {
+        let ratios: Vec<f64> = one.iter().zip(other).map(|(one, other)| one / other).collect();
+        let value = median(&ratios);
+        let deviations: Vec<f64> = ratios.iter().map(|ratio| (ratio - value).abs()).collect();
+        // 1.4826 makes a standard deviation of the median one, and 1.2533 that of a median of that of a mean.
+        Ratio { value, error: 1.2533 * 1.4826 * median(&deviations) / (ratios.len() as f64).sqrt() }
     }
 }
 
-fn quantile(mut values: Vec<f64>, share: f64) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[((values.len() - 1) as f64 * share) as usize]
-}
-
-fn median(values: Vec<f64>) -> f64 {
-    quantile(values, 0.5)
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
 }
 
 fn listen() -> Result<TcpListener> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
-    socket.bind(&ADDR.parse::<SocketAddr>()?.into()).context("choosing the address to listen at")?;
+    let all: SocketAddr = ([0, 0, 0, 0], PORT).into();
+    socket.bind(&all.into()).context("choosing the address to listen at")?;
     socket.listen(CONNECTIONS.cast_signed() + 10).context("listening")?;
     Ok(socket.into())
 }
 
-/// All in one thread on one CPU: over veth the whole handshake runs inside connect(), so that nothing waits for
-/// a wake-up and what the stamp costs is seen in full. Nobody accepts meanwhile; the backlog holds them all.
-fn connections(listener: &TcpListener) -> Result<Vec<f64>> {
-    let addr: SocketAddr = ADDR.parse()?;
-    stay_on_one_cpu()?;
-    let sample = |_| {
-        let start = Instant::now();
-        for _ in 0..CONNECTIONS {
-            connect_and_reset(addr)?;
-        }
-        let rate = f64::from(CONNECTIONS) / start.elapsed().as_secs_f64();
-        for _ in 0..CONNECTIONS {
-            listener.accept()?;
-        }
-        Ok(rate)
-    };
-    (0..SAMPLES).map(sample).collect()
+/// How many there are in a second, of so many.
+fn rate_of(count: u32, mut one: impl FnMut() -> Result<()>) -> Result<f64> {
+    let start = Instant::now();
+    for _ in 0..count {
+        one()?;
+    }
+    Ok(f64::from(count) / start.elapsed().as_secs_f64())
 }
 
-/// Keeps the calling thread on one CPU: moving about is noise. And a veth has a queue for each CPU: packets of one
+/// All in one thread on one CPU: over veth the whole handshake runs inside connect(), so that nothing waits for
+/// a wake-up and what the stamp costs is seen in full. Nobody accepts meanwhile; the backlog holds them all.
+fn connections(place: usize, listener: &TcpListener) -> Result<f64> {
+    let rate = rate_of(CONNECTIONS, || connect_and_reset(server(place, PORT)))?;
+    for _ in 0..CONNECTIONS {
+        listener.accept()?;
+    }
+    Ok(rate)
+}
+
+/// For the kernel: the calling thread.
+const THIS_THREAD: Pid = Pid::from_raw(0);
+
+/// Keeps a thread on one CPU: moving about is noise. And a veth has a queue for each CPU: packets of one
 /// connection from two of them overtake each other, and TCP sends again what it takes for lost.
-fn stay_on_one_cpu() -> Result<()> {
+fn stay_on_one_cpu(thread: Pid) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(0)?;
-    sched_setaffinity(Pid::from_raw(0), &set).context("staying on one CPU")
+    sched_setaffinity(thread, &set).context("staying on one CPU")
 }
 
 /// Closing with a reset leaves no TIME-WAIT behind, which would use up the ports.
@@ -223,23 +262,29 @@ fn connect_and_reset(addr: SocketAddr) -> Result<()> {
     socket.set_linger(Some(Duration::ZERO)).context("asking for a reset at the end")
 }
 
-/// In one thread as well: what is sent lies at the other end by then. Several connections, as where in memory their
-/// buffers lie makes a difference. In MB a second.
-fn bulk(listener: &TcpListener) -> Result<Vec<f64>> {
-    stay_on_one_cpu()?;
+/// In one thread as well: what is sent lies at the other end by then. Each sample has a connection of its own, as where
+/// in memory its buffers lie makes a difference. In MB a second.
+fn bulk(place: usize, listener: &TcpListener) -> Result<f64> {
     let mut block = vec![0x5a; BLOCK];
-    let mut rates = Vec::new();
-    for _ in 0..STREAMS {
-        let mut client = TcpStream::connect(ADDR)?;
-        let (mut server, _) = listener.accept()?;
-        for _ in 0..TRANSFERS {
-            let start = Instant::now();
-            for _ in 0..BLOCKS {
-                client.write_all(&block)?;
-                server.read_exact(&mut block)?;
-            }
-            rates.push((BLOCKS * BLOCK) as f64 / 1e6 / start.elapsed().as_secs_f64());
-        }
-    }
-    Ok(rates)
+    let mut client = TcpStream::connect(server(place, PORT))?;
+    let (mut server, _) = listener.accept()?;
+    let mut transfer = || {
+        client.write_all(&block)?;
+        server.read_exact(&mut block)?;
+        Ok(())
+    };
+    // Until the windows are open.
+    rate_of(BLOCKS / 3, &mut transfer)?;
+    Ok(rate_of(BLOCKS, transfer)? * BLOCK as f64 / 1e6)
+}
+
+/// A connection as people use them: the server accepts it, on the same CPU, and answers.
+fn request(place: usize) -> Result<()> {
+    let mut socket = TcpStream::connect(server(place, WEB_PORT))?;
+    socket.write_all(b"GET /page HTTP/1.0\r\n\r\n").context("asking for a page")?;
+    let mut answer = Vec::with_capacity(2000);
+    socket.read_to_end(&mut answer).context("reading the page")?;
+    ensure!(answer.starts_with(b"HTTP/1.1 200") && answer.len() > 1000, "nginx did not send the page");
+    // Of the server's end, which closed first, nothing is left to wait for.
+    socket2::Socket::from(socket).set_linger(Some(Duration::ZERO)).context("asking for a reset at the end")
 }
