@@ -11,6 +11,7 @@ use super::detach;
 use super::policy::{Progress, put as put_policy, read_by as read_policy};
 use super::reload::Reload;
 use super::signals::Signals;
+use super::told::RISK;
 use crate::clock;
 use crate::events::reader::Reader;
 use crate::events::rules::RuleNames;
@@ -21,6 +22,7 @@ use crate::files::Files;
 use crate::hooks::clsact::{Attachment, Hooks};
 use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
+use crate::hooks::tcx;
 use crate::hooks::unused::remove_unused;
 use crate::keys::Key;
 use crate::keys::file::keys_for;
@@ -334,6 +336,9 @@ impl Job<'_> {
                     filter.handle,
                     if *made_qdisc { ", made a clsact qdisc for it" } else { "" }
                 );
+            }
+            if let Some(remark) = tcx::remark(attachment.tcx_before, RISK) {
+                note!("{}: {remark}", link.name);
             }
             if !link.is_up {
                 note!("{} is down: nothing leaves by it until: {} link set {0} up", link.name, scope.ip());

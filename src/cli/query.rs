@@ -10,7 +10,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::args::Scope;
-use super::told::{Remarks, Told};
+use super::told::{RISK, Remarks, Told};
 use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::model::since_epoch;
@@ -43,6 +43,8 @@ struct Hook {
     since: String,
     /// Foreign filters that see a packet first and may end its way.
     filters_before: usize,
+    /// Programs at tcx, in front of all filters.
+    tcx_before: usize,
     /// Only if it is so: another version of netoken has loaded it, and no command changes what it goes by.
     #[serde(skip_serializing_if = "Not::not")]
     outdated: bool,
@@ -210,6 +212,7 @@ fn hook(netns: &str, netns_inode: u32, interface: &str, ours: Attached, boot: Sy
         instance: ours.loaded.instance,
         since: humantime::format_rfc3339_seconds(since_epoch(boot + ours.loaded.loaded_at)).to_string(),
         filters_before: ours.before,
+        tcx_before: ours.tcx_before,
     }
 }
 
@@ -296,7 +299,8 @@ fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
             told: hook.told.as_ref(),
             outdated: hook.outdated,
             filters_before: hook.filters_before,
-            risk: "before ours and may end a packet's way there",
+            tcx_before: hook.tcx_before,
+            risk: RISK,
         };
         remarks.write(out)
     })?;

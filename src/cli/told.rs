@@ -8,8 +8,12 @@ use serde::Serialize;
 use super::outdated::advice;
 use crate::guard;
 use crate::hooks::loaded::{Loaded, Role};
+use crate::hooks::tcx;
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 use crate::types;
+
+/// What a program may do that sees packets before the stamp.
+pub(super) const RISK: &str = "before ours and may end a packet's way there";
 
 /// What is said of a program below the table in which it is listed.
 pub(super) struct Remarks<'a> {
@@ -23,7 +27,9 @@ pub(super) struct Remarks<'a> {
     pub outdated: bool,
     /// Foreign filters.
     pub filters_before: usize,
-    /// What those may do.
+    /// Programs at tcx, in front of all filters.
+    pub tcx_before: usize,
+    /// What those in front may do.
     pub risk: &'a str,
 }
 
@@ -39,6 +45,9 @@ impl Remarks<'_> {
         }
         if self.outdated {
             writeln!(out, "{}", advice(self.command, self.interface, self.netns, self.instance))?;
+        }
+        if let Some(remark) = tcx::remark(self.tcx_before, self.risk) {
+            writeln!(out, "{place}: {remark}")?;
         }
         match self.filters_before {
             0 => Ok(()),

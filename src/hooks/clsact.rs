@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::loaded::{Loaded, Role, loaded_programs};
 use super::netlink::{Filter, Link, Netlink, Side};
+use super::tcx;
 use crate::guard::program as guard;
 use crate::netns::Netns;
 use crate::object::messages;
@@ -42,6 +43,8 @@ pub struct Attached {
     pub loaded: Loaded,
     /// Foreign filters that see a packet first and may end its way.
     pub before: usize,
+    /// Programs at tcx, which see it before any filter.
+    pub tcx_before: usize,
 }
 
 /// What became of the clsact qdisc.
@@ -94,12 +97,12 @@ pub fn attached(
         return Ok(Vec::new());
     }
     let mut found = Vec::new();
-    let mut before = 0;
+    let (mut before, tcx_before) = (0, tcx::count(ifindex, side)?);
     for filter in netlink.filters(ifindex, side)? {
         let ours = filter.program.and_then(|id| Some((id, programs.get(&id)?)));
         match ours.filter(|(_, loaded)| loaded.role == side.role()) {
             Some((program, loaded)) => {
-                found.push(Attached { filter, program, loaded: loaded.clone(), before });
+                found.push(Attached { filter, program, loaded: loaded.clone(), before, tcx_before });
             }
             None => before += 1,
         }
@@ -150,6 +153,8 @@ pub struct Attachment {
     pub previous_config: Option<Config>,
     /// We made the clsact qdisc for it.
     pub made_qdisc: bool,
+    /// Programs at tcx, which see a packet before any filter and may end its way.
+    pub tcx_before: usize,
 }
 
 impl<'a> Hooks<'a> {
@@ -250,11 +255,12 @@ impl<'a> Hooks<'a> {
             program: None,
         };
         // The new one works; the ones that it did not take the place of go.
+        let tcx_before = tcx::count(link.index, self.side).unwrap_or_default();
         let same = |other: &Filter| (other.priority, other.handle) == (filter.priority, filter.handle);
         for old in ours.iter().filter(|old| !same(&old.filter)) {
             self.remove_filter(link, &old.filter)?;
         }
-        Ok(Attachment { filter, previous, previous_config, made_qdisc: false })
+        Ok(Attachment { filter, previous, previous_config, made_qdisc: false, tcx_before })
     }
 
     /// The priority in front of every filter that is there; none if there are none, which lets the kernel choose. Its

@@ -1,11 +1,13 @@
 //! Attaching the classifier to interfaces, finding it again, and taking it away: what is ours, and nothing else.
 //!
 //! [`netlink`] reads what the kernel has, [`loaded`] knows which programs are ours; [`clsact`] and [`xdp`] decide and
-//! change, and [`unused`] ends an instance that nothing uses any more.
+//! change, [`tcx`] knows who is in
+//! front of them, and [`unused`] ends an instance that nothing uses any more.
 
 pub mod clsact;
 pub mod link;
 pub mod loaded;
 pub mod netlink;
+pub mod tcx;
 pub mod unused;
 pub mod xdp;

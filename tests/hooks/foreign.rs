@@ -1,7 +1,8 @@
 //! What others put on an interface stays, whatever is typed.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use anyhow::{Result, ensure};
@@ -163,9 +164,63 @@ pub fn query_counts_the_filters_that_run_before() -> Result<()> {
     Ok(())
 }
 
-/// Loads `return TC_ACT_UNSPEC`, by another tool that calls its program as we call ours.
-fn load_namesake() -> Result<OwnedFd> {
-    let name = CString::new("netoken_egress")?;
+/// Of tcx, as an agent of Kubernetes puts them in front of everything.
+pub fn tcx_programs_that_run_before_are_told() -> Result<()> {
+    let world = World::new()?;
+    let index = ifindex(&world)?;
+    let add = |place| {
+        let program = load("other")?;
+        // SAFETY: the descriptors are open, and no options are given.
+        let link =
+            unsafe { libbpf_sys::bpf_link_create(program.as_fd().as_raw_fd(), index, place, ptr::null()) };
+        ensure!(link >= 0, "attaching at tcx: {}", std::io::Error::last_os_error());
+        // SAFETY: it was made a line ago, and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(link) })
+    };
+    let said = |args: &str| Ok::<_, anyhow::Error>(String::from_utf8(world.run(args)?.stderr)?);
+    let rules = world.lab.run.with_extension("guard.toml");
+    fs::write(
+        &rules,
+        "[[rule]]\nname = 'all'\ndst = '10.77.0.0/24'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n",
+    )?;
+    let guard = format!("guard -i c0 --netns {}", world.ns);
+
+    let there = world.lab.within(&world.ns, || {
+        (0..2)
+            .map(|_| add(libbpf_sys::BPF_TCX_EGRESS))
+            .chain([add(libbpf_sys::BPF_TCX_INGRESS)])
+            .collect::<Result<Vec<_>>>()
+    })?;
+    let attached = said("-i c0 --attach --quiet")?;
+    ensure!(attached.contains("c0: 2 tcx programs run before ours"), "{attached}");
+    let output = world.lab.run(&format!("{guard} --attach --hook tc --rules {}", rules.display()))?;
+    let attached = String::from_utf8(output.stderr)?;
+    ensure!(attached.contains("c0: a tcx program runs before the guard"), "{attached}");
+    let out = world.ok("-i c0 --query")?;
+    ensure!(out.contains(&format!("c0 in {}: 2 tcx programs run before ours", world.ns)), "{out}");
+    let out = world.lab.ok(&format!("{guard} --query"))?;
+    ensure!(out.contains(&format!("c0 in {}: a tcx program runs before the guard", world.ns)), "{out}");
+    let count = |out: &str, kind| Ok::<_, anyhow::Error>(records(out, kind)?[0]["tcx_before"].clone());
+    ensure_eq!(count(&world.ok("-i c0 --query --json")?, "hook")?, 2, "of the stamp");
+    ensure_eq!(count(&world.lab.ok(&format!("{guard} --query --json"))?, "guard_hook")?, 1, "of the guard");
+
+    drop(there);
+    let out = world.ok("-i c0 --query --json")?;
+    ensure_eq!(count(&out, "hook")?, 0, "with them gone");
+    ensure!(!said("-i c0 --attach --quiet")?.contains("tcx"), "nothing is there any more");
+    world.lab.ok(&format!("{guard} --destroy"))?;
+    world.ok("-i c0 --destroy")?;
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
+fn ifindex(world: &World) -> Result<i32> {
+    Ok(sh(&format!("ip netns exec {} cat /sys/class/net/c0/ifindex", world.ns))?.trim().parse()?)
+}
+
+/// Loads `return TC_ACT_UNSPEC`, under a name.
+fn load(name: &str) -> Result<OwnedFd> {
+    let name = CString::new(name)?;
     let instructions = [
         libbpf_sys::bpf_insn { code: 0xb7, imm: -1, ..Default::default() },
         libbpf_sys::bpf_insn { code: 0x95, ..Default::default() },
@@ -189,9 +244,9 @@ fn load_namesake() -> Result<OwnedFd> {
 pub fn a_foreign_program_of_our_name_stays() -> Result<()> {
     let world = World::new()?;
     sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
-    let program = load_namesake()?;
-    let (index, ns) = (sh(&format!("ip netns exec {} cat /sys/class/net/c0/ifindex", world.ns))?, &world.ns);
-    let index: i32 = index.trim().parse()?;
+    // By another tool that calls its program as we call ours.
+    let program = load("netoken_egress")?;
+    let (index, ns) = (ifindex(&world)?, &world.ns);
     world.lab.within(ns, || {
         let mut hook = TcHook::new(program.as_fd());
         hook.ifindex(index).attach_point(TC_EGRESS).priority(10).handle(1);

@@ -40,7 +40,7 @@ fn main() -> ExitCode {
         };
     }
     // The longest comes first, so that the others run beside it.
-    support::run(cases![&NEEDS;
+    let mut cases = cases![&NEEDS;
         rounds: two_hundred_rounds_of_commands_leave_nothing two_hundred_rounds_in_one_process_leave_nothing;
         replace: an_interface_may_be_given_in_three_ways an_alternative_name_will_do and_more_than_once
             attaching_twice_keeps_policy_counters_and_place
@@ -76,5 +76,11 @@ fn main() -> ExitCode {
             two_instances_have_two_readers a_reader_knows_interfaces_that_others_attached;
         crash: a_killed_attach_is_repaired_by_the_next a_killed_replacement_is_repaired_by_the_next
             a_killed_destroy_is_finished_by_the_next;
-    ])
+    ];
+    cases.push(support::case(
+        "foreign::tcx_programs_that_run_before_are_told",
+        &[&NEEDS[..], &[Need::Kernel(6, 6)]].concat(),
+        foreign::tcx_programs_that_run_before_are_told,
+    ));
+    support::run(cases)
 }

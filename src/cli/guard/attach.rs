@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use anyhow::{Context, Result, bail};
 
 use super::rules::{NO_MARKS, load_keys, set_rules};
-use super::{GuardArgs, HookArg, Record, hook_name, print_json};
+use super::{GuardArgs, HookArg, RISK, Record, hook_name, print_json};
 use crate::cli::args::Scope;
 use crate::clock;
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
@@ -15,6 +15,7 @@ use crate::hooks::clsact::{Attachment, Hooks, Place, attached};
 use crate::hooks::link::link_header;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::netlink::{Link, Netlink, Side};
+use crate::hooks::tcx;
 use crate::hooks::unused::remove_unused;
 use crate::hooks::xdp::{Allowed, XdpAttachment, attach_xdp, attached_xdp, detach_xdp, undo_xdp};
 use crate::keys::Key;
@@ -270,15 +271,15 @@ impl Job<'_> {
 
     fn tell(&self, scope: &Scope) -> Result<()> {
         for (link, done) in &self.done {
-            let (hook, replaced, why, pushed_out) = match done {
+            let (hook, replaced, why, pushed_out, tcx_before) = match done {
                 Done::Tc(done, why) => {
                     let why = why.as_ref().map(|why| format!(" (not at XDP: {why})"));
-                    ("clsact ingress", done.replaced(), why, None)
+                    ("clsact ingress", done.replaced(), why, None, done.tcx_before)
                 }
                 Done::Xdp(_, done) => {
                     let why = done.why_generic.as_ref();
                     let why = why.map(|why| format!(" (natively the driver refused: {why})"));
-                    (hook_name(done.mode), done.replaced(), why, done.pushed_out.as_ref())
+                    (hook_name(done.mode), done.replaced(), why, done.pushed_out.as_ref(), 0)
                 }
             };
             if scope.json {
@@ -290,6 +291,9 @@ impl Job<'_> {
             }
             let how = if replaced { "replaced in place on" } else { "attached to" };
             note!("guard {how} {}: {hook}{}", link.name, why.unwrap_or_default());
+            if let Some(remark) = tcx::remark(tcx_before, RISK) {
+                note!("{}: {remark}, and at XDP nothing runs before it", link.name);
+            }
         }
         Ok(())
     }

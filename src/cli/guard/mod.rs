@@ -177,6 +177,9 @@ enum HookArg {
     Tc,
 }
 
+/// What a program may do that sees packets first.
+const RISK: &str = "before the guard and may let packets pass it by";
+
 /// Everything that `netoken guard --json` prints, by its `type`.
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -201,6 +204,8 @@ enum Record<'a> {
         since: String,
         /// Foreign filters that see a packet first and may let it pass the guard by.
         filters_before: usize,
+        /// Programs at tcx, in front of all filters.
+        tcx_before: usize,
         /// Of the filter at TC; none at XDP.
         handle: Option<u32>,
         priority: Option<u16>,

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_gettime};
 
-use super::{Record, hook_name, print_counters, print_json};
+use super::{RISK, Record, hook_name, print_counters, print_json};
 use crate::cli::args::Scope;
 use crate::cli::blocked::print_blocked;
 use crate::cli::table::table;
@@ -34,6 +34,7 @@ struct Hook {
     /// Where it stands at TC; at XDP there is but one place.
     filter: Option<Filter>,
     filters_before: usize,
+    tcx_before: usize,
 }
 
 fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
@@ -54,7 +55,7 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
                 links = scope.find(&links)?;
             }
             for link in links {
-                let mut push = |hook, program, loaded: Loaded, filter, filters_before| {
+                let mut push = |hook, program, loaded: Loaded, filter, filters_before, tcx_before| {
                     let (netns, interface) = (name.clone(), link.name.clone());
                     let told = Told::of(&loaded);
                     let hook = Hook {
@@ -67,16 +68,24 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
                         told,
                         filter,
                         filters_before,
+                        tcx_before,
                     };
                     if scope.wants(hook.loaded.instance.as_deref()) {
                         found.push(hook);
                     }
                 };
                 if let Some(ours) = attached_xdp(link.index, &programs)? {
-                    push(hook_name(ours.mode), ours.program, ours.loaded, None, 0);
+                    push(hook_name(ours.mode), ours.program, ours.loaded, None, 0, 0);
                 }
                 for ours in attached(&mut netlink, link.index, Side::Ingress, &programs)? {
-                    push("clsact ingress", ours.program, ours.loaded, Some(ours.filter), ours.before);
+                    push(
+                        "clsact ingress",
+                        ours.program,
+                        ours.loaded,
+                        Some(ours.filter),
+                        ours.before,
+                        ours.tcx_before,
+                    );
                 }
             }
             Ok(())
@@ -167,6 +176,7 @@ fn print_hook(hook: &Hook) -> Result<()> {
         instance: hook.loaded.instance.as_deref(),
         since: since(hook),
         filters_before: hook.filters_before,
+        tcx_before: hook.tcx_before,
         handle: hook.filter.as_ref().map(|filter| filter.handle),
         priority: hook.filter.as_ref().map(|filter| filter.priority),
         told: hook.told.as_ref(),
@@ -203,7 +213,8 @@ fn print_hooks(hooks: &[Hook]) -> io::Result<()> {
             told: hook.told.as_ref(),
             outdated: hook.loaded.is_outdated,
             filters_before: hook.filters_before,
-            risk: "before the guard and may let packets pass it by",
+            tcx_before: hook.tcx_before,
+            risk: RISK,
         };
         remarks.write(&mut out)
     })
