@@ -4,10 +4,12 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use clap::{ArgGroup, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{ArgGroup, CommandFactory, Parser, Subcommand};
 
 use super::{guard::GuardArgs, key::KeyArgs, policy::PolicyArgs, token::TokenArgs};
 use crate::hooks::clsact::Place;
+use crate::hooks::egress::Hook;
 use crate::hooks::link::find_link;
 use crate::hooks::netlink::Link;
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
@@ -101,6 +103,11 @@ pub struct Args {
     #[arg(long, help_heading = "With --attach", conflicts_with = "quiet", conflicts_with_all = OTHER_MODES)]
     detach_on_exit: bool,
 
+    /// Where to attach: clsact is a filter, which tc filter show lists; tcx, from Linux 6.6 on, is in front of all filters
+    /// [default: where it is already, else clsact]
+    #[arg(long, value_enum, hide_possible_values = true, value_name = "clsact|tcx", help_heading = "With --attach", conflicts_with_all = OTHER_MODES)]
+    hook: Option<Hook>,
+
     /// Place among the filters of the interface, 1 to 65535, lower runs first [default: in front of those there]
     #[arg(long, value_name = "N", help_heading = "With --attach", conflicts_with_all = OTHER_MODES, value_parser = clap::value_parser!(u16).range(1..))]
     priority: Option<u16>,
@@ -175,6 +182,8 @@ pub(super) struct AttachOptions {
     pub quiet: bool,
     pub detach_on_exit: bool,
     pub sample: u32,
+    /// Where it is already, if nothing is said.
+    pub hook: Option<Hook>,
     pub place: Place,
     pub option_kind: u8,
     pub exid: u16,
@@ -218,6 +227,11 @@ impl Args {
             Mode::Destroy
         } else {
             let place = Place { priority: self.priority, handle: self.handle };
+            if self.hook == Some(Hook::Tcx) && place.is_chosen() {
+                let why =
+                    "--priority and --handle are about filters of clsact; at tcx ours is in front of all";
+                Args::command().error(ErrorKind::ArgumentConflict, why).exit();
+            }
             Mode::Attach(AttachOptions {
                 policy: match (self.token, self.policy) {
                     (Some(token), _) => PolicySource::Token(token),
@@ -229,6 +243,7 @@ impl Args {
                 quiet: self.quiet,
                 detach_on_exit: self.detach_on_exit,
                 sample: self.sample,
+                hook: self.hook,
                 place,
                 option_kind: self.option_kind,
                 exid: self.exid.unwrap_or(DEFAULT_EXID),
@@ -311,8 +326,6 @@ pub(super) fn instance(text: &str) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     fn parse(line: &str) -> Result<Args, clap::Error> {

@@ -19,7 +19,7 @@ use crate::events::show::{Output, Record};
 use crate::events::stream::{self, End};
 use crate::events::watch::Watch;
 use crate::files::Files;
-use crate::hooks::clsact::{Attachment, Hooks};
+use crate::hooks::egress::{Done, Egress};
 use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::hooks::tcx;
@@ -218,7 +218,7 @@ struct Job<'a> {
     renewal: Option<Renewal>,
     /// The number of the policy that was remembered last, if the maps had none.
     restored: Option<Option<u64>>,
-    done: Vec<(Link, Attachment)>,
+    done: Vec<(Link, Done)>,
 }
 
 /// All of them, before anything is changed.
@@ -240,7 +240,7 @@ impl Job<'_> {
         self.instance.create()?;
         self.renewal = Some(self.instance.renew(Program::wanted_maps()?)?);
         let mut attached: Option<Attached> = None;
-        let mut hooks = Hooks::open(self.state)?;
+        let mut hooks = Egress::open(self.state)?;
         let netns_ino = Netns::current()?.inode();
         for target in targets {
             let settings = Settings {
@@ -270,9 +270,10 @@ impl Job<'_> {
                 let default = Given::Token(Policy::stamp_all(Token::DEFAULT));
                 given.unwrap_or(&default).put(self.instance, &program.maps, self.progress)?;
             }
-            let attachment =
-                hooks.attach(lock, &target.link, &self.instance.name, program.as_fd(), self.options.place)?;
-            self.done.push((target.link.clone(), attachment));
+            let (hook, place) = (self.options.hook, self.options.place);
+            let name = &self.instance.name;
+            let done = hooks.attach(lock, &target.link, name, program.as_fd(), hook, place)?;
+            self.done.push((target.link.clone(), done));
             if first {
                 let note = match (given, running) {
                     (Some(given), _) => format!("policy: {}", given.policy().summary()),
@@ -306,9 +307,9 @@ impl Job<'_> {
 
     /// Last things first.
     fn undo(&mut self, lock: &Lock) {
-        for (link, attachment) in std::mem::take(&mut self.done).iter().rev() {
-            let undone = Hooks::open(self.state)
-                .and_then(|mut hooks| hooks.undo(lock, link, &self.instance.name, attachment));
+        for (link, done) in std::mem::take(&mut self.done).iter().rev() {
+            let undone = Egress::open(self.state)
+                .and_then(|mut hooks| hooks.undo(lock, link, &self.instance.name, done));
             if let Err(error) = undone {
                 note!("netoken: {error:#}");
             }
@@ -316,35 +317,27 @@ impl Job<'_> {
     }
 
     fn tell(&self, scope: &Scope, output: &mut Output, note: &str) -> Result<()> {
-        for (link, attachment) in &self.done {
-            let Attachment { filter, made_qdisc, .. } = attachment;
-            let replaced = attachment.replaced();
+        for (link, done) in &self.done {
+            let (replaced, made_qdisc) = (done.replaced(), done.made_qdisc());
             if output.is_json() {
                 output.record(&Record::Attached {
                     interface: &link.name,
-                    priority: filter.priority,
-                    handle: filter.handle,
+                    hook: done.hook().name(),
+                    priority: done.filter().map(|filter| filter.priority),
+                    handle: done.filter().map(|filter| filter.handle),
                     replaced,
-                    made_qdisc: *made_qdisc,
+                    made_qdisc,
                 })?;
             } else {
-                note!(
-                    "{} {} egress (priority {}, handle {:#x}){}",
-                    if replaced { "replaced in place on" } else { "attached to" },
-                    link.name,
-                    filter.priority,
-                    filter.handle,
-                    if *made_qdisc { ", made a clsact qdisc for it" } else { "" }
-                );
+                note!("{}", told(link, done));
             }
-            if let Some(remark) = tcx::remark(attachment.tcx_before, RISK) {
+            if let Some(remark) = tcx::remark(done.tcx_before(), RISK) {
                 note!("{}: {remark}", link.name);
             }
             if !link.is_up {
                 note!("{} is down: nothing leaves by it until: {} link set {0} up", link.name, scope.ip());
             }
-            if let Some(changes) = attachment.previous_config.and_then(|before| self.options.changes(&before))
-            {
+            if let Some(changes) = done.previous_config().and_then(|before| self.options.changes(&before)) {
                 note!("{}: this attach changed {changes}", link.name);
             }
         }
@@ -353,4 +346,17 @@ impl Job<'_> {
         }
         Ok(output.flush()?)
     }
+}
+
+/// What was done on one interface.
+fn told(link: &Link, done: &Done) -> String {
+    let name = &link.name;
+    let what = match (done.replaced(), done.moved()) {
+        (true, _) => format!("replaced in place on {name} egress"),
+        (false, true) => format!("moved on {name} egress"),
+        (false, false) => format!("attached to {name} egress"),
+    };
+    let Some(filter) = done.filter() else { return format!("{what}, at tcx") };
+    let qdisc = if done.made_qdisc() { ", made a clsact qdisc for it" } else { "" };
+    format!("{what} (priority {}, handle {:#x}){qdisc}", filter.priority, filter.handle)
 }

@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::args::Scope;
-use crate::hooks::clsact::{Hooks, Qdisc};
+use crate::hooks::clsact::Qdisc;
+use crate::hooks::egress::Egress;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::hooks::unused::remove_unused;
 use crate::privileges;
@@ -44,7 +45,7 @@ pub(super) fn remove(scope: &Scope, ifaces: &[String], destroy: bool) -> Result<
 fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) -> Result<()> {
     // Also where there is no state: a filter whose state was lost is known by its program.
     let (state, lock) = State::create()?;
-    let mut hooks = Hooks::open(&state)?;
+    let mut hooks = Egress::open(&state)?;
     let mut done = Vec::new();
     let had_state = state.instance(&scope.instance).exists();
     for link in links {

@@ -15,9 +15,9 @@ use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::model::since_epoch;
 use crate::events::show::totals_line;
-use crate::hooks::clsact::{Attached, attached};
+use crate::hooks::egress::{Stamp, stamps};
 use crate::hooks::loaded::loaded_programs;
-use crate::hooks::netlink::{Netlink, Side};
+use crate::hooks::netlink::Netlink;
 use crate::kernel::Kernel;
 use crate::netns::Netns;
 use crate::policy::running::{self, Outline};
@@ -35,8 +35,9 @@ struct Hook {
     interface: String,
     hook: &'static str,
     program: u32,
-    handle: u32,
-    priority: u16,
+    /// None at tcx.
+    handle: Option<u32>,
+    priority: Option<u16>,
     /// None if the pins of its instance are gone.
     instance: Option<String>,
     /// When its program was loaded, RFC 3339 in UTC with seconds.
@@ -188,7 +189,7 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
             }
             let mut found = Vec::new();
             for link in links {
-                let mut ours = attached(&mut netlink, link.index, Side::Egress, &programs)?;
+                let mut ours = stamps(&mut netlink, link.index, &programs)?;
                 ours.retain(|ours| scope.wants(ours.loaded.instance.as_deref()));
                 found.extend(ours.into_iter().map(|ours| hook(&name, inode, &link.name, ours, boot)));
             }
@@ -198,16 +199,16 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
     Ok(hooks)
 }
 
-fn hook(netns: &str, netns_inode: u32, interface: &str, ours: Attached, boot: SystemTime) -> Hook {
+fn hook(netns: &str, netns_inode: u32, interface: &str, ours: Stamp, boot: SystemTime) -> Hook {
     Hook {
         netns: netns.to_string(),
         netns_inode,
         told: Told::of(&ours.loaded),
         interface: interface.to_string(),
-        hook: "clsact egress",
+        hook: ours.hook.name(),
         program: ours.program,
-        handle: ours.filter.handle,
-        priority: ours.filter.priority,
+        handle: ours.filter.as_ref().map(|filter| filter.handle),
+        priority: ours.filter.as_ref().map(|filter| filter.priority),
         outdated: ours.loaded.is_outdated,
         instance: ours.loaded.instance,
         since: humantime::format_rfc3339_seconds(since_epoch(boot + ours.loaded.loaded_at)).to_string(),
@@ -274,16 +275,17 @@ fn print_clock(out: &mut impl Write, scope: &Scope, instance: &str, maps: &Maps)
 
 fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
     let heads = ["NETNS", "INTERFACE", "HOOK", "PROGRAM", "HANDLE", "PRIORITY", "INSTANCE", "SINCE (UTC)"];
+    let none = || "-".to_string();
     let rows: Vec<_> = hooks
         .iter()
         .map(|hook| {
             [
-                if hook.netns.is_empty() { "-".to_string() } else { hook.netns.clone() },
+                if hook.netns.is_empty() { none() } else { hook.netns.clone() },
                 hook.interface.clone(),
                 hook.hook.to_string(),
                 hook.program.to_string(),
-                format!("{:#x}", hook.handle),
-                hook.priority.to_string(),
+                hook.handle.map_or_else(none, |handle| format!("{handle:#x}")),
+                hook.priority.map_or_else(none, |priority| priority.to_string()),
                 hook.instance.clone().unwrap_or("(pins lost)".to_string()),
                 hook.since.clone(),
             ]

@@ -22,10 +22,12 @@ pub enum Record<'a> {
     Attached {
         /// Name of the interface.
         interface: &'a str,
-        /// Priority of the filter.
-        priority: u16,
-        /// Handle of the filter.
-        handle: u32,
+        /// Where, as a query shows it.
+        hook: &'static str,
+        /// Priority of the filter; none at tcx.
+        priority: Option<u16>,
+        /// Handle of the filter; none at tcx.
+        handle: Option<u32>,
         /// It took the place of one of ours.
         replaced: bool,
         /// We made the clsact qdisc.

@@ -4,19 +4,23 @@
 use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use serde::Serialize;
 
-use crate::hooks::clsact::Hooks;
+use crate::hooks::egress::{Egress, Hook};
 use crate::hooks::netlink::Link;
 use crate::state::State;
 
 /// Multicast groups of include/uapi/linux/rtnetlink.h.
 const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_TC: u32 = 4;
+
+/// How often to look at tcx, of which the kernel gives no notice.
+const UNNOTICED: Duration = Duration::from_secs(1);
 
 /// What happened to an interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -35,7 +39,7 @@ impl fmt::Display for Change {
         match self {
             Change::Renamed(name) => write!(f, "renamed to {name}"),
             Change::Gone => {
-                f.write_str("removed, or moved to another network namespace, and our filter with it")
+                f.write_str("removed, or moved to another network namespace, and our filter is gone with it")
             }
             Change::Detached => f.write_str("our filter was removed by somebody else"),
         }
@@ -48,6 +52,8 @@ pub struct Watch<'a> {
     state: &'a State,
     instance: String,
     links: Vec<Link>,
+    /// When to look without a notice; never, if nothing is at tcx.
+    next_look: Option<Instant>,
 }
 
 impl<'a> Watch<'a> {
@@ -62,7 +68,7 @@ impl<'a> Watch<'a> {
             notices.add_membership(group).context("asking for notices of interfaces and filters")?;
         }
         notices.set_non_blocking(true).context("preparing a netlink socket for notices")?;
-        Ok(Watch { notices, state, instance: instance.to_string(), links })
+        Ok(Watch { notices, state, instance: instance.to_string(), links, next_look: Some(Instant::now()) })
     }
 
     /// What has changed since the last look. An interface that is gone or detached is not watched any more.
@@ -70,13 +76,14 @@ impl<'a> Watch<'a> {
     /// # Errors
     /// The kernel refused to list what is there.
     pub fn changes(&mut self) -> Result<Vec<(String, Change)>> {
-        if !self.has_notices()? {
+        let is_time = self.next_look.is_some_and(|next| Instant::now() >= next);
+        if !self.has_notices()? && !is_time {
             return Ok(Vec::new());
         }
-        let mut hooks = Hooks::open(self.state)?;
+        let mut hooks = Egress::open(self.state)?;
         let present = hooks.links()?;
         let mut changes = Vec::new();
-        let mut kept = Vec::new();
+        let (mut kept, mut has_tcx) = (Vec::new(), false);
         for link in std::mem::take(&mut self.links) {
             let Some(now) = present.iter().find(|now| now.index == link.index) else {
                 changes.push((link.name, Change::Gone));
@@ -85,12 +92,16 @@ impl<'a> Watch<'a> {
             if now.name != link.name {
                 changes.push((link.name.clone(), Change::Renamed(now.name.clone())));
             }
-            match hooks.attached(now, &self.instance)?.is_empty() {
-                true => changes.push((now.name.clone(), Change::Detached)),
-                false => kept.push(now.clone()),
+            match hooks.hook_of(now, &self.instance)? {
+                Some(hook) => {
+                    has_tcx |= hook == Hook::Tcx;
+                    kept.push(now.clone());
+                }
+                None => changes.push((now.name.clone(), Change::Detached)),
             }
         }
         self.links = kept;
+        self.next_look = has_tcx.then(|| Instant::now() + UNNOTICED);
         Ok(changes)
     }
 

@@ -32,6 +32,13 @@ pub struct Place {
     pub handle: Option<u32>,
 }
 
+impl Place {
+    /// Something was said.
+    pub fn is_chosen(self) -> bool {
+        self.priority.is_some() || self.handle.is_some()
+    }
+}
+
 /// A filter of ours.
 #[derive(Clone, Debug)]
 pub struct Attached {
@@ -97,7 +104,7 @@ pub fn attached(
         return Ok(Vec::new());
     }
     let mut found = Vec::new();
-    let (mut before, tcx_before) = (0, tcx::count(ifindex, side)?);
+    let (mut before, tcx_before) = (0, tcx::foreign(ifindex, side, programs)?);
     for filter in netlink.filters(ifindex, side)? {
         let ours = filter.program.and_then(|id| Some((id, programs.get(&id)?)));
         match ours.filter(|(_, loaded)| loaded.role == side.role()) {
@@ -157,20 +164,21 @@ pub struct Attachment {
     pub tcx_before: usize,
 }
 
-impl<'a> Hooks<'a> {
-    /// The egress side, in the namespace of the calling thread.
-    ///
-    /// # Errors
-    /// The kernel refused a netlink socket.
-    pub fn open(state: &'a State) -> Result<Self> {
-        Hooks::open_side(state, Side::Egress)
-    }
+/// What was removed and can be put back.
+#[derive(Debug, Default)]
+pub struct Taken {
+    /// Places and programs.
+    pub filters: Vec<(Filter, OwnedFd)>,
+    /// What the first of them was told.
+    pub config: Option<Config>,
+}
 
+impl<'a> Hooks<'a> {
     /// One side, in the namespace of the calling thread.
     ///
     /// # Errors
     /// The kernel refused a netlink socket.
-    pub fn open_side(state: &'a State, side: Side) -> Result<Self> {
+    pub fn open(state: &'a State, side: Side) -> Result<Self> {
         Ok(Hooks { state, side, netns: Netns::current()?, netlink: Netlink::connect()? })
     }
 
@@ -225,6 +233,7 @@ impl<'a> Hooks<'a> {
         place: Place,
         front: Option<u16>,
     ) -> Result<Attachment> {
+        let tcx_before = tcx::foreign(link.index, self.side, &loaded_programs(self.state)?)?;
         let ours = self.attached(link, instance)?;
         let previous = hold_programs(&ours)?;
         let previous_config = ours.first().and_then(|ours| ours.loaded.config());
@@ -255,7 +264,6 @@ impl<'a> Hooks<'a> {
             program: None,
         };
         // The new one works; the ones that it did not take the place of go.
-        let tcx_before = tcx::count(link.index, self.side).unwrap_or_default();
         let same = |other: &Filter| (other.priority, other.handle) == (filter.priority, filter.handle);
         for old in ours.iter().filter(|old| !same(&old.filter)) {
             self.remove_filter(link, &old.filter)?;
@@ -295,17 +303,7 @@ impl<'a> Hooks<'a> {
     /// # Errors
     /// The kernel refused.
     pub fn undo(&mut self, lock: &Lock, link: &Link, instance: &str, attachment: &Attachment) -> Result<()> {
-        for (filter, program) in &attachment.previous {
-            let mut hook = TcHook::new(program.as_fd());
-            hook.ifindex(link.index.cast_signed())
-                .attach_point(self.side.point())
-                .priority(filter.priority.into())
-                .handle(filter.handle)
-                .replace(true);
-            let (attached, said) = messages(|| hook.attach());
-            attached
-                .with_context(|| format!("putting back our filter on {}{}", link.name, kernel_said(&said)))?;
-        }
+        self.put(link, &attachment.previous)?;
         let place = |filter: &Filter| (filter.priority, filter.handle);
         for ours in self.attached(link, instance)? {
             if !attachment.previous.iter().any(|(filter, _)| place(filter) == place(&ours.filter)) {
@@ -316,6 +314,52 @@ impl<'a> Hooks<'a> {
             self.destroy_clsact(lock, link)?;
         }
         Ok(())
+    }
+
+    /// Puts filters of ours into their places, whatever of ours is there.
+    fn put(&self, link: &Link, filters: &[(Filter, OwnedFd)]) -> Result<()> {
+        for (filter, program) in filters {
+            let mut hook = TcHook::new(program.as_fd());
+            hook.ifindex(link.index.cast_signed())
+                .attach_point(self.side.point())
+                .priority(filter.priority.into())
+                .handle(filter.handle)
+                .replace(true);
+            let (attached, said) = messages(|| hook.attach());
+            attached
+                .with_context(|| format!("putting back our filter on {}{}", link.name, kernel_said(&said)))?;
+        }
+        Ok(())
+    }
+
+    /// Removes our filters of this instance for something that is in their place, and with them the clsact qdisc if we
+    /// made it and nobody else uses it.
+    ///
+    /// # Errors
+    /// The kernel refused; then those that were removed are back.
+    pub fn take(&mut self, lock: &Lock, link: &Link, instance: &str) -> Result<Taken> {
+        let ours = self.attached(link, instance)?;
+        let Some(first) = ours.first() else { return Ok(Taken::default()) };
+        let taken = Taken { config: first.loaded.config(), filters: hold_programs(&ours)? };
+        let removed = self.detach(lock, link, instance).and_then(|_| self.destroy_clsact(lock, link));
+        match removed {
+            Ok(_) => Ok(taken),
+            Err(error) => {
+                self.put_back(link, &taken)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Puts back what was removed.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn put_back(&mut self, link: &Link, taken: &Taken) -> Result<()> {
+        if !taken.filters.is_empty() {
+            self.make_clsact(link)?;
+        }
+        self.put(link, &taken.filters)
     }
 
     /// Removes our filters of this instance. Returns how many there were.

@@ -1,10 +1,10 @@
 //! Attaching the classifier to interfaces, finding it again, and taking it away: what is ours, and nothing else.
 //!
-//! [`netlink`] reads what the kernel has, [`loaded`] knows which programs are ours; [`clsact`] and [`xdp`] decide and
-//! change, [`tcx`] knows who is in
-//! front of them, and [`unused`] ends an instance that nothing uses any more.
+//! [`netlink`] reads what the kernel has, [`loaded`] knows which programs are ours; [`clsact`], [`tcx`] and [`xdp`]
+//! decide and change, [`egress`] knows where the stamp is, and [`unused`] ends an instance that nothing uses any more.
 
 pub mod clsact;
+pub mod egress;
 pub mod link;
 pub mod loaded;
 pub mod netlink;

@@ -1,40 +1,111 @@
-//! tcx, where programs of others run (Linux 6.6): in front of the clsact qdisc and all its filters, and `tc filter show`
-//! does not list them. What they pass on, drop or redirect does not get to a filter; only what they leave open does.
+//! tcx (Linux 6.6): a list of programs on either side of an interface, in front of the clsact qdisc and all its filters.
+//! What one of them passes on, drops or redirects does not get to those behind it; what it leaves open does. `tc filter
+//! show` does not list them.
 
+use std::collections::HashMap;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use anyhow::{Context, Result};
-use libbpf_sys::{BPF_TCX_EGRESS, BPF_TCX_INGRESS, bpf_prog_query_opts};
+use anyhow::{Context, Result, anyhow};
+use libbpf_sys::{
+    BPF_F_BEFORE, BPF_F_REPLACE, BPF_TCX_EGRESS, BPF_TCX_INGRESS, bpf_prog_attach_opts,
+    bpf_prog_attach_opts__bindgen_ty_1, bpf_prog_query_opts, bpf_prog_query_opts__bindgen_ty_1,
+};
 
-use super::netlink::Side;
+use super::loaded::{Loaded, Role};
+use super::netlink::{Link, Side};
+use crate::kernel::Kernel;
+use crate::state::Lock;
+use crate::types::Config;
 
-/// How many tcx programs are on one side of an interface in the network namespace of the calling thread. None on a kernel
-/// without tcx.
+/// bpf_mprog_max() of include/linux/bpf_mprog.h.
+const PROGRAMS_MAX: usize = 63;
+
+/// A stamp of ours.
+#[derive(Clone, Debug)]
+pub struct AttachedTcx {
+    /// Id of its program.
+    pub program: u32,
+    /// What is known of its program.
+    pub loaded: Loaded,
+    /// Programs of others that see a packet first and may end its way.
+    pub before: usize,
+}
+
+/// An attach that has happened and can be taken back.
+#[derive(Debug)]
+pub struct TcxAttachment {
+    /// In whose place it is.
+    previous: Option<OwnedFd>,
+    /// What the program was told that was there before.
+    pub previous_config: Option<Config>,
+    /// Programs of others that see a packet first and may end its way.
+    pub before: usize,
+}
+
+impl TcxAttachment {
+    /// It took the place of one of ours.
+    pub fn replaced(&self) -> bool {
+        self.previous.is_some()
+    }
+}
+
+/// Ids of the programs on one side of an interface in the network namespace of the calling thread, in the order in which
+/// they run. None on a kernel without tcx.
 ///
 /// # Errors
 /// The kernel refused to say.
-pub fn count(ifindex: u32, side: Side) -> Result<usize> {
+pub fn ids(ifindex: u32, side: Side) -> Result<Vec<u32>> {
     let place = match side {
         Side::Ingress => BPF_TCX_INGRESS,
         Side::Egress => BPF_TCX_EGRESS,
     };
+    let mut ids = vec![0u32; PROGRAMS_MAX];
     let mut opts = bpf_prog_query_opts {
         sz: size_of::<bpf_prog_query_opts>() as libbpf_sys::size_t,
+        prog_ids: ids.as_mut_ptr(),
+        __bindgen_anon_1: bpf_prog_query_opts__bindgen_ty_1 { count: PROGRAMS_MAX as u32 },
         ..Default::default()
     };
-    // SAFETY: `opts` is a whole structure whose size says so; without room for ids the kernel only counts.
+    // SAFETY: `opts` is a whole structure whose size says so, and has room for as many ids as it says.
     let result = unsafe { libbpf_sys::bpf_prog_query_opts(ifindex.cast_signed(), place, &mut opts) };
     match -result {
-        // SAFETY: both fields of the union are the same number.
-        0 => Ok(unsafe { opts.__bindgen_anon_1.count } as usize),
+        0 => {
+            // SAFETY: both fields of the union are the same number.
+            ids.truncate(unsafe { opts.__bindgen_anon_1.count } as usize);
+            Ok(ids)
+        }
         // Nobody knows the place before 6.6; what has just gone has no programs.
-        libc::EINVAL | libc::ENODEV => Ok(0),
+        libc::EINVAL | libc::ENODEV => Ok(Vec::new()),
         error => Err(io::Error::from_raw_os_error(error))
             .with_context(|| format!("asking for the tcx programs of interface {ifindex}")),
     }
 }
 
-/// What a person is told of them; nothing if there are none.
+/// Our stamps on the way out of an interface, in the order in which they run.
+///
+/// # Errors
+/// The kernel refused to say.
+pub fn attached_tcx(ifindex: u32, programs: &HashMap<u32, Loaded>) -> Result<Vec<AttachedTcx>> {
+    let (mut found, mut before) = (Vec::new(), 0);
+    for program in ids(ifindex, Side::Egress)? {
+        match programs.get(&program).filter(|loaded| loaded.role == Role::Stamp) {
+            Some(loaded) => found.push(AttachedTcx { program, loaded: loaded.clone(), before }),
+            None => before += 1,
+        }
+    }
+    Ok(found)
+}
+
+/// How many programs of others are on one side.
+///
+/// # Errors
+/// The kernel refused to say.
+pub fn foreign(ifindex: u32, side: Side, programs: &HashMap<u32, Loaded>) -> Result<usize> {
+    Ok(ids(ifindex, side)?.iter().filter(|id| !programs.contains_key(id)).count())
+}
+
+/// What a person is told of programs of others; nothing if there are none.
 pub fn remark(count: usize, risk: &str) -> Option<String> {
     let run = match count {
         0 => return None,
@@ -42,4 +113,125 @@ pub fn remark(count: usize, risk: &str) -> Option<String> {
         count => format!("{count} tcx programs run"),
     };
     Some(format!("{run} {risk}; bpftool net shows what is there"))
+}
+
+/// Attaches `program` in the place of the first of `ours`, or else in front of everybody's.
+///
+/// # Errors
+/// The kernel refused; then everything is as it was.
+pub fn attach_tcx(
+    lock: &Lock,
+    link: &Link,
+    program: BorrowedFd<'_>,
+    ours: &[AttachedTcx],
+) -> Result<TcxAttachment> {
+    let mut held = hold(ours)?.into_iter();
+    let previous = held.next();
+    put(link, program, previous.as_ref().map(|fd| fd.as_fd())).map_err(|error| explain(link, error))?;
+    // Of one instance there is one; those whose instance is gone may be more.
+    for other in held {
+        remove(lock, link, other.as_fd())?;
+    }
+    Ok(TcxAttachment {
+        previous,
+        previous_config: ours.first().and_then(|ours| ours.loaded.config()),
+        before: ours.first().map_or(0, |ours| ours.before),
+    })
+}
+
+/// Puts back what was there before an attach.
+///
+/// # Errors
+/// The kernel refused.
+pub fn undo_tcx(lock: &Lock, link: &Link, program: BorrowedFd<'_>, attachment: &TcxAttachment) -> Result<()> {
+    match &attachment.previous {
+        Some(previous) => put(link, previous.as_fd(), Some(program))
+            .with_context(|| format!("putting back our program at tcx of {}", link.name)),
+        None => remove(lock, link, program),
+    }
+}
+
+/// Removes ours, and returns their programs, so that they can be put back.
+///
+/// # Errors
+/// The kernel refused; then those that were removed are back.
+pub fn take_tcx(lock: &Lock, link: &Link, ours: &[AttachedTcx]) -> Result<Vec<OwnedFd>> {
+    let held = hold(ours)?;
+    for (at, program) in held.iter().enumerate() {
+        if let Err(error) = remove(lock, link, program.as_fd()) {
+            put_back_tcx(link, &held[..at])?;
+            return Err(error);
+        }
+    }
+    Ok(held)
+}
+
+/// Puts programs in front of everybody's, in this order.
+///
+/// # Errors
+/// The kernel refused.
+pub fn put_back_tcx(link: &Link, programs: &[OwnedFd]) -> Result<()> {
+    programs.iter().rev().try_for_each(|program| {
+        put(link, program.as_fd(), None)
+            .with_context(|| format!("putting back our program at tcx of {}", link.name))
+    })
+}
+
+fn hold(ours: &[AttachedTcx]) -> Result<Vec<OwnedFd>> {
+    let hold = |ours: &AttachedTcx| {
+        libbpf_rs::Program::fd_from_id(ours.program).context("keeping the running program")
+    };
+    ours.iter().map(hold).collect()
+}
+
+/// In the place of another one, or in front of all.
+fn put(link: &Link, program: BorrowedFd<'_>, in_place_of: Option<BorrowedFd<'_>>) -> Result<(), io::Error> {
+    let opts = bpf_prog_attach_opts {
+        sz: size_of::<bpf_prog_attach_opts>() as libbpf_sys::size_t,
+        flags: if in_place_of.is_some() { BPF_F_REPLACE } else { BPF_F_BEFORE },
+        __bindgen_anon_1: bpf_prog_attach_opts__bindgen_ty_1 {
+            replace_fd: in_place_of.map_or(0, |fd| fd.as_raw_fd()),
+        },
+        ..Default::default()
+    };
+    // SAFETY: `opts` is a whole structure whose size says so, and the descriptors are open.
+    let result = unsafe {
+        libbpf_sys::bpf_prog_attach_opts(program.as_raw_fd(), link.index.cast_signed(), BPF_TCX_EGRESS, &opts)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-result)) }
+}
+
+fn remove(_lock: &Lock, link: &Link, program: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: the descriptor is open, and a null pointer is no options.
+    let result = unsafe {
+        libbpf_sys::bpf_prog_detach_opts(
+            program.as_raw_fd(),
+            link.index.cast_signed(),
+            BPF_TCX_EGRESS,
+            std::ptr::null(),
+        )
+    };
+    match -result {
+        // What has just gone, alone or with the interface, is removed.
+        0 | libc::ENOENT | libc::ENODEV => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error))
+            .with_context(|| format!("removing our program at tcx of {}", link.name)),
+    }
+}
+
+fn explain(link: &Link, error: io::Error) -> anyhow::Error {
+    let what = format!("attaching to {} egress at tcx", link.name);
+    let kernel = Kernel::probe();
+    match error.raw_os_error() {
+        Some(libc::EINVAL) if kernel.version() < Some((6, 6)) => {
+            anyhow!("{what}: tcx came with Linux 6.6, and this is {}; use --hook clsact", kernel.release)
+        }
+        Some(libc::ERANGE) => {
+            anyhow!("{what}: {PROGRAMS_MAX} programs are there, and there is no room for more; use --hook clsact")
+        }
+        Some(libc::EPERM) => anyhow!(error).context(format!(
+            "{what}; it needs CAP_NET_ADMIN (try sudo), and if it replaces one, that one must not be held by a BPF link"
+        )),
+        _ => anyhow!(error).context(what),
+    }
 }

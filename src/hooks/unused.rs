@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::clsact::attached;
+use super::egress::stamps;
 use super::loaded::{Loaded, loaded_programs};
 use super::netlink::{Netlink, Side};
 use super::xdp::attached_xdp;
@@ -64,10 +65,10 @@ fn are_attached(programs: &HashMap<u32, Loaded>) -> Result<bool> {
 fn are_attached_here(programs: &HashMap<u32, Loaded>) -> Result<bool> {
     let mut netlink = Netlink::connect()?;
     for link in netlink.links()? {
-        for side in [Side::Egress, Side::Ingress] {
-            if !attached(&mut netlink, link.index, side, programs)?.is_empty() {
-                return Ok(true);
-            }
+        if !stamps(&mut netlink, link.index, programs)?.is_empty()
+            || !attached(&mut netlink, link.index, Side::Ingress, programs)?.is_empty()
+        {
+            return Ok(true);
         }
         if attached_xdp(link.index, programs)?.is_some() {
             return Ok(true);

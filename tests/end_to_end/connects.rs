@@ -8,7 +8,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::lab::PATIENCE;
 use crate::segment::{ECE_CWR, KIND_MD5, KIND_MPTCP, TOKEN};
 use crate::sockets::{Listener, connect_with, echo, exchange};
-use crate::support::ensure_eq;
+use crate::support::{Need, ensure_eq};
 use crate::wire::Tap;
 use crate::world::{FAMILIES, Family, Hook, IN, OFFLOADS, World};
 use crate::{NET, case, case_if, sys, with};
@@ -24,6 +24,11 @@ pub fn cases() -> Vec<Trial> {
                 &format!("connecting over {name} {offload} works and is stamped"),
                 NET,
                 move || direct(family, tx),
+            ));
+            cases.push(case(
+                &format!("connecting over {name} {offload} works and is stamped at tcx"),
+                &[NET, &[Need::Kernel(6, 6)]].concat(),
+                move || works(&World::new(tx)?, family, "--hook tcx"),
             ));
             for hook in [Hook::Client, Hook::Router] {
                 let on = hook.name();
@@ -62,25 +67,25 @@ pub fn cases() -> Vec<Trial> {
              add rule ip nat out oifname {} masquerade'",
             crate::world::OUT
         ))?;
-        works(&world, Family::V4)
+        works(&world, Family::V4, "")
     }));
     cases
 }
 
 fn direct(family: Family, tx: bool) -> Result<()> {
-    works(&World::new(tx)?, family)
+    works(&World::new(tx)?, family, "")
 }
 
 fn routed(family: Family, tx: bool, hook: Hook) -> Result<()> {
-    works(&World::routed(tx, hook)?.0, family)
+    works(&World::routed(tx, hook)?.0, family, "")
 }
 
 /// Before the hook is there no SYN is stamped, then every one is, and no kernel on the way complains.
-fn works(world: &World, family: Family) -> Result<()> {
+fn works(world: &World, family: Family, flags: &str) -> Result<()> {
     let listener = Listener::open(world, family)?;
     let plain = exchange(world, &listener)?;
     plain.check_not_stamped()?;
-    world.attach("")?;
+    world.attach(flags)?;
     for _ in 0..CONNECTIONS {
         let syn = exchange(world, &listener)?;
         syn.check_stamped(TOKEN)?;

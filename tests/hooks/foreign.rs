@@ -167,16 +167,8 @@ pub fn query_counts_the_filters_that_run_before() -> Result<()> {
 /// Of tcx, as an agent of Kubernetes puts them in front of everything.
 pub fn tcx_programs_that_run_before_are_told() -> Result<()> {
     let world = World::new()?;
-    let index = ifindex(&world)?;
-    let add = |place| {
-        let program = load("other")?;
-        // SAFETY: the descriptors are open, and no options are given.
-        let link =
-            unsafe { libbpf_sys::bpf_link_create(program.as_fd().as_raw_fd(), index, place, ptr::null()) };
-        ensure!(link >= 0, "attaching at tcx: {}", std::io::Error::last_os_error());
-        // SAFETY: it was made a line ago, and nobody else knows it.
-        Ok(unsafe { OwnedFd::from_raw_fd(link) })
-    };
+    let index = ifindex(&world, "c0")?;
+    let add = |place| tcx_link(index, place);
     let said = |args: &str| Ok::<_, anyhow::Error>(String::from_utf8(world.run(args)?.stderr)?);
     let rules = world.lab.run.with_extension("guard.toml");
     fs::write(
@@ -214,8 +206,20 @@ pub fn tcx_programs_that_run_before_are_told() -> Result<()> {
     expect_no_state(&world.lab)
 }
 
-fn ifindex(world: &World) -> Result<i32> {
-    Ok(sh(&format!("ip netns exec {} cat /sys/class/net/c0/ifindex", world.ns))?.trim().parse()?)
+/// Puts a program of somebody else behind those that are at tcx, in the namespace of the calling thread. It goes with what
+/// is returned.
+pub fn tcx_link(ifindex: i32, place: u32) -> Result<OwnedFd> {
+    let program = load("other")?;
+    // SAFETY: the descriptor is open, and no options are given.
+    let link =
+        unsafe { libbpf_sys::bpf_link_create(program.as_fd().as_raw_fd(), ifindex, place, ptr::null()) };
+    ensure!(link >= 0, "attaching at tcx: {}", std::io::Error::last_os_error());
+    // SAFETY: it was made a line ago, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(link) })
+}
+
+pub fn ifindex(world: &World, iface: &str) -> Result<i32> {
+    Ok(sh(&format!("ip netns exec {} cat /sys/class/net/{iface}/ifindex", world.ns))?.trim().parse()?)
 }
 
 /// Loads `return TC_ACT_UNSPEC`, under a name.
@@ -246,7 +250,7 @@ pub fn a_foreign_program_of_our_name_stays() -> Result<()> {
     sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
     // By another tool that calls its program as we call ours.
     let program = load("netoken_egress")?;
-    let (index, ns) = (ifindex(&world)?, &world.ns);
+    let (index, ns) = (ifindex(&world, "c0")?, &world.ns);
     world.lab.within(ns, || {
         let mut hook = TcHook::new(program.as_fd());
         hook.ifindex(index).attach_point(TC_EGRESS).priority(10).handle(1);

@@ -19,6 +19,7 @@ mod replace;
 mod rounds;
 #[path = "../support/mod.rs"]
 mod support;
+mod tcx;
 mod together;
 mod world;
 
@@ -77,10 +78,20 @@ fn main() -> ExitCode {
         crash: a_killed_attach_is_repaired_by_the_next a_killed_replacement_is_repaired_by_the_next
             a_killed_destroy_is_finished_by_the_next;
     ];
+    let has_tcx = [&NEEDS[..], &[Need::Kernel(6, 6)]].concat();
+    cases.extend(cases![&has_tcx;
+        foreign: tcx_programs_that_run_before_are_told;
+        tcx: attaching_twice_keeps_the_hook_and_destroy_leaves_nothing
+            programs_of_others_stay_in_their_order_behind_ours
+            it_moves_between_clsact_and_tcx_and_no_syn_passes_unstamped moving_leaves_a_clsact_of_others
+            a_second_interface_that_is_full_leaves_the_first_as_it_was two_instances_can_be_at_two_hooks
+            a_program_that_somebody_removes_is_reported;
+    ]);
+    let is_old = netoken::kernel::Kernel::probe().version() < Some((6, 6));
     cases.push(support::case(
-        "foreign::tcx_programs_that_run_before_are_told",
-        &[&NEEDS[..], &[Need::Kernel(6, 6)]].concat(),
-        foreign::tcx_programs_that_run_before_are_told,
+        "tcx::without_tcx_the_error_says_so",
+        &[&NEEDS[..], &[Need::Is(is_old, "this kernel has tcx")]].concat(),
+        tcx::without_tcx_the_error_says_so,
     ));
     support::run(cases)
 }

@@ -108,7 +108,7 @@ pub fn replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect() -> Result<()
 
 /// Connects and accepts again and again, looks at every SYN, and returns how many there were. One after the
 /// other, so that a machine with much to do cannot let the queue of the listener overflow.
-fn connect_until(listener: &TcpListener, stop: &AtomicBool) -> Result<u64> {
+pub fn connect_until(listener: &TcpListener, stop: &AtomicBool) -> Result<u64> {
     let addr = listener.local_addr()?;
     let mut made = 0;
     while !stop.load(Ordering::Acquire) {

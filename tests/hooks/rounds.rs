@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::MapCore;
 use netoken::hooks::clsact::{Hooks, Place, Qdisc};
 use netoken::hooks::link::find_link;
+use netoken::hooks::netlink::Side;
 use netoken::hooks::unused::remove_unused;
 use netoken::policy::Policy;
 use netoken::program::{Program, Settings};
@@ -89,7 +90,7 @@ fn descriptors() -> Result<Vec<String>> {
 fn rounds(count: usize) -> Result<u32> {
     let (state, lock) = State::create()?;
     let instance = state.instance("default");
-    let mut hooks = Hooks::open(&state)?;
+    let mut hooks = Hooks::open(&state, Side::Egress)?;
     let link = find_link(&hooks.links()?, "c0", "")?.clone();
     instance.create()?;
     let load = || Program::load(Settings::default(), Some(&instance.pins));

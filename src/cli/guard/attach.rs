@@ -223,7 +223,7 @@ impl Job<'_> {
         why: Option<String>,
     ) -> Result<()> {
         let name = &self.instance.name;
-        let mut hooks = Hooks::open_side(self.state, Side::Ingress)?;
+        let mut hooks = Hooks::open(self.state, Side::Ingress)?;
         if kind == Kind::Xdp {
             let allowed = Allowed { generic: self.args.hook == HookArg::Xdp, force: self.args.force };
             let done = attach_xdp(self.state, lock, link, name, program.as_fd(), allowed)?;
@@ -260,7 +260,7 @@ impl Job<'_> {
         for (link, done) in std::mem::take(&mut self.done).iter().rev() {
             let undone = match done {
                 Done::Xdp(program, done) => undo_xdp(lock, link, program.as_fd(), done),
-                Done::Tc(done, _) => Hooks::open_side(self.state, Side::Ingress)
+                Done::Tc(done, _) => Hooks::open(self.state, Side::Ingress)
                     .and_then(|mut hooks| hooks.undo(lock, link, &self.instance.name, done)),
             };
             if let Err(error) = undone {

@@ -19,7 +19,7 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
     let links = Netlink::connect()?.links()?;
     let links = if all { links } else { scope.find(&links)? };
     let (state, lock) = State::create()?;
-    let mut hooks = Hooks::open_side(&state, Side::Ingress)?;
+    let mut hooks = Hooks::open(&state, Side::Ingress)?;
     let mut done = Vec::new();
     let had_state = state.instance(&scope.instance).exists();
     for link in &links {
