@@ -252,16 +252,26 @@ pub fn undo_xdp(
         .with_context(|| format!("putting back what was at XDP of {}", link.name))
 }
 
-/// Removes our program of this instance, or of one that is gone. True if it was there.
+/// Removes our program of this instance, or of one that is gone, and returns it, so that it can be put back; nothing if
+/// it was not there.
 ///
 /// # Errors
 /// The kernel refused.
-pub fn detach_xdp(state: &State, _lock: &Lock, link: &Link, instance: &str) -> Result<bool> {
+pub fn take_xdp(state: &State, _lock: &Lock, link: &Link, instance: &str) -> Result<Option<(Mode, OwnedFd)>> {
     let ours = attached_xdp(link.index, &loaded_programs(state)?)?
         .filter(|ours| ours.loaded.instance.as_deref().is_none_or(|name| name == instance));
-    let Some(ours) = ours else { return Ok(false) };
+    let Some(ours) = ours else { return Ok(None) };
     let old = libbpf_rs::Program::fd_from_id(ours.program).context("keeping the running program")?;
     change(link.index, None, Some(old.as_fd()), ours.mode)
         .with_context(|| format!("removing our XDP program from {}", link.name))?;
-    Ok(true)
+    Ok(Some((ours.mode, old)))
+}
+
+/// Puts back what was removed.
+///
+/// # Errors
+/// The kernel refused.
+pub fn put_back_xdp(link: &Link, mode: Mode, program: BorrowedFd<'_>) -> Result<()> {
+    change(link.index, Some(program), None, mode)
+        .with_context(|| format!("putting back our XDP program on {}", link.name))
 }

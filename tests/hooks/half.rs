@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::lab::wait_until;
-use crate::look::{counter, expect_bare, expect_no_state, expect_ours, expect_unloaded, map_id, ours};
+use crate::look::{
+    counter, expect_bare, expect_no_state, expect_ours, expect_unloaded, map_id, ours, records,
+};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
@@ -167,5 +169,54 @@ pub fn destroy_without_an_interface_takes_all() -> Result<()> {
         said.contains("not attached to any interface here; its policy and counters are removed"),
         "{said}"
     );
+    expect_no_state(&world.lab)
+}
+
+/// A guard that one of two interfaces refuses is afterwards where it was on the other, at the hook where it was.
+pub fn a_guard_that_cannot_move_everywhere_stays_where_it_was() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    let rules = world.lab.run.with_extension("guard.toml");
+    fs::write(
+        &rules,
+        "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n",
+    )?;
+    let rules = rules.display();
+    let guard = |args: &str| world.lab.run(&format!("guard --netns {} {args}", world.ns));
+    let ok = |args: &str| {
+        let output = guard(args)?;
+        ensure!(output.status.success(), "guard {args}: {output:?}");
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    // Of c0, without what names the program, which may be another one.
+    let place = || -> Result<Vec<String>> {
+        let hooks = records(&ok("-i c0 --query --json")?, "guard_hook")?;
+        Ok(hooks
+            .iter()
+            .map(|hook| format!("{} {} {}", hook["hook"], hook["priority"], hook["handle"]))
+            .collect())
+    };
+
+    ok(&format!("-i c1 --attach --hook xdp --instance blue --rules {rules}"))?;
+    ok(&format!("-i c0 --attach --hook tc --priority 9 --handle 5 --rules {rules}"))?;
+    let before = place()?;
+    let said = String::from_utf8(guard("-i c0 -i c1 --attach --hook xdp")?.stderr)?;
+    ensure!(said.contains("instance 'blue'"), "{said}");
+    ensure_eq!(place()?, before, "after XDP of the second was taken");
+    ok("-i c1 --destroy --instance blue")?;
+
+    ok("-i c0 --attach --hook xdp")?;
+    let before = place()?;
+    ensure_eq!(before.len(), 1, "hooks");
+    sh(&format!("tc -n {} qdisc add dev c1 clsact", world.ns))?;
+    sh(&format!(
+        "tc -n {} filter add dev c1 ingress pref 1 bpf da bytecode '1,6 0 0 4294967295,'",
+        world.ns
+    ))?;
+    let said = String::from_utf8(guard("-i c0 -i c1 --attach --hook tc")?.stderr)?;
+    ensure!(said.contains("a filter of priority 1 is there"), "{said}");
+    ensure_eq!(place()?, before, "after the first place of the second was taken");
+    expect_bare(&world.ns, "c0")?;
+    ok("-i c0 --destroy")?;
     expect_no_state(&world.lab)
 }

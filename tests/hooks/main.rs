@@ -64,6 +64,7 @@ fn main() -> ExitCode {
             a_place_that_cannot_be_is_wrong_usage a_guard_that_marks_goes_where_there_are_marks;
         half: a_missing_second_interface_leaves_nothing a_command_for_a_missing_interface_makes_no_state a_second_interface_that_refuses_leaves_nothing
             a_second_interface_that_refuses_leaves_the_first_as_it_was
+            a_guard_that_cannot_move_everywhere_stays_where_it_was
             a_failed_attach_keeps_what_detach_kept detach_keeps_policy_and_counters
             the_last_destroy_removes_policy_and_counters
             a_destroy_waits_for_nothing_that_is_attached_elsewhere destroy_without_an_interface_takes_all;

@@ -1,6 +1,6 @@
 //! `netoken guard --attach`: puts the guard on interfaces, all of them or none.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 
@@ -11,13 +11,15 @@ use crate::clock;
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
 use crate::guard::running::{self, Running};
-use crate::hooks::clsact::{Attachment, Hooks, Place, attached};
+use crate::hooks::clsact::{Attachment, Hooks, Place, Taken, attached};
 use crate::hooks::link::link_header;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::netlink::{Link, Netlink, Side};
 use crate::hooks::tcx;
 use crate::hooks::unused::remove_unused;
-use crate::hooks::xdp::{Allowed, XdpAttachment, attach_xdp, attached_xdp, detach_xdp, undo_xdp};
+use crate::hooks::xdp::{
+    Allowed, Mode, XdpAttachment, attach_xdp, attached_xdp, put_back_xdp, take_xdp, undo_xdp,
+};
 use crate::keys::Key;
 use crate::netns::Netns;
 use crate::pins::Renewal;
@@ -27,9 +29,10 @@ use crate::state::{self, Instance, Lock, State};
 
 /// What was done on one interface.
 enum Done {
-    /// With the reason why it is not XDP, if that was tried.
-    Tc(Attachment, Option<String>),
-    Xdp(Box<GuardProgram>, XdpAttachment),
+    /// With the reason why it is not XDP, if that was tried, and what was there.
+    Tc(Attachment, Option<String>, Option<(Mode, OwnedFd)>),
+    /// With what was at TC.
+    Xdp(Box<GuardProgram>, XdpAttachment, Taken),
 }
 
 struct Job<'a> {
@@ -227,17 +230,23 @@ impl Job<'_> {
         if kind == Kind::Xdp {
             let allowed = Allowed { generic: self.args.hook == HookArg::Xdp, force: self.args.force };
             let done = attach_xdp(self.state, lock, link, name, program.as_fd(), allowed)?;
-            self.done.push((link.clone(), Done::Xdp(Box::new(program), done)));
-            if hooks.detach(lock, link, name)? > 0 {
-                hooks.destroy_clsact(lock, link)?;
-            }
+            let taken = hooks.take(lock, link, name);
+            let (taken, refused) = match taken {
+                Ok(taken) => (taken, Ok(())),
+                Err(error) => (Taken::default(), Err(error)),
+            };
+            self.done.push((link.clone(), Done::Xdp(Box::new(program), done, taken)));
+            refused
         } else {
             let place = Place { priority: self.args.priority, handle: self.args.handle };
             let done = hooks.attach(lock, link, name, program.as_fd(), place)?;
-            self.done.push((link.clone(), Done::Tc(done, why)));
-            detach_xdp(self.state, lock, link, name)?;
+            let (taken, refused) = match take_xdp(self.state, lock, link, name) {
+                Ok(taken) => (taken, Ok(())),
+                Err(error) => (None, Err(error)),
+            };
+            self.done.push((link.clone(), Done::Tc(done, why, taken)));
+            refused
         }
-        Ok(())
     }
 
     /// Last things first.
@@ -258,13 +267,26 @@ impl Job<'_> {
 
     fn undo_hooks(&mut self, lock: &Lock) {
         for (link, done) in std::mem::take(&mut self.done).iter().rev() {
-            let undone = match done {
-                Done::Xdp(program, done) => undo_xdp(lock, link, program.as_fd(), done),
-                Done::Tc(done, _) => Hooks::open(self.state, Side::Ingress)
-                    .and_then(|mut hooks| hooks.undo(lock, link, &self.instance.name, done)),
-            };
+            let undone = Hooks::open(self.state, Side::Ingress)
+                .and_then(|mut hooks| self.undo_one(&mut hooks, lock, link, done));
             if let Err(error) = undone {
                 note!("netoken: {error:#}");
+            }
+        }
+    }
+
+    /// Puts back what was at the other hook before it removes what is at this one: there is no moment without a guard.
+    fn undo_one(&self, hooks: &mut Hooks<'_>, lock: &Lock, link: &Link, done: &Done) -> Result<()> {
+        match done {
+            Done::Xdp(program, done, taken) => {
+                hooks.put_back(link, taken)?;
+                undo_xdp(lock, link, program.as_fd(), done)
+            }
+            Done::Tc(done, _, taken) => {
+                if let Some((mode, program)) = taken {
+                    put_back_xdp(link, *mode, program.as_fd())?;
+                }
+                hooks.undo(lock, link, &self.instance.name, done)
             }
         }
     }
@@ -272,11 +294,11 @@ impl Job<'_> {
     fn tell(&self, scope: &Scope) -> Result<()> {
         for (link, done) in &self.done {
             let (hook, replaced, why, pushed_out, tcx_before) = match done {
-                Done::Tc(done, why) => {
+                Done::Tc(done, why, _) => {
                     let why = why.as_ref().map(|why| format!(" (not at XDP: {why})"));
                     ("clsact ingress", done.replaced(), why, None, done.tcx_before)
                 }
-                Done::Xdp(_, done) => {
+                Done::Xdp(_, done, _) => {
                     let why = done.why_generic.as_ref();
                     let why = why.map(|why| format!(" (natively the driver refused: {why})"));
                     (hook_name(done.mode), done.replaced(), why, done.pushed_out.as_ref(), 0)

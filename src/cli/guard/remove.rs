@@ -7,7 +7,7 @@ use crate::cli::args::Scope;
 use crate::hooks::clsact::{Hooks, Qdisc};
 use crate::hooks::netlink::{Netlink, Side};
 use crate::hooks::unused::remove_unused;
-use crate::hooks::xdp::detach_xdp;
+use crate::hooks::xdp::take_xdp;
 use crate::privileges;
 use crate::state::State;
 
@@ -24,7 +24,7 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
     let had_state = state.instance(&scope.instance).exists();
     for link in &links {
         let programs = hooks.detach(&lock, link, &scope.instance)?
-            + usize::from(detach_xdp(&state, &lock, link, &scope.instance)?);
+            + usize::from(take_xdp(&state, &lock, link, &scope.instance)?.is_some());
         let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
         if !all || programs > 0 || qdisc == Some(Qdisc::Removed) {
             done.push((link, programs, qdisc));
