@@ -46,24 +46,25 @@ enum Attached {
     /// By tc, below a clsact qdisc.
     Filter(&'static str),
     Clsact,
-    /// Ours: an instance, and a policy that has only this default.
-    Ours(&'static str, &'static str),
+    /// Ours: an instance, the hook, and a policy that has only this default.
+    Ours(&'static str, &'static str, &'static str),
 }
 
 use Attached::{Clsact, Filter, Nothing, Ours};
 
 /// Those that the others are compared with: nothing at all, what any classifier takes, and ours without the stamp.
 const BASES: [(&str, usize); 3] = [("of nothing", 0), ("of an empty", 2), ("of skipped", 3)];
-const ARMS: [(&str, Attached); 6] = [
+const ARMS: [(&str, Attached); 7] = [
     ("nothing attached", Nothing),
     ("clsact alone", Clsact),
     // The shortest program: it returns -1, which says "continue".
     ("an empty classifier", Filter("bpf direct-action bytecode '1,6 0 0 4294967295,'")),
-    ("ours, every SYN skipped", Ours("skipped", "{ action = 'skip' }")),
-    ("ours, stamped", Ours("stamped", "{ action = 'stamp', token = '4e45544f4b454e31' }")),
+    ("ours, every SYN skipped", Ours("skipped", "clsact", "{ action = 'skip' }")),
+    ("ours, stamped", Ours("stamped", "clsact", "{ action = 'stamp', token = '4e45544f4b454e31' }")),
+    ("ours at tcx, stamped", Ours("tcx", "tcx", "{ action = 'stamp', token = '4e45544f4b454e31' }")),
     (
         "ours, stamped with a key",
-        Ours("keyed", "{ action = 'stamp', token = { tag = 17, key = 'edge', bind = 'flow' } }"),
+        Ours("keyed", "clsact", "{ action = 'stamp', token = { tag = 17, key = 'edge', bind = 'flow' } }"),
     ),
 ];
 
@@ -134,10 +135,11 @@ impl Bench {
                 self.attach(place, Clsact)?;
                 self.tc(&format!("filter add dev {} egress {filter}", interface(place)))
             }
-            Ours(instance, default) => {
+            Ours(instance, hook, default) => {
                 fs::write(&self.policy, format!("default = {default}")).context("writing a policy")?;
                 let policy = self.policy.path().display();
-                self.netoken(place, &format!("--attach --quiet --instance {instance} --policy {policy}"))
+                let what = format!("--attach --quiet --hook {hook} --instance {instance} --policy {policy}");
+                self.netoken(place, &what)
             }
         }
     }
@@ -146,7 +148,7 @@ impl Bench {
         match what {
             Nothing => Ok(()),
             Clsact | Filter(_) => self.tc(&format!("qdisc del dev {} clsact", interface(place))),
-            Ours(instance, _) => self.netoken(place, &format!("--destroy --instance {instance}")),
+            Ours(instance, ..) => self.netoken(place, &format!("--destroy --instance {instance}")),
         }
     }
 

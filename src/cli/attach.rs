@@ -331,7 +331,7 @@ impl Job<'_> {
             } else {
                 note!("{}", told(link, done));
             }
-            if let Some(remark) = tcx::remark(done.tcx_before(), RISK) {
+            if let Some(remark) = tcx::remark(done.tcx_before(), RISK, done.hook().to_the_front()) {
                 note!("{}: {remark}", link.name);
             }
             if !link.is_up {

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_gettime};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::args::Scope;
 use super::told::{RISK, Remarks, Told};
@@ -15,7 +15,7 @@ use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::model::since_epoch;
 use crate::events::show::totals_line;
-use crate::hooks::egress::{Stamp, stamps};
+use crate::hooks::egress::{self, Stamp, stamps};
 use crate::hooks::loaded::loaded_programs;
 use crate::hooks::netlink::Netlink;
 use crate::kernel::Kernel;
@@ -33,7 +33,8 @@ struct Hook {
     netns: String,
     netns_inode: u32,
     interface: String,
-    hook: &'static str,
+    #[serde(serialize_with = "hook_name")]
+    hook: egress::Hook,
     program: u32,
     /// None at tcx.
     handle: Option<u32>,
@@ -52,6 +53,10 @@ struct Hook {
     /// What its program was told; nothing if another version of netoken has loaded it.
     #[serde(flatten)]
     told: Option<Told>,
+}
+
+fn hook_name<S: Serializer>(hook: &egress::Hook, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(hook.name())
 }
 
 /// The counters of one instance, as `--json` prints them.
@@ -205,7 +210,7 @@ fn hook(netns: &str, netns_inode: u32, interface: &str, ours: Stamp, boot: Syste
         netns_inode,
         told: Told::of(&ours.loaded),
         interface: interface.to_string(),
-        hook: ours.hook.name(),
+        hook: ours.hook,
         program: ours.program,
         handle: ours.filter.as_ref().map(|filter| filter.handle),
         priority: ours.filter.as_ref().map(|filter| filter.priority),
@@ -282,7 +287,7 @@ fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
             [
                 if hook.netns.is_empty() { none() } else { hook.netns.clone() },
                 hook.interface.clone(),
-                hook.hook.to_string(),
+                hook.hook.name().to_string(),
                 hook.program.to_string(),
                 hook.handle.map_or_else(none, |handle| format!("{handle:#x}")),
                 hook.priority.map_or_else(none, |priority| priority.to_string()),
@@ -303,6 +308,7 @@ fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
             filters_before: hook.filters_before,
             tcx_before: hook.tcx_before,
             risk: RISK,
+            to_the_front: hook.hook.to_the_front(),
         };
         remarks.write(out)
     })?;

@@ -31,6 +31,8 @@ pub(super) struct Remarks<'a> {
     pub tcx_before: usize,
     /// What those in front may do.
     pub risk: &'a str,
+    /// What puts ours in front of those at tcx.
+    pub to_the_front: &'a str,
 }
 
 impl Remarks<'_> {
@@ -46,7 +48,7 @@ impl Remarks<'_> {
         if self.outdated {
             writeln!(out, "{}", advice(self.command, self.interface, self.netns, self.instance))?;
         }
-        if let Some(remark) = tcx::remark(self.tcx_before, self.risk) {
+        if let Some(remark) = tcx::remark(self.tcx_before, self.risk, self.to_the_front) {
             writeln!(out, "{place}: {remark}")?;
         }
         match self.filters_before {

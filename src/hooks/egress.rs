@@ -33,6 +33,15 @@ impl Hook {
             Hook::Tcx => "tcx egress",
         }
     }
+
+    /// What puts ours in front of the tcx programs of others.
+    pub fn to_the_front(self) -> &'static str {
+        match self {
+            Hook::Clsact => "--hook tcx",
+            // Attaching again keeps the place.
+            Hook::Tcx => "--detach and another --attach --hook tcx",
+        }
+    }
 }
 
 /// A stamp of ours.

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use libbpf_sys::{
     BPF_F_BEFORE, BPF_F_REPLACE, BPF_TCX_EGRESS, BPF_TCX_INGRESS, bpf_prog_attach_opts,
     bpf_prog_attach_opts__bindgen_ty_1, bpf_prog_query_opts, bpf_prog_query_opts__bindgen_ty_1,
@@ -77,6 +77,10 @@ pub fn ids(ifindex: u32, side: Side) -> Result<Vec<u32>> {
         }
         // Nobody knows the place before 6.6; what has just gone has no programs.
         libc::EINVAL | libc::ENODEV => Ok(Vec::new()),
+        libc::EPERM => bail!(
+            "asking for the tcx programs of interface {ifindex}: permission denied; it needs CAP_NET_ADMIN and CAP_SYS_ADMIN \
+             outside of any user namespace (try sudo)"
+        ),
         error => Err(io::Error::from_raw_os_error(error))
             .with_context(|| format!("asking for the tcx programs of interface {ifindex}")),
     }
@@ -105,14 +109,14 @@ pub fn foreign(ifindex: u32, side: Side, programs: &HashMap<u32, Loaded>) -> Res
     Ok(ids(ifindex, side)?.iter().filter(|id| !programs.contains_key(id)).count())
 }
 
-/// What a person is told of programs of others; nothing if there are none.
-pub fn remark(count: usize, risk: &str) -> Option<String> {
+/// What a person is told of programs of others; nothing if there are none. `remedy` is what puts ours in front.
+pub fn remark(count: usize, risk: &str, remedy: &str) -> Option<String> {
     let run = match count {
         0 => return None,
         1 => "a tcx program runs".to_string(),
         count => format!("{count} tcx programs run"),
     };
-    Some(format!("{run} {risk}; bpftool net shows what is there"))
+    Some(format!("{run} {risk}; bpftool net shows what is there, and {remedy} puts ours in front"))
 }
 
 /// Attaches `program` in the place of the first of `ours`, or else in front of everybody's.

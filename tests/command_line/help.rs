@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use crate::said::netoken;
 
 /// Every flag that the first users know.
-const FLAGS: [&str; 23] = [
+const FLAGS: [&str; 24] = [
     "--iface",
     "--interface",
     "--attach",
@@ -18,6 +18,7 @@ const FLAGS: [&str; 23] = [
     "--allow-missing",
     "--quiet",
     "--sample",
+    "--hook",
     "--detach-on-exit",
     "--priority",
     "--handle",

@@ -116,7 +116,17 @@ pub fn the_default_is_in_front_of_a_low_priority_too() -> Result<()> {
 
 pub fn a_place_that_cannot_be_is_wrong_usage() -> Result<()> {
     let world = World::new()?;
-    for flags in ["--priority 0", "--handle 0", "--priority 65536", "--handle x", "--handle 0x100000000"] {
+    for flags in [
+        "--priority 0",
+        "--handle 0",
+        "--priority 65536",
+        "--handle x",
+        "--handle 0x100000000",
+        "--hook xdp",
+        // A place among filters, where there are none.
+        "--hook tcx --priority 7",
+        "--hook tcx --handle 7",
+    ] {
         let output = world.run(&format!("-i c0 --attach --quiet {flags}"))?;
         let said = String::from_utf8(output.stderr)?;
         ensure_eq!(output.status.code(), Some(2), "{flags}: {said}");

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use anyhow::{Context, Result, bail};
 
 use super::rules::{NO_MARKS, load_keys, set_rules};
-use super::{GuardArgs, HookArg, RISK, Record, hook_name, print_json};
+use super::{GuardArgs, HookArg, RISK, Record, TO_THE_FRONT, hook_name, print_json};
 use crate::cli::args::Scope;
 use crate::clock;
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
@@ -313,8 +313,8 @@ impl Job<'_> {
             }
             let how = if replaced { "replaced in place on" } else { "attached to" };
             note!("guard {how} {}: {hook}{}", link.name, why.unwrap_or_default());
-            if let Some(remark) = tcx::remark(tcx_before, RISK) {
-                note!("{}: {remark}, and at XDP nothing runs before it", link.name);
+            if let Some(remark) = tcx::remark(tcx_before, RISK, TO_THE_FRONT) {
+                note!("{}: {remark}", link.name);
             }
         }
         Ok(())

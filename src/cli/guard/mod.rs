@@ -180,6 +180,9 @@ enum HookArg {
 /// What a program may do that sees packets first.
 const RISK: &str = "before the guard and may let packets pass it by";
 
+/// What puts the guard in front of tcx programs.
+const TO_THE_FRONT: &str = "--hook xdp";
+
 /// Everything that `netoken guard --json` prints, by its `type`.
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]

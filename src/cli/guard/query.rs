@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_gettime};
 
-use super::{RISK, Record, hook_name, print_counters, print_json};
+use super::{RISK, Record, TO_THE_FRONT, hook_name, print_counters, print_json};
 use crate::cli::args::Scope;
 use crate::cli::blocked::print_blocked;
 use crate::cli::table::table;
@@ -215,6 +215,7 @@ fn print_hooks(hooks: &[Hook]) -> io::Result<()> {
             filters_before: hook.filters_before,
             tcx_before: hook.tcx_before,
             risk: RISK,
+            to_the_front: TO_THE_FRONT,
         };
         remarks.write(&mut out)
     })
