@@ -195,8 +195,16 @@ impl<'a> Hooks<'a> {
     /// # Errors
     /// The kernel refused to list them.
     pub fn attached(&mut self, link: &Link, instance: &str) -> Result<Vec<Attached>> {
-        let programs = loaded_programs(self.state)?;
-        let mut found = attached(&mut self.netlink, link.index, self.side, &programs)?;
+        self.of_instance(link, instance, &loaded_programs(self.state)?)
+    }
+
+    fn of_instance(
+        &mut self,
+        link: &Link,
+        instance: &str,
+        programs: &HashMap<u32, Loaded>,
+    ) -> Result<Vec<Attached>> {
+        let mut found = attached(&mut self.netlink, link.index, self.side, programs)?;
         found.retain(|ours| ours.loaded.instance.as_deref().is_none_or(|name| name == instance));
         Ok(found)
     }
@@ -233,8 +241,9 @@ impl<'a> Hooks<'a> {
         place: Place,
         front: Option<u16>,
     ) -> Result<Attachment> {
-        let tcx_before = tcx::foreign(link.index, self.side, &loaded_programs(self.state)?)?;
-        let ours = self.attached(link, instance)?;
+        let programs = loaded_programs(self.state)?;
+        let tcx_before = tcx::foreign(link.index, self.side, &programs)?;
+        let ours = self.of_instance(link, instance, &programs)?;
         let previous = hold_programs(&ours)?;
         let previous_config = ours.first().and_then(|ours| ours.loaded.config());
         let in_place = ours.iter().find(|ours| {
