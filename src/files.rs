@@ -3,11 +3,13 @@
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::time::{ClockId, clock_gettime};
 
 /// Offsets in a file are kept in 32 bits.
@@ -16,6 +18,9 @@ const FILE_MAX_BYTES: u64 = 1 << 32;
 /// How far the times of files may be ahead of the clock that they are taken from: newer kernels give a file that was
 /// looked at a time between two ticks, and a tick is 10 ms at most. What is further ahead is from another clock.
 const TICK: Duration = Duration::from_millis(10);
+
+/// How long the writer of a pipe may take for the first and each further piece.
+const PIPE_PATIENCE_MS: u16 = 5000;
 
 /// The files that were read, in that order.
 #[derive(Debug, Default)]
@@ -41,13 +46,18 @@ impl Files {
     /// Reads a file as text.
     ///
     /// # Errors
-    /// It cannot be read, is no UTF-8, or is a device, whose text may never end.
+    /// It cannot be read, is no UTF-8, is a device, whose text may never end, or a pipe into which nobody writes.
     pub fn read(&self, path: &Path) -> io::Result<String> {
         let found = fs::metadata(path);
         let opened = match &found {
             // Not even opened: that alone can do something to it.
             Ok(found) if is_device(found) => Err(io::Error::other("it is a device")),
-            _ => File::open(path).and_then(|file| Ok((file.metadata()?, file))),
+            // Or a pipe into which nobody writes would keep whoever opens it, for ever.
+            _ => File::options()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(path)
+                .and_then(|file| Ok((file.metadata()?, file))),
         };
         let stamp = match &opened {
             // Of what is read, and not of what may have taken its name meanwhile.
@@ -60,7 +70,10 @@ impl Files {
             return Err(io::Error::other("it is larger than 4 GiB"));
         }
         let mut text = String::new();
-        file.read_to_string(&mut text)?;
+        match opened.file_type().is_fifo() {
+            true => Pipe(file).read_to_string(&mut text)?,
+            false => file.read_to_string(&mut text)?,
+        };
         Ok(text)
     }
 
@@ -88,6 +101,19 @@ impl Files {
 
     fn seen(&self) -> MutexGuard<'_, Vec<Seen>> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// A pipe that is read without waiting for ever.
+struct Pipe(File);
+
+impl Read for Pipe {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PIPE_PATIENCE_MS)? {
+            0 => Err(io::Error::other("it is a pipe into which nobody writes")),
+            _ => self.0.read(buffer),
+        }
     }
 }
 
@@ -225,6 +251,15 @@ mod tests {
         assert_eq!((files.as_read(), files.now()), (vec![None], vec![None]));
         fs::write(&path, "one").unwrap();
         assert_ne!(files.as_read(), files.now());
+    }
+
+    #[test]
+    fn a_pipe_into_which_nobody_writes_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let error = Files::default().read(&path).unwrap_err();
+        assert_eq!(error.to_string(), "it is a pipe into which nobody writes");
     }
 
     #[test]

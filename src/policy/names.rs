@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
-use nix::net::if_::{if_indextoname, if_nametoindex};
+use nix::net::if_::if_nametoindex;
 use nix::unistd::User;
 
 use crate::netns::Netns;
@@ -46,7 +46,7 @@ impl Names {
 
     /// Whether an interface that was known by its index is still there, under whatever name.
     pub fn has_index(&self, netns: u32, index: u32) -> bool {
-        index != 0 && self.within(netns, || if_indextoname(index).is_ok()) == Some(true)
+        index != 0 && self.within(netns, || is_there(index)) == Some(true)
     }
 
     fn within<T>(&self, netns: u32, ask: impl FnOnce() -> T) -> Option<T> {
@@ -133,6 +133,13 @@ fn cgroup2_mount(line: &str) -> Option<PathBuf> {
     (after.split(' ').next() == Some("cgroup2")).then(|| before.split(' ').nth(4).map(PathBuf::from))?
 }
 
+/// Not by nix: its if_indextoname() takes the null pointer, which says that there is no such interface, for a name.
+fn is_there(index: u32) -> bool {
+    let mut name = [0; libc::IF_NAMESIZE];
+    // SAFETY: the buffer is as long as if_indextoname(3) asks for.
+    !unsafe { libc::if_indextoname(index, name.as_mut_ptr()) }.is_null()
+}
+
 fn remember<T: Copy>(
     known: &Mutex<HashMap<String, T>>,
     name: &str,
@@ -156,6 +163,8 @@ mod tests {
         assert_eq!(names.interface("lo").unwrap(), (Netns::current().unwrap().inode(), 1));
         assert_eq!(names.interface("nothing-such").unwrap().1, 0);
         assert!(names.interface("no-such-netns:lo").is_err());
+        let here = Netns::current().unwrap().inode();
+        assert!(names.has_index(here, 1) && !names.has_index(here, 0x7fff_ffff));
         assert_eq!(names.user("root").unwrap(), Some(0));
         assert_eq!(names.user("nobody-of-this-name").unwrap(), None);
     }

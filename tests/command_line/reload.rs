@@ -50,6 +50,11 @@ pub fn sighup_loads_the_file_again() -> Result<()> {
     let now = format!("policy as loaded before; when this is mended: kill -HUP {}", stream.child.id());
     stream.wait_for("what is in use", |line| line.contains("still in use") && line.ends_with(&now))?;
     expect(&world, "2")?;
+    // Nor does a file that is cut off.
+    write(dir.path(), "p.toml", "")?;
+    stream.signal(Signal::SIGHUP)?;
+    stream.wait_for("the error", |line| line.contains("neither a rule nor a default"))?;
+    expect(&world, "2")?;
     write(dir.path(), "p.toml", &token("3"))?;
     stream.signal(Signal::SIGHUP)?;
     stream.wait_for("the reload", |line| line.contains("stamp 3333"))?;

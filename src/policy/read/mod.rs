@@ -78,7 +78,19 @@ pub fn read_file(path: &Path, files: &Files, options: &Options<'_>) -> Result<Ch
             return Err(Box::new(report));
         }
     };
-    reader.run(path, text.into())
+    let mut checked = reader.run(path, text.into())?;
+    // What is left of a file that was cut off, or is still being written.
+    if checked.policy.rules.is_empty() && checked.policy.default.is_none() {
+        let what = format!(
+            "the policy {} has neither a rule nor a default, and nothing would be stamped; if that is meant, write: default = \
+             {{ action = \"skip\" }}",
+            path.display()
+        );
+        let nowhere = Place { file: 0, start: 0, end: 0 };
+        checked.report.push(Problem { place: None, ..Problem::error(nowhere, what) });
+        return Err(Box::new(checked.report));
+    }
+    Ok(checked)
 }
 
 /// Reads a text as if it were a file of that name.
