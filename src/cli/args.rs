@@ -7,15 +7,14 @@ use anyhow::{Result, bail};
 use clap::error::ErrorKind;
 use clap::{ArgGroup, CommandFactory, Parser, Subcommand};
 
+use super::told::Said;
 use super::{guard::GuardArgs, key::KeyArgs, policy::PolicyArgs, token::TokenArgs};
 use crate::hooks::clsact::Place;
 use crate::hooks::egress::Hook;
 use crate::hooks::link::find_link;
 use crate::hooks::netlink::Link;
-use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 use crate::token::Token;
 use crate::token::keyed::Slots;
-use crate::types::Config;
 
 // Each explanation on a line of its own: columns would be broken by narrow terminals.
 const EXAMPLES: &str = "\
@@ -94,10 +93,11 @@ pub struct Args {
     #[arg(long, help_heading = "With --attach", conflicts_with_all = OTHER_MODES)]
     quiet: bool,
 
-    /// Send one event for every N SYNs of the same verdict and CPU; counters always count all
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "With --attach", conflicts_with_all = OTHER_MODES,
+    /// Send one event for every N SYNs of the same verdict and CPU; counters always count all [default: as it is
+    /// attached already, or 1]
+    #[arg(long, value_name = "N", help_heading = "With --attach", conflicts_with_all = OTHER_MODES,
           value_parser = clap::value_parser!(u32).range(1..))]
-    sample: u32,
+    sample: Option<u32>,
 
     /// Remove everything again when the stream ends
     #[arg(long, help_heading = "With --attach", conflicts_with = "quiet", conflicts_with_all = OTHER_MODES)]
@@ -116,12 +116,12 @@ pub struct Args {
     #[arg(long, value_name = "N", help_heading = "With --attach", conflicts_with_all = OTHER_MODES, value_parser = handle)]
     handle: Option<u32>,
 
-    /// Kind byte of the TCP option, 253 or 254 (RFC 4727)
-    #[arg(long, value_name = "KIND", default_value_t = DEFAULT_KIND,
+    /// Kind byte of the TCP option, 253 or 254 (RFC 4727) [default: as it is attached already, or 253]
+    #[arg(long, value_name = "KIND",
           help_heading = "With --attach", conflicts_with_all = OTHER_MODES, value_parser = clap::value_parser!(u8).range(253..=254))]
-    option_kind: u8,
+    option_kind: Option<u8>,
 
-    /// Experiment identifier of the option (RFC 6994) [default: 0x4e54]
+    /// Experiment identifier of the option (RFC 6994) [default: as it is attached already, or 0x4e54]
     #[arg(long, value_name = "ID", help_heading = "With --attach", conflicts_with_all = OTHER_MODES, value_parser = exid)]
     exid: Option<u16>,
 
@@ -181,12 +181,10 @@ pub(super) struct AttachOptions {
     pub allow_missing: bool,
     pub quiet: bool,
     pub detach_on_exit: bool,
-    pub sample: u32,
+    pub said: Said,
     /// Where it is already, if nothing is said.
     pub hook: Option<Hook>,
     pub place: Place,
-    pub option_kind: u8,
-    pub exid: u16,
     pub slots: Option<Slots>,
 }
 
@@ -197,22 +195,6 @@ pub(super) enum PolicySource {
     Keep,
     Token(Token),
     File(PathBuf),
-}
-
-impl AttachOptions {
-    /// What of a program that is replaced was told otherwise, in one line; nothing if all is as it was.
-    pub fn changes(&self, before: &Config) -> Option<String> {
-        let changes = [
-            (before.sample != self.sample)
-                .then(|| format!("--sample from {} to {}", before.sample, self.sample)),
-            (before.option_kind != self.option_kind)
-                .then(|| format!("--option-kind from {} to {}", before.option_kind, self.option_kind)),
-            (before.exid != self.exid)
-                .then(|| format!("--exid from {:#06x} to {:#06x}", before.exid, self.exid)),
-        ];
-        let changes: Vec<String> = changes.into_iter().flatten().collect();
-        (!changes.is_empty()).then(|| changes.join(", "))
-    }
 }
 
 impl Args {
@@ -242,11 +224,9 @@ impl Args {
                 allow_missing: self.allow_missing,
                 quiet: self.quiet,
                 detach_on_exit: self.detach_on_exit,
-                sample: self.sample,
+                said: Said { option_kind: self.option_kind, exid: self.exid, sample: self.sample },
                 hook: self.hook,
                 place,
-                option_kind: self.option_kind,
-                exid: self.exid.unwrap_or(DEFAULT_EXID),
                 slots: self.slot.map(|length_s| Slots::new(length_s, 1, 1)).transpose()?,
             })
         };

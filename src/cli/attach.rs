@@ -11,7 +11,7 @@ use super::detach;
 use super::policy::{Progress, put as put_policy, read_by as read_policy};
 use super::reload::Reload;
 use super::signals::Signals;
-use super::told::RISK;
+use super::told::{Before, RISK};
 use crate::clock;
 use crate::events::reader::Reader;
 use crate::events::rules::RuleNames;
@@ -218,7 +218,8 @@ struct Job<'a> {
     renewal: Option<Renewal>,
     /// The number of the policy that was remembered last, if the maps had none.
     restored: Option<Option<u64>>,
-    done: Vec<(Link, Done)>,
+    /// With what to say of what the program was told.
+    done: Vec<(Link, Done, Option<String>)>,
 }
 
 /// All of them, before anything is changed.
@@ -243,12 +244,14 @@ impl Job<'_> {
         let mut hooks = Egress::open(self.state)?;
         let netns_ino = Netns::current()?.inode();
         for target in targets {
+            let before = Before::of(hooks.loaded(&target.link, &self.instance.name)?);
+            let told = self.options.said.over(&before);
             let settings = Settings {
                 link_header: target.link_header,
-                sample: self.options.sample,
+                sample: told.sample,
                 netns_ino,
-                option_kind: self.options.option_kind,
-                exid: self.options.exid,
+                option_kind: told.option_kind,
+                exid: told.exid,
                 mtu_bytes: target.link.mtu_bytes,
                 faults: 0,
             };
@@ -273,7 +276,7 @@ impl Job<'_> {
             let (hook, place) = (self.options.hook, self.options.place);
             let name = &self.instance.name;
             let done = hooks.attach(lock, &target.link, name, program.as_fd(), hook, place)?;
-            self.done.push((target.link.clone(), done));
+            self.done.push((target.link.clone(), done, before.note(&told)));
             if first {
                 let note = match (given, running) {
                     (Some(given), _) => format!("policy: {}", given.policy().summary()),
@@ -307,7 +310,7 @@ impl Job<'_> {
 
     /// Last things first.
     fn undo(&mut self, lock: &Lock) {
-        for (link, done) in std::mem::take(&mut self.done).iter().rev() {
+        for (link, done, _) in std::mem::take(&mut self.done).iter().rev() {
             let undone = Egress::open(self.state)
                 .and_then(|mut hooks| hooks.undo(lock, link, &self.instance.name, done));
             if let Err(error) = undone {
@@ -317,7 +320,7 @@ impl Job<'_> {
     }
 
     fn tell(&self, scope: &Scope, output: &mut Output, note: &str) -> Result<()> {
-        for (link, done) in &self.done {
+        for (link, done, changes) in &self.done {
             let (replaced, made_qdisc) = (done.replaced(), done.made_qdisc());
             if output.is_json() {
                 output.record(&Record::Attached {
@@ -337,8 +340,8 @@ impl Job<'_> {
             if !link.is_up {
                 note!("{} is down: nothing leaves by it until: {} link set {0} up", link.name, scope.ip());
             }
-            if let Some(changes) = done.previous_config().and_then(|before| self.options.changes(&before)) {
-                note!("{}: this attach changed {changes}", link.name);
+            if let Some(changes) = changes {
+                note!("{}: {changes}", link.name);
             }
         }
         if !output.is_json() {

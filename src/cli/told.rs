@@ -15,6 +15,44 @@ use crate::types;
 /// What a program may do that sees packets before the stamp.
 pub(super) const RISK: &str = "before ours and may end a packet's way there";
 
+/// What the program was told whose place another one takes.
+pub(super) enum Before {
+    /// There was none.
+    Nothing,
+    Known(Told),
+    /// Another version of netoken has loaded it.
+    Unknown,
+}
+
+impl Before {
+    pub fn of(loaded: Option<Loaded>) -> Before {
+        match loaded {
+            None => Before::Nothing,
+            Some(loaded) => Told::of(&loaded).map_or(Before::Unknown, Before::Known),
+        }
+    }
+
+    fn known(&self) -> Option<&Told> {
+        match self {
+            Before::Known(told) => Some(told),
+            _ => None,
+        }
+    }
+
+    /// What a person has to know of one that is told `now`.
+    pub fn note(&self, now: &Told) -> Option<String> {
+        match self {
+            Before::Nothing => None,
+            Before::Known(before) => now.changes(before).map(|changes| format!("this attach changed {changes}")),
+            Before::Unknown => Some(
+                "it takes the place of a program of another version, of which nobody knows what it was told: what was not \
+                 said now of --sample, --option-kind and --exid is as usual"
+                    .to_string(),
+            ),
+        }
+    }
+}
+
 /// What is said of a program below the table in which it is listed.
 pub(super) struct Remarks<'a> {
     /// The one that attached it.
@@ -60,12 +98,34 @@ impl Remarks<'_> {
 }
 
 /// What a program was told when it was attached.
-#[derive(Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Told {
-    option_kind: u8,
-    exid: u16,
+    pub option_kind: u8,
+    pub exid: u16,
     /// Of so many packets of the same verdict on a CPU, one is sent as an event.
-    sample: u32,
+    pub sample: u32,
+}
+
+/// What the command line says of that.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Said {
+    pub option_kind: Option<u8>,
+    pub exid: Option<u16>,
+    pub sample: Option<u32>,
+}
+
+impl Said {
+    /// What a program is told: what is not said is as it was, or as usual. Who upgrades must not have to know what was
+    /// said long ago.
+    pub fn over(self, before: &Before) -> Told {
+        let usual = Told { option_kind: DEFAULT_KIND, exid: DEFAULT_EXID, sample: 1 };
+        let before = before.known().unwrap_or(&usual);
+        Told {
+            option_kind: self.option_kind.unwrap_or(before.option_kind),
+            exid: self.exid.unwrap_or(before.exid),
+            sample: self.sample.unwrap_or(before.sample),
+        }
+    }
 }
 
 impl Told {
@@ -75,6 +135,20 @@ impl Told {
             Role::Stamp => loaded.config().map(Told::from),
             Role::Guard | Role::GuardXdp => loaded.guard_config().map(Told::from),
         }
+    }
+
+    /// What one that takes the place of another was told otherwise, in one line; nothing if all is as it was.
+    fn changes(&self, before: &Told) -> Option<String> {
+        let changes = [
+            (before.sample != self.sample)
+                .then(|| format!("--sample from {} to {}", before.sample, self.sample)),
+            (before.option_kind != self.option_kind)
+                .then(|| format!("--option-kind from {} to {}", before.option_kind, self.option_kind)),
+            (before.exid != self.exid)
+                .then(|| format!("--exid from {:#06x} to {:#06x}", before.exid, self.exid)),
+        ];
+        let changes: Vec<String> = changes.into_iter().flatten().collect();
+        (!changes.is_empty()).then(|| changes.join(", "))
     }
 
     /// Whether all of it is as if nothing was said.

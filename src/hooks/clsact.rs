@@ -17,7 +17,6 @@ use crate::netns::Netns;
 use crate::object::messages;
 use crate::program::PROGRAM_NAME;
 use crate::state::{Lock, State};
-use crate::types::Config;
 
 /// The number of the empty egress chain that we put on a clsact qdisc that we make, and by which it is known to
 /// be ours: it ends with the qdisc, and nobody else has a reason to make it. "NT" as in the option's ExID.
@@ -156,22 +155,14 @@ pub struct Attachment {
     pub filter: Filter,
     /// What of ours was there before, and still can be put back.
     previous: Vec<(Filter, OwnedFd)>,
-    /// What the program was told that was there before.
-    pub previous_config: Option<Config>,
     /// We made the clsact qdisc for it.
     pub made_qdisc: bool,
     /// Programs at tcx, which see a packet before any filter and may end its way.
     pub tcx_before: usize,
 }
 
-/// What was removed and can be put back.
-#[derive(Debug, Default)]
-pub struct Taken {
-    /// Places and programs.
-    pub filters: Vec<(Filter, OwnedFd)>,
-    /// What the first of them was told.
-    pub config: Option<Config>,
-}
+/// What was removed and can be put back: places and programs.
+pub type Taken = Vec<(Filter, OwnedFd)>;
 
 impl<'a> Hooks<'a> {
     /// One side, in the namespace of the calling thread.
@@ -245,7 +236,6 @@ impl<'a> Hooks<'a> {
         let tcx_before = tcx::foreign(link.index, self.side, &programs)?;
         let ours = self.of_instance(link, instance, &programs)?;
         let previous = hold_programs(&ours)?;
-        let previous_config = ours.first().and_then(|ours| ours.loaded.config());
         let in_place = ours.iter().find(|ours| {
             place.priority.is_none_or(|priority| priority == ours.filter.priority)
                 && place.handle.is_none_or(|handle| handle == ours.filter.handle)
@@ -277,7 +267,7 @@ impl<'a> Hooks<'a> {
         for old in ours.iter().filter(|old| !same(&old.filter)) {
             self.remove_filter(link, &old.filter)?;
         }
-        Ok(Attachment { filter, previous, previous_config, made_qdisc: false, tcx_before })
+        Ok(Attachment { filter, previous, made_qdisc: false, tcx_before })
     }
 
     /// The priority in front of every filter that is there; none if there are none, which lets the kernel choose. Its
@@ -348,8 +338,10 @@ impl<'a> Hooks<'a> {
     /// The kernel refused; then those that were removed are back.
     pub fn take(&mut self, lock: &Lock, link: &Link, instance: &str) -> Result<Taken> {
         let ours = self.attached(link, instance)?;
-        let Some(first) = ours.first() else { return Ok(Taken::default()) };
-        let taken = Taken { config: first.loaded.config(), filters: hold_programs(&ours)? };
+        if ours.is_empty() {
+            return Ok(Taken::new());
+        }
+        let taken = hold_programs(&ours)?;
         let removed = self.detach(lock, link, instance).and_then(|_| self.destroy_clsact(lock, link));
         match removed {
             Ok(_) => Ok(taken),
@@ -365,10 +357,10 @@ impl<'a> Hooks<'a> {
     /// # Errors
     /// The kernel refused.
     pub fn put_back(&mut self, link: &Link, taken: &Taken) -> Result<()> {
-        if !taken.filters.is_empty() {
+        if !taken.is_empty() {
             self.make_clsact(link)?;
         }
-        self.put(link, &taken.filters)
+        self.put(link, taken)
     }
 
     /// Removes our filters of this instance. Returns how many there were.

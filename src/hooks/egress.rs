@@ -14,7 +14,6 @@ use super::tcx::{
     AttachedTcx, TcxAttachment, attach_tcx, attached_tcx, ids, put_back_tcx, take_tcx, undo_tcx,
 };
 use crate::state::{Lock, State};
-use crate::types::Config;
 
 /// Where on the way out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -131,7 +130,7 @@ impl Done {
     pub fn moved(&self) -> bool {
         match self {
             Done::Clsact(_, taken) => !taken.is_empty(),
-            Done::Tcx(_, _, taken) => !taken.filters.is_empty(),
+            Done::Tcx(_, _, taken) => !taken.is_empty(),
         }
     }
 
@@ -145,14 +144,6 @@ impl Done {
         match self {
             Done::Clsact(attachment, _) => attachment.tcx_before,
             Done::Tcx(_, attachment, _) => attachment.before,
-        }
-    }
-
-    /// What the program was told that was there before.
-    pub fn previous_config(&self) -> Option<Config> {
-        match self {
-            Done::Clsact(attachment, _) => attachment.previous_config,
-            Done::Tcx(_, attachment, _) => attachment.previous_config,
         }
     }
 }
@@ -185,6 +176,17 @@ impl<'a> Egress<'a> {
         Ok((!self.clsact.attached(link, instance)?.is_empty()).then_some(Hook::Clsact))
     }
 
+    /// What is known of the program that a new one of an instance takes the place of; nothing if there is none.
+    ///
+    /// # Errors
+    /// The kernel refused to list them.
+    pub fn loaded(&mut self, link: &Link, instance: &str) -> Result<Option<Loaded>> {
+        if let Some(ours) = self.at_tcx(link, instance)?.into_iter().next() {
+            return Ok(Some(ours.loaded));
+        }
+        Ok(self.clsact.attached(link, instance)?.into_iter().next().map(|ours| ours.loaded))
+    }
+
     fn at_tcx(&self, link: &Link, instance: &str) -> Result<Vec<AttachedTcx>> {
         // Most interfaces have nothing there, and to list all programs is what takes time.
         if ids(link.index, Side::Egress)?.is_empty() {
@@ -213,10 +215,7 @@ impl<'a> Egress<'a> {
         let stays = if at_tcx.is_empty() || place.is_chosen() { Hook::Clsact } else { Hook::Tcx };
         match wanted.unwrap_or(stays) {
             Hook::Clsact => {
-                let mut attachment = self.clsact.attach(lock, link, instance, program, place)?;
-                // Moving changes as little as replacing does.
-                let config = at_tcx.first().and_then(|ours| ours.loaded.config());
-                attachment.previous_config = attachment.previous_config.or(config);
+                let attachment = self.clsact.attach(lock, link, instance, program, place)?;
                 match take_tcx(lock, link, &at_tcx) {
                     Ok(taken) => Ok(Done::Clsact(attachment, taken)),
                     Err(error) => {
@@ -227,12 +226,9 @@ impl<'a> Egress<'a> {
             }
             Hook::Tcx => {
                 let own = program.try_clone_to_owned().context("keeping the program open")?;
-                let mut attachment = attach_tcx(lock, link, program, &at_tcx)?;
+                let attachment = attach_tcx(lock, link, program, &at_tcx)?;
                 match self.clsact.take(lock, link, instance) {
-                    Ok(taken) => {
-                        attachment.previous_config = attachment.previous_config.or(taken.config);
-                        Ok(Done::Tcx(own, attachment, taken))
-                    }
+                    Ok(taken) => Ok(Done::Tcx(own, attachment, taken)),
                     Err(error) => {
                         undo_tcx(lock, link, program, &attachment)?;
                         Err(error)

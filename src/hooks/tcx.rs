@@ -16,7 +16,6 @@ use super::loaded::{Loaded, Role};
 use super::netlink::{Link, Side};
 use crate::kernel::Kernel;
 use crate::state::Lock;
-use crate::types::Config;
 
 /// bpf_mprog_max() of include/linux/bpf_mprog.h.
 const PROGRAMS_MAX: usize = 63;
@@ -37,8 +36,6 @@ pub struct AttachedTcx {
 pub struct TcxAttachment {
     /// In whose place it is.
     previous: Option<OwnedFd>,
-    /// What the program was told that was there before.
-    pub previous_config: Option<Config>,
     /// Programs of others that see a packet first and may end its way.
     pub before: usize,
 }
@@ -136,11 +133,7 @@ pub fn attach_tcx(
     for other in held {
         remove(lock, link, other.as_fd())?;
     }
-    Ok(TcxAttachment {
-        previous,
-        previous_config: ours.first().and_then(|ours| ours.loaded.config()),
-        before: ours.first().map_or(0, |ours| ours.before),
-    })
+    Ok(TcxAttachment { previous, before: ours.first().map_or(0, |ours| ours.before) })
 }
 
 /// Puts back what was there before an attach.

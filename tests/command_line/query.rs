@@ -140,10 +140,15 @@ pub fn a_setting_that_an_attach_changes_is_told() -> Result<()> {
     for (flags, change) in [
         ("--exid 0x1234 --sample 7", None),
         ("--exid 0x1234 --sample 7", None),
-        ("--exid 0x1234", Some("--sample from 7 to 1")),
-        ("--option-kind 254", Some("--option-kind from 253 to 254, --exid from 0x1234 to 0x4e54")),
-        ("", Some("--option-kind from 254 to 253")),
+        // What is not said is as it was.
         ("", None),
+        ("--sample 1", Some("--sample from 7 to 1")),
+        (
+            "--option-kind 254 --exid 0x4e54",
+            Some("--option-kind from 253 to 254, --exid from 0x1234 to 0x4e54"),
+        ),
+        ("", None),
+        ("--option-kind 253", Some("--option-kind from 254 to 253")),
     ] {
         let attached =
             said(&mut world.lab.netoken(&world.args(&format!("-i c0 --attach --quiet {flags}"))))?.code(0)?;

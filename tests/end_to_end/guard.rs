@@ -386,6 +386,19 @@ fn queries() -> Result<()> {
     {
         ensure_eq!(hook[name], value, "{name} of {hook}");
     }
+    // As one does for another version: what was said stays, and what is changed is told.
+    for (flags, exid, note) in [
+        ("", 0x1234, None),
+        ("--exid 0x4e54", 0x4e54, Some(format!("{IN}: this attach changed --exid from 0x1234 to 0x4e54"))),
+        ("--exid 0x1234", 0x1234, Some(format!("{IN}: this attach changed --exid from 0x4e54 to 0x1234"))),
+    ] {
+        let output = world.lab.run(&format!("guard {} --attach --hook tc {flags}", place(&world)))?;
+        let said = String::from_utf8(output.stderr)?;
+        let changes = said.lines().find(|line| line.contains("changed")).map(str::to_string);
+        ensure_eq!(changes, note, "what '{flags}' said");
+        let hook = query(&world, "guard_hook")?;
+        ensure!(hook["exid"] == exid && hook["sample"] == 10, "after '{flags}': {hook}");
+    }
     let shown = sh(&format!("tc -n {server} filter show dev {IN} ingress"))?;
     ensure!(shown.contains("pref 7 bpf") && shown.contains("handle 0x8 netoken_guard"), "{shown}");
     world.lab.ok(&format!(

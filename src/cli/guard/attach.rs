@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use super::rules::{NO_MARKS, load_keys, set_rules};
 use super::{GuardArgs, HookArg, RISK, Record, TO_THE_FRONT, hook_name, print_json};
 use crate::cli::args::Scope;
+use crate::cli::told::{Before, Said};
 use crate::clock;
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
@@ -24,7 +25,7 @@ use crate::keys::Key;
 use crate::netns::Netns;
 use crate::pins::Renewal;
 use crate::privileges;
-use crate::program::{DEFAULT_EXID, LinkHeader, Program};
+use crate::program::{LinkHeader, Program};
 use crate::state::{self, Instance, Lock, State};
 
 /// What was done on one interface.
@@ -47,6 +48,8 @@ struct Job<'a> {
     done: Vec<(Link, Done)>,
     /// The rules that others were put into the place of.
     before: Option<Running>,
+    /// What to say at the end.
+    notes: Vec<String>,
 }
 
 pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> Result<()> {
@@ -70,6 +73,7 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
         restored: None,
         done: Vec::new(),
         before: None,
+        notes: Vec::new(),
     };
     if let Err(error) = job.attach_all(&lock, &links, rules, keys.as_deref()) {
         job.undo(&lock);
@@ -109,6 +113,10 @@ impl Job<'_> {
         let netns_ino = Netns::current()?.inode();
         let mut ready = false;
         for link in links {
+            let before = Before::of(self.running(link)?);
+            let said =
+                Said { option_kind: self.args.option_kind, exid: self.args.exid, sample: self.args.sample };
+            let told = said.over(&before);
             let mut why = None;
             for kind in self.candidates(link)? {
                 if kind == Kind::Xdp && marks {
@@ -117,10 +125,10 @@ impl Job<'_> {
                 }
                 let settings = Settings {
                     kind,
-                    sample: self.args.sample,
+                    sample: told.sample,
                     netns_ino,
-                    option_kind: self.args.option_kind,
-                    exid: self.args.exid.unwrap_or(DEFAULT_EXID),
+                    option_kind: told.option_kind,
+                    exid: told.exid,
                     faults: 0,
                 };
                 let program = GuardProgram::load(settings, Some(&self.instance.pins))?;
@@ -139,8 +147,19 @@ impl Job<'_> {
                     }
                 }
             }
+            self.notes.extend(before.note(&told).map(|note| format!("{}: {note}", link.name)));
         }
         Ok(())
+    }
+
+    /// What is known of the guard of this instance that is on the interface's way in.
+    fn running(&self, link: &Link) -> Result<Option<Loaded>> {
+        let programs = loaded_programs(self.state)?;
+        let ours =
+            |loaded: &Loaded| loaded.instance.as_ref().is_none_or(|instance| *instance == self.instance.name);
+        let at_xdp = attached_xdp(link.index, &programs)?.map(|ours| ours.loaded);
+        let at_tc = attached(&mut Netlink::connect()?, link.index, Side::Ingress, &programs)?;
+        Ok(at_xdp.into_iter().chain(at_tc.into_iter().map(|filter| filter.loaded)).find(ours))
     }
 
     /// Rules that mark are for all interfaces of the instance, of which none may be at XDP. Those that are attached to now
@@ -317,6 +336,7 @@ impl Job<'_> {
                 note!("{}: {remark}", link.name);
             }
         }
+        self.notes.iter().for_each(|note| note!("{note}"));
         Ok(())
     }
 }

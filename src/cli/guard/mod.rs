@@ -22,7 +22,6 @@ use crate::hooks::xdp::{Foreign, Mode};
 use crate::netns::Netns;
 use crate::policy::values::Prefix;
 use crate::privileges;
-use crate::program::DEFAULT_KIND;
 use crate::state::State;
 
 mod attach;
@@ -128,10 +127,11 @@ pub(super) struct GuardArgs {
     #[arg(long, help_heading = "With --attach")]
     force: bool,
 
-    /// Send one event for every N packets of the same verdict and CPU; counters always count all
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "With --attach",
+    /// Send one event for every N packets of the same verdict and CPU; counters always count all [default: as it is
+    /// attached already, or 1]
+    #[arg(long, value_name = "N", help_heading = "With --attach",
           value_parser = clap::value_parser!(u32).range(1..))]
-    sample: u32,
+    sample: Option<u32>,
 
     /// With --hook tc: place among the filters of the interface, 1 to 65535 [default: in front of those there]
     #[arg(long, value_name = "N", help_heading = "With --attach", value_parser = clap::value_parser!(u16).range(1..))]
@@ -141,12 +141,12 @@ pub(super) struct GuardArgs {
     #[arg(long, value_name = "N", help_heading = "With --attach", value_parser = handle)]
     handle: Option<u32>,
 
-    /// Kind byte of the TCP option, 253 or 254 (RFC 4727)
-    #[arg(long, value_name = "KIND", default_value_t = DEFAULT_KIND,
+    /// Kind byte of the TCP option, 253 or 254 (RFC 4727) [default: as it is attached already, or 253]
+    #[arg(long, value_name = "KIND",
           help_heading = "With --attach", value_parser = clap::value_parser!(u8).range(253..=254))]
-    option_kind: u8,
+    option_kind: Option<u8>,
 
-    /// Experiment identifier of the option (RFC 6994) [default: 0x4e54]
+    /// Experiment identifier of the option (RFC 6994) [default: as it is attached already, or 0x4e54]
     #[arg(long, value_name = "ID", help_heading = "With --attach", value_parser = exid)]
     exid: Option<u16>,
 
