@@ -346,7 +346,8 @@ fn numbered(dir: &Path) -> Vec<(u64, PathBuf)> {
     paths.filter_map(|path| Some((path.file_stem()?.to_str()?.parse().ok()?, path))).collect()
 }
 
-fn dir_path() -> PathBuf {
+/// Where state is kept, absolute.
+pub(crate) fn dir_path() -> PathBuf {
     let path = dir_named(std::env::var_os(DIR_VARIABLE));
     // In another mount namespace the current directory is another one.
     std::path::absolute(&path).unwrap_or(path)

@@ -61,6 +61,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         is_new,
         keys: keys.as_deref(),
         progress: &progress,
+        slots: (0, 0),
         renewal: None,
         restored: None,
         done: Vec::new(),
@@ -215,6 +216,8 @@ struct Job<'a> {
     is_new: bool,
     keys: Option<&'a [Key]>,
     progress: &'a Progress,
+    /// Length of a slot in nanoseconds, before and now; 0 if there was none.
+    slots: (u64, u64),
     renewal: Option<Renewal>,
     /// The number of the policy that was remembered last, if the maps had none.
     restored: Option<Option<u64>>,
@@ -259,7 +262,9 @@ impl Job<'_> {
             let first = attached.is_none();
             if first {
                 self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
+                let before = clock::published(&program.maps.clock)?.slot_ns;
                 clock::publish(&program.maps.clock, self.options.slots)?;
+                self.slots = (before, clock::published(&program.maps.clock)?.slot_ns);
                 self.keys.map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
             }
             let mut running = program.maps.policy()?.is_some();
@@ -343,6 +348,13 @@ impl Job<'_> {
             if let Some(changes) = changes {
                 note!("{}: {changes}", link.name);
             }
+        }
+        let (before_s, now_s) = (self.slots.0 / 1_000_000_000, self.slots.1 / 1_000_000_000);
+        if before_s != 0 && before_s != now_s {
+            note!(
+                "instance '{}': slots of keyed tokens have {now_s} s now, and had {before_s} s; who checks tokens has to agree",
+                self.instance.name
+            );
         }
         if !output.is_json() {
             note!("{note}");

@@ -16,7 +16,7 @@ use crate::counters::Counters;
 use crate::events::model::since_epoch;
 use crate::events::show::totals_line;
 use crate::hooks::egress::{self, Stamp, stamps};
-use crate::hooks::loaded::loaded_programs;
+use crate::hooks::loaded::loaded_by;
 use crate::hooks::netlink::Netlink;
 use crate::kernel::Kernel;
 use crate::netns::Netns;
@@ -93,12 +93,11 @@ struct Held {
 
 pub(super) fn run(scope: &Scope) -> Result<()> {
     privileges::check("looking for attached programs")?;
-    let Some(state) = State::find()? else {
-        check_names(scope)?;
-        return nothing(scope, &[]);
-    };
-    let hooks = find(scope, &state)?;
-    let held = match held(scope, &state, &hooks) {
+    // Also without any: what was attached goes on when its state is lost.
+    let state = State::find()?;
+    let instances = state.as_ref().map_or(Vec::new(), State::instances);
+    let hooks = find(scope, &instances)?;
+    let held = match held(scope, instances, &hooks) {
         Ok(held) => held,
         Err(error) => {
             print(scope, &hooks, &[]).context("writing to standard output")?;
@@ -112,10 +111,10 @@ pub(super) fn run(scope: &Scope) -> Result<()> {
 }
 
 /// Every instance that has a hook and, unless an interface was named, those that have none.
-fn held(scope: &Scope, state: &State, hooks: &[Hook]) -> Result<Vec<Held>> {
+fn held(scope: &Scope, instances: Vec<Instance>, hooks: &[Hook]) -> Result<Vec<Held>> {
     let attached: BTreeSet<&str> = hooks.iter().filter_map(|hook| hook.instance.as_deref()).collect();
     let mut held = Vec::new();
-    for instance in state.instances() {
+    for instance in instances {
         let is_attached = attached.contains(&*instance.name);
         if !is_attached && (!scope.ifaces.is_empty() || !scope.wants(Some(&instance.name))) {
             continue;
@@ -138,11 +137,6 @@ fn hold(instance: &Instance, is_attached: bool) -> Result<Held> {
     let counters = Counters::read(&maps)?;
     let policy = running::outline(instance, &maps);
     Ok(Held { name: instance.name.clone(), is_attached, maps, counters, policy })
-}
-
-/// A wrong name is an error also where nothing can be attached.
-fn check_names(scope: &Scope) -> Result<()> {
-    scope.find(&Netlink::connect()?.links()?).map(drop)
 }
 
 fn nothing(scope: &Scope, held: &[Held]) -> Result<()> {
@@ -171,13 +165,13 @@ fn nothing(scope: &Scope, held: &[Held]) -> Result<()> {
     Ok(())
 }
 
-fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
+fn find(scope: &Scope, instances: &[Instance]) -> Result<Vec<Hook>> {
     // With an interface or a namespace that was named, only there; else everywhere that has a name.
     let places = match scope.ifaces.is_empty() && scope.netns.is_none() {
         true => Netns::all()?,
         false => vec![Netns::current()?],
     };
-    let programs = loaded_programs(state)?;
+    let programs = loaded_by(instances)?;
     let boot =
         SystemTime::now() - clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
     let named = scope.netns.as_deref().unwrap_or_default();

@@ -10,6 +10,7 @@ use crate::guard;
 use crate::hooks::loaded::{Loaded, Role};
 use crate::hooks::tcx;
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
+use crate::state::{DIR_VARIABLE, dir_path};
 use crate::types;
 
 /// What a program may do that sees packets before the stamp.
@@ -80,6 +81,15 @@ impl Remarks<'_> {
             true => self.interface.to_string(),
             false => format!("{} in {}", self.interface, self.netns),
         };
+        if self.instance.is_none() {
+            let dir = dir_path();
+            writeln!(
+                out,
+                "{place}: its policy and counters are not in {} ({DIR_VARIABLE} names another place); it goes on until --attach takes \
+                 its place or --destroy removes it",
+                dir.display()
+            )?;
+        }
         if let Some(told) = self.told.filter(|told| !told.is_usual()) {
             writeln!(out, "{place}: {told}")?;
         }

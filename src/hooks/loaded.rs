@@ -13,7 +13,7 @@ use crate::guard::program as guard;
 use crate::guard::types as guard_types;
 use crate::pins;
 use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, config_among};
-use crate::state::State;
+use crate::state::{Instance, State};
 use crate::types::Config;
 
 /// What a program of ours is for. Each is attached at a place of its own.
@@ -73,10 +73,18 @@ impl Loaded {
 /// # Errors
 /// An instance's pins cannot be read, or the kernel refused to list its programs.
 pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
+    loaded_by(&state.instances())
+}
+
+/// The same where these are all instances that there are.
+///
+/// # Errors
+/// The same.
+pub fn loaded_by(instances: &[Instance]) -> Result<HashMap<u32, Loaded>> {
     let mut owners = HashMap::new();
     // By what the stamp or the guard of an instance has to use, or no command reaches it.
     let mut needed: HashMap<(String, bool), Vec<u32>> = HashMap::new();
-    for instance in state.instances() {
+    for instance in instances {
         // An attach that was killed leaves an instance without all of its maps; the next one completes it.
         for (pin, id) in pins::ids(&instance.pins)? {
             for (is_guard, names) in

@@ -104,7 +104,9 @@ pub fn a_destroyed_guard_ends_the_watch() -> Result<()> {
     watch.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
     // A detach keeps the instance, and what watches it.
     world.lab.ok(&format!("guard {} --detach", place(&world)))?;
+    watch.wait_for("a word about it", |line| line.contains("not attached anywhere any more"))?;
     world.lab.ok(&format!("guard {} --attach", place(&world)))?;
+    watch.wait_for("a word about that", |line| line.contains("is attached again"))?;
     world.syns(1)?;
     watch.wait_for("a packet", |line| line.contains("missing"))?;
     world.lab.ok(&format!("guard {} --destroy", place(&world)))?;

@@ -277,9 +277,11 @@ pub fn slots_have_the_length_that_was_asked_for() -> Result<()> {
     };
     world.ok(&format!("-i c0 --attach --quiet --policy {policy}"))?;
     ensure_eq!(clock()?["slot_s"], 16, "slots at first");
-    world.ok("-i c0 --attach --quiet --slot 30")?;
+    let said = String::from_utf8(world.run("-i c0 --attach --quiet --slot 30")?.stderr)?;
+    ensure!(said.contains("slots of keyed tokens have 30 s now, and had 16 s"), "{said}");
     ensure_eq!(clock()?["slot_s"], 30, "slots as asked for");
-    world.ok("-i c0 --attach --quiet")?;
+    let said = String::from_utf8(world.run("-i c0 --attach --quiet")?.stderr)?;
+    ensure!(!said.contains("slots"), "nothing of them has changed: {said}");
     let clock = clock()?;
     ensure_eq!(clock["slot_s"], 30, "slots as they were");
     let now = netoken::clock::now().as_secs();

@@ -68,3 +68,28 @@ pub fn a_query_names_a_broken_instance() -> Result<()> {
     expect_ours(&world.ns, "c0", 1)?;
     world.ok("-i c0 --query").map(drop)
 }
+
+/// What is attached goes on without its state, and a query that does not find that says that nothing is there.
+pub fn a_query_finds_what_is_attached_without_its_state() -> Result<()> {
+    let world = World::new()?;
+    let rules = world.lab.run.with_extension("guard.toml");
+    fs::write(
+        &rules,
+        "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '0000000000000001'\n",
+    )?;
+    world.ok("-i c0 --attach --quiet")?;
+    let guard = |args: &str| format!("guard --netns {} -i c0 {args}", world.ns);
+    world.lab.ok(&guard(&format!("--attach --hook tc --rules {}", rules.display())))?;
+    nix::mount::umount(&world.lab.run.join("bpf"))?;
+    for query in [world.args("--query"), world.args("-i c0 --query"), guard("--query")] {
+        let out = world.lab.ok(&query)?;
+        ensure!(
+            out.contains("(pins lost)") && out.contains("its policy and counters are not in"),
+            "{query}: {out}"
+        );
+    }
+    // What is said there helps.
+    world.lab.ok(&guard("--destroy"))?;
+    world.ok("-i c0 --destroy")?;
+    expect_bare(&world.ns, "c0")
+}

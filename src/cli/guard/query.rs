@@ -15,7 +15,7 @@ use crate::events::model::since_epoch;
 use crate::guard::counters::GuardCounters;
 use crate::guard::program::GuardMaps;
 use crate::hooks::clsact::attached;
-use crate::hooks::loaded::{Loaded, loaded_programs};
+use crate::hooks::loaded::{Loaded, loaded_by};
 use crate::hooks::netlink::{Filter, Netlink, Side};
 use crate::hooks::xdp::attached_xdp;
 use crate::netns::Netns;
@@ -37,12 +37,12 @@ struct Hook {
     tcx_before: usize,
 }
 
-fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
+fn find(scope: &Scope, instances: &[Instance]) -> Result<Vec<Hook>> {
     let places = match scope.ifaces.is_empty() && scope.netns.is_none() {
         true => Netns::all()?,
         false => vec![Netns::current()?],
     };
-    let programs = loaded_programs(state)?;
+    let programs = loaded_by(instances)?;
     let named = scope.netns.as_deref().unwrap_or_default();
     let mut found = Vec::new();
     for netns in places {
@@ -96,12 +96,11 @@ fn find(scope: &Scope, state: &State) -> Result<Vec<Hook>> {
 
 pub(super) fn query(scope: &Scope) -> Result<()> {
     privileges::check("looking for attached programs")?;
+    // Also without any: what was attached goes on when its state is lost.
     let state = State::find()?;
-    let hooks = match &state {
-        Some(state) => find(scope, state)?,
-        None => scope.find(&Netlink::connect()?.links()?).map(|_| Vec::new())?,
-    };
-    let instances = state.as_ref().map_or(Vec::new(), |state| instances(scope, state, &hooks));
+    let all = state.as_ref().map_or(Vec::new(), State::instances);
+    let hooks = find(scope, &all)?;
+    let instances = instances(scope, all, &hooks);
     if hooks.is_empty() {
         if !scope.ifaces.is_empty() {
             bail!(
@@ -150,8 +149,7 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
 
 /// The instances that have a guard: those of the hooks and, unless an interface was named, those that keep rules for the
 /// next attach.
-fn instances(scope: &Scope, state: &State, hooks: &[Hook]) -> Vec<Instance> {
-    let mut found = state.instances();
+fn instances(scope: &Scope, mut found: Vec<Instance>, hooks: &[Hook]) -> Vec<Instance> {
     found.retain(|instance| {
         let is_attached = hooks.iter().any(|hook| hook.loaded.instance.as_deref() == Some(&instance.name));
         let has_rules = || instance.has_guard() && instance.guard_dir.exists();

@@ -70,6 +70,7 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
     output.heads()?;
     let mut counted = GuardCounters::read(&maps)?;
     let mut last = Instant::now();
+    let mut attached = IsAttached(true);
     loop {
         let ends = signals.stop.load(Ordering::Relaxed);
         reload.iter_mut().for_each(Reload::look);
@@ -81,6 +82,7 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
         }
         if ends || last.elapsed() >= PERIOD {
             last = Instant::now();
+            attached.look(&state, &scope.instance)?;
             let now = GuardCounters::read(&maps)?;
             if now != counted {
                 output.counters(&now, reader.lost(&now)?)?;
@@ -95,6 +97,27 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
         if fs::metadata(&events).ok().map(|pin| pin.ino()) != Some(pin) {
             bail!("{doing}: it was destroyed");
         }
+    }
+}
+
+/// Whether a guard of the instance is still there, which can be detached and attached again meanwhile.
+struct IsAttached(bool);
+
+impl IsAttached {
+    /// Tells a person if that has changed.
+    fn look(&mut self, state: &State, instance: &str) -> Result<()> {
+        let is_attached = !of_instance(state, instance)?.is_empty();
+        if self.0 != is_attached {
+            self.0 = is_attached;
+            match is_attached {
+                true => note!("the guard of instance '{instance}' is attached again"),
+                false => note!(
+                    "the guard of instance '{instance}' is not attached anywhere any more: nothing is checked until it is \
+                     attached again"
+                ),
+            }
+        }
+        Ok(())
     }
 }
 
