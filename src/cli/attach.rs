@@ -221,8 +221,8 @@ struct Job<'a> {
     renewal: Option<Renewal>,
     /// The number of the policy that was remembered last, if the maps had none.
     restored: Option<Option<u64>>,
-    /// With what to say of what the program was told.
-    done: Vec<(Link, Done, Option<String>)>,
+    /// With what to say of the place that the program takes.
+    done: Vec<(Link, Done, Vec<String>)>,
 }
 
 /// All of them, before anything is changed.
@@ -247,7 +247,9 @@ impl Job<'_> {
         let mut hooks = Egress::open(self.state)?;
         let netns_ino = Netns::current()?.inode();
         for target in targets {
-            let before = Before::of(hooks.loaded(&target.link, &self.instance.name)?);
+            let ours = hooks.loaded(&target.link, &self.instance.name)?;
+            let lost = ours.iter().filter(|loaded| loaded.instance.is_none()).count();
+            let before = Before::of(ours.into_iter().next());
             let told = self.options.said.over(&before);
             let settings = Settings {
                 link_header: target.link_header,
@@ -271,7 +273,8 @@ impl Job<'_> {
             if first && !running {
                 self.restored = Some(state::newest(&self.instance.policy_dir));
             }
-            if first && !running && given.is_none() && !self.is_new {
+            // What a program went by whose maps are gone may be remembered as well.
+            if first && !running && given.is_none() && (!self.is_new || lost > 0) {
                 running = running::restore(self.instance, &program.maps)?;
             }
             if first && !running {
@@ -281,7 +284,11 @@ impl Job<'_> {
             let (hook, place) = (self.options.hook, self.options.place);
             let name = &self.instance.name;
             let done = hooks.attach(lock, &target.link, name, program.as_fd(), hook, place)?;
-            self.done.push((target.link.clone(), done, before.note(&told)));
+            let lost = (lost > 0).then(|| {
+                let programs = if lost == 1 { "a program".to_string() } else { format!("{lost} programs") };
+                format!("it takes the place of {programs} whose counters were lost")
+            });
+            self.done.push((target.link.clone(), done, lost.into_iter().chain(before.note(&told)).collect()));
             if first {
                 let note = match (given, running) {
                     (Some(given), _) => format!("policy: {}", given.policy().summary()),
@@ -325,7 +332,7 @@ impl Job<'_> {
     }
 
     fn tell(&self, scope: &Scope, output: &mut Output, note: &str) -> Result<()> {
-        for (link, done, changes) in &self.done {
+        for (link, done, notes) in &self.done {
             let (replaced, made_qdisc) = (done.replaced(), done.made_qdisc());
             if output.is_json() {
                 output.record(&Record::Attached {
@@ -345,9 +352,7 @@ impl Job<'_> {
             if !link.is_up {
                 note!("{} is down: nothing leaves by it until: {} link set {0} up", link.name, scope.ip());
             }
-            if let Some(changes) = changes {
-                note!("{}: {changes}", link.name);
-            }
+            notes.iter().for_each(|note| note!("{}: {note}", link.name));
         }
         let (before_s, now_s) = (self.slots.0 / 1_000_000_000, self.slots.1 / 1_000_000_000);
         if before_s != 0 && before_s != now_s {

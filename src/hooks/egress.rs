@@ -176,15 +176,15 @@ impl<'a> Egress<'a> {
         Ok((!self.clsact.attached(link, instance)?.is_empty()).then_some(Hook::Clsact))
     }
 
-    /// What is known of the program that a new one of an instance takes the place of; nothing if there is none.
+    /// What is known of the programs that a new one of an instance takes the place of: its own, and those whose instance
+    /// is gone.
     ///
     /// # Errors
     /// The kernel refused to list them.
-    pub fn loaded(&mut self, link: &Link, instance: &str) -> Result<Option<Loaded>> {
-        if let Some(ours) = self.at_tcx(link, instance)?.into_iter().next() {
-            return Ok(Some(ours.loaded));
-        }
-        Ok(self.clsact.attached(link, instance)?.into_iter().next().map(|ours| ours.loaded))
+    pub fn loaded(&mut self, link: &Link, instance: &str) -> Result<Vec<Loaded>> {
+        let at_tcx = self.at_tcx(link, instance)?.into_iter().map(|ours| ours.loaded);
+        let filters = self.clsact.attached(link, instance)?.into_iter().map(|ours| ours.loaded);
+        Ok(at_tcx.chain(filters).collect())
     }
 
     fn at_tcx(&self, link: &Link, instance: &str) -> Result<Vec<AttachedTcx>> {

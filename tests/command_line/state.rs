@@ -77,7 +77,7 @@ pub fn a_query_finds_what_is_attached_without_its_state() -> Result<()> {
         &rules,
         "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '0000000000000001'\n",
     )?;
-    world.ok("-i c0 --attach --quiet")?;
+    world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
     let guard = |args: &str| format!("guard --netns {} -i c0 {args}", world.ns);
     world.lab.ok(&guard(&format!("--attach --hook tc --rules {}", rules.display())))?;
     nix::mount::umount(&world.lab.run.join("bpf"))?;
@@ -88,6 +88,11 @@ pub fn a_query_finds_what_is_attached_without_its_state() -> Result<()> {
             "{query}: {out}"
         );
     }
+    // And an attach begins with the policy that is remembered, and says what is gone.
+    let attached = said(&mut world.lab.netoken(&world.args("-i c0 --attach --quiet")))?.code(0)?;
+    ensure!(attached.err.contains("takes the place of a program whose counters were lost"), "{attached:#?}");
+    world.expect_token("1111111111111111", "the token that is remembered")?;
+    nix::mount::umount(&world.lab.run.join("bpf"))?;
     // What is said there helps.
     world.lab.ok(&guard("--destroy"))?;
     world.ok("-i c0 --destroy")?;
