@@ -273,15 +273,6 @@ impl Scope {
         !self.is_one_instance || instance == Some(&self.instance)
     }
 
-    /// How `ip` is called for the same network namespace.
-    pub fn ip(&self) -> String {
-        match &self.netns {
-            None => "ip".to_string(),
-            Some(path) if path.contains('/') => format!("nsenter --net={path} ip"),
-            Some(name) => format!("ip -n {name}"),
-        }
-    }
-
     /// The flags that lead another command to the same place.
     pub fn flags(&self, iface: &str) -> String {
         let mut flags = format!("--iface {iface}");

@@ -134,6 +134,14 @@ pub fn a_foreign_ingress_qdisc_is_an_error_and_stays() -> Result<()> {
     let said = world.fails("-i c0 --attach --quiet")?;
     ensure!(said.contains("clsact") && said.contains("c0"), "{said}");
     ensure!(said.contains("ingress qdisc"), "the message does not say what is in the way: {said}");
+    // Typed as it stands, it acts on this interface and not on one of that name elsewhere.
+    let ns = &world.ns;
+    let remedy = format!("tc -n {ns} qdisc del dev c0 ingress; tc -n {ns} qdisc add dev c0 clsact");
+    ensure!(said.contains(&remedy) && said.contains("the filters on it, which go with it"), "{said}");
+    let by_path = world.lab.run(&format!("--netns /run/netns/{ns} -i c0 --attach --quiet"))?;
+    let said = String::from_utf8(by_path.stderr)?;
+    let remedy = format!("nsenter --net=/run/netns/{ns} tc qdisc del dev c0 ingress; nsenter");
+    ensure!(said.contains(&remedy), "{said}");
     for command in ["--detach", "--destroy"] {
         world.ok(&format!("-i c0 {command}"))?;
         ensure_eq!(
