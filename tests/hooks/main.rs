@@ -55,7 +55,8 @@ fn main() -> ExitCode {
             destroy_says_what_became_of_the_qdisc a_foreign_chain_without_filters_keeps_the_qdisc
             destroy_counts_the_filters_that_keep_the_qdisc
             a_foreign_ingress_qdisc_is_an_error_and_stays query_counts_the_filters_that_run_before
-            a_foreign_program_of_our_name_stays;
+            a_foreign_program_of_our_name_stays directories_of_iproute2_are_no_instances
+            a_pin_of_somebody_else_keeps_the_file_system;
         marks: a_clsact_that_was_made_anew_is_not_ours a_clsact_of_an_interface_with_a_used_index_is_not_ours
             a_clsact_of_a_namespace_with_a_used_number_is_not_ours a_deleted_namespace_leaves_no_mark;
         place: priority_and_handle_can_be_chosen another_place_leaves_exactly_one_filter
