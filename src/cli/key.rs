@@ -72,8 +72,8 @@ enum KeyCommand {
     Rotate {
         /// Name of the ring
         ring: RingName,
-        /// Fail unless this is the step that is due: add makes a key that only verifies, sign lets the newest key sign,
-        /// retire gives up those that are older
+        /// Do this step: add makes a key that only verifies, at any time; sign lets the newest key sign and retire gives up
+        /// those that are older, and each fails unless it is due
         #[arg(long, hide_possible_values = true)]
         step: Option<Step>,
         /// Retire a key although it is still seen
