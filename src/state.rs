@@ -11,7 +11,7 @@
 //! Not /sys/fs/bpf, because `ip netns exec` mounts a new /sys. For the same reason the file system is mounted
 //! where the first process sees it, and reached through a descriptor that works in every mount namespace.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -395,6 +395,11 @@ fn entries(dir: &Path) -> impl Iterator<Item = (PathBuf, FileType)> + use<> {
 /// The flag that leads another command to the same instance, with a space in front; nothing for the default.
 pub(crate) fn instance_flag(name: &str) -> String {
     if name == DEFAULT_INSTANCE { String::new() } else { format!(" --instance {name}") }
+}
+
+/// The same of the instance whose pins are in that directory.
+pub(crate) fn flag_of_pins(dir: &Path) -> String {
+    dir.file_name().and_then(OsStr::to_str).map_or(String::new(), instance_flag)
 }
 
 /// The highest number that a file in `dir` has for a name, before its extension.

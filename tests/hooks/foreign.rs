@@ -3,6 +3,7 @@
 use std::ffi::CString;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::symlink;
 use std::ptr;
 
 use anyhow::{Result, ensure};
@@ -230,13 +231,14 @@ pub fn ifindex(world: &World, iface: &str) -> Result<i32> {
     Ok(sh(&format!("ip netns exec {} cat /sys/class/net/{iface}/ifindex", world.ns))?.trim().parse()?)
 }
 
-/// `tc` and `ip` take any BPF file system that they find, where /sys/fs/bpf is not one, and make these there.
+/// `tc` and `ip` take any BPF file system that they find, where /sys/fs/bpf is not one, and make these there; `xdp` is a
+/// link where the file system has links.
 fn make_as_iproute2(world: &World) -> Result<()> {
     let bpf = world.lab.run.join("bpf");
-    for dir in ["tc/globals", "ip", "xdp/globals", "other/globals"] {
+    for dir in ["tc/globals", "ip", "other/globals"] {
         fs::create_dir_all(bpf.join(dir))?;
     }
-    Ok(())
+    Ok(symlink(bpf.join("tc"), bpf.join("xdp"))?)
 }
 
 pub fn directories_of_iproute2_are_no_instances() -> Result<()> {
