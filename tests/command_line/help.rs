@@ -103,7 +103,7 @@ pub fn wrong_usage_is_exit_code_2() -> Result<()> {
         "--iface eth0 --attach --exid 0x10000",
         "--iface eth0 --attach --instance a.b",
         "--iface eth0 --attach --instance ../up",
-        "--iface eth0 --attach --instance tc",
+        "--query --instance tc",
         "guard --query --instance xdp",
         "key list --instance ip",
         "--iface eth0 --attach --priority 65536",
