@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
@@ -129,9 +130,49 @@ impl Netns {
     }
 }
 
+/// How the namespace is called that [`enter`] has entered.
+static ENTERED: OnceLock<String> = OnceLock::new();
+
+/// Moves the calling thread into the namespace that a command is to act on, for good, and remembers how a person called
+/// it: the same name or path leads other tools there.
+///
+/// # Errors
+/// There is none of that name, or it cannot be entered.
+pub fn enter(name_or_path: &str) -> Result<()> {
+    Netns::open(name_or_path)?.enter()?;
+    ENTERED.get_or_init(|| name_or_path.to_string());
+    Ok(())
+}
+
+/// How `ip` or `tc` is called to act where this command acts.
+pub fn tool(name: &str) -> String {
+    tool_in(name, ENTERED.get().map(String::as_str))
+}
+
+fn tool_in(name: &str, netns: Option<&str>) -> String {
+    match netns {
+        None => name.to_string(),
+        // Neither of them takes a path.
+        Some(path) if path.contains('/') => format!("nsenter --net={path} {name}"),
+        Some(netns) => format!("{name} -n {netns}"),
+    }
+}
+
 fn names() -> Vec<String> {
     let entries = fs::read_dir(NAMED).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     names.sort();
     names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tools_are_called_for_the_same_namespace() {
+        assert_eq!(tool_in("tc", None), "tc");
+        assert_eq!(tool_in("tc", Some("blue")), "tc -n blue");
+        assert_eq!(tool_in("ip", Some("/proc/7/ns/net")), "nsenter --net=/proc/7/ns/net ip");
+    }
 }

@@ -17,6 +17,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenMapMut};
 use zeroize::Zeroizing;
 
 use crate::guard::types::Size as GuardSize;
+use crate::state::flag_of_pins;
 use crate::types::Size;
 
 /// What the name of a pin that is set aside ends in.
@@ -94,8 +95,9 @@ pub(crate) fn expect(dir: &Path, wanted: &[Wanted]) -> Result<()> {
         };
         bail!(
             "{what}: another version of netoken was attached, or one that was killed meanwhile; attach this one, which takes \
-             over what is in use: netoken {}--iface NAME --attach",
-            if is_guard(name) { "guard " } else { "" }
+             over what is in use: netoken {}--iface NAME{} --attach",
+            if is_guard(name) { "guard " } else { "" },
+            flag_of_pins(dir)
         );
     }
     Ok(())

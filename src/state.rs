@@ -11,8 +11,8 @@
 //! Not /sys/fs/bpf, because `ip netns exec` mounts a new /sys. For the same reason the file system is mounted
 //! where the first process sees it, and reached through a descriptor that works in every mount namespace.
 
-use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -34,6 +34,11 @@ use crate::program::Maps;
 /// Names another directory than /run/netoken.
 pub const DIR_VARIABLE: &str = "NETOKEN_RUN";
 const DEFAULT_DIR: &str = "/run/netoken";
+const DEFAULT_INSTANCE: &str = "default";
+/// Directories that iproute2 makes in a BPF file system where it loads a program, and its bind mounts or symbolic links.
+const IPROUTE2: [&str; 3] = ["tc", "ip", "xdp"];
+/// Files that the kernel puts at the top of a BPF file system.
+const OF_THE_KERNEL: [&str; 2] = ["maps.debug", "progs.debug"];
 /// How long others may take to close what they have open in the BPF file system.
 const BUSY: Duration = Duration::from_secs(3);
 /// What the name of a reader's file ends in.
@@ -215,7 +220,7 @@ impl State {
         }
     }
 
-    /// Every instance that has pins.
+    /// Every instance that has pins, and what is left of one whose attach was killed.
     pub fn instances(&self) -> Vec<Instance> {
         let mut names: Vec<String> = fs::read_dir(self.below("bpf"))
             .into_iter()
@@ -224,13 +229,14 @@ impl State {
             // The kernel may have put files of its own at the top.
             .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|name| check_name(name).is_ok())
             .collect();
         names.sort();
-        names.iter().map(|name| self.instance(name)).collect()
+        names.iter().map(|name| self.instance(name)).filter(Instance::is_ours).collect()
     }
 
-    /// Removes the BPF file system and the directory if no instance is left. `_lock` shows that nobody is about
-    /// to make one.
+    /// Removes the BPF file system and the directory if no instance is left, and nobody else's pin. `_lock` shows that
+    /// nobody is about to make one.
     ///
     /// # Errors
     /// The file system is in use by somebody else.
@@ -239,6 +245,15 @@ impl State {
             return Ok(());
         }
         self.remove_dead_readers();
+        if let Some(pin) = foreign_pin(&self.below("bpf")) {
+            let bpf = self.path.join("bpf");
+            note!(
+                "{} stays mounted: somebody else has pinned {} in it",
+                bpf.display(),
+                pin.strip_prefix(self.below("bpf")).unwrap_or(&pin).display()
+            );
+            return Ok(());
+        }
         let path = self.path.clone();
         in_first_mount_namespace(move || {
             unmount(&path.join("bpf"))?;
@@ -280,6 +295,12 @@ impl Instance {
         self.pins.join("counters").exists()
     }
 
+    /// Whether its directory is one of ours. An attach that was killed may have pinned nothing in it yet; a directory in
+    /// it is never ours.
+    fn is_ours(&self) -> bool {
+        self.exists() || self.has_guard() || !entries(&self.pins).any(|(_, kind)| kind.is_dir())
+    }
+
     /// Whether those of a guard are among them.
     pub fn has_guard(&self) -> bool {
         self.pins.join("guard_counters").exists()
@@ -288,8 +309,15 @@ impl Instance {
     /// Makes the directory of its pins.
     ///
     /// # Errors
-    /// It cannot be made.
+    /// It cannot be made, or somebody else has made one of that name.
     pub fn create(&self) -> Result<()> {
+        if !self.is_ours() {
+            bail!(
+                "making the directory of instance '{}': somebody else's directory of that name is there; choose another \
+                 --instance",
+                self.name
+            );
+        }
         make_dir(&self.pins)
     }
 
@@ -326,6 +354,52 @@ impl Instance {
         fs::remove_dir(&self.pins)
             .with_context(|| format!("removing the directory of instance '{}'", self.name))
     }
+}
+
+/// Whether an instance may have that name, which becomes that of a directory of a BPF file system: those have no dots.
+///
+/// # Errors
+/// It may not; the message says why.
+pub(crate) fn check_name(name: &str) -> Result<()> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if name.is_empty() || name.len() > 32 || !name.chars().all(fits) {
+        bail!("an instance name is 1 to 32 letters, digits, '-' or '_'");
+    }
+    if IPROUTE2.contains(&name) {
+        bail!("tc and ip make a directory of that name among those of instances; choose another");
+    }
+    Ok(())
+}
+
+/// Something that somebody else has pinned, at any depth. Directories and symbolic links hold nothing.
+fn foreign_pin(bpf: &Path) -> Option<PathBuf> {
+    let of_the_kernel = |path: &Path| OF_THE_KERNEL.iter().any(|name| bpf.join(name) == path);
+    let mut dirs = vec![bpf.to_path_buf()];
+    while let Some(dir) = dirs.pop() {
+        for (path, kind) in entries(&dir) {
+            match () {
+                () if kind.is_dir() => dirs.push(path),
+                () if !kind.is_symlink() && !of_the_kernel(&path) => return Some(path),
+                () => {}
+            }
+        }
+    }
+    None
+}
+
+fn entries(dir: &Path) -> impl Iterator<Item = (PathBuf, FileType)> + use<> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter_map(|entry| Some((entry.path(), entry.file_type().ok()?)))
+}
+
+/// The flag that leads another command to the same instance, with a space in front; nothing for the default.
+pub(crate) fn instance_flag(name: &str) -> String {
+    if name == DEFAULT_INSTANCE { String::new() } else { format!(" --instance {name}") }
+}
+
+/// The same of the instance whose pins are in that directory.
+pub(crate) fn flag_of_pins(dir: &Path) -> String {
+    dir.file_name().and_then(OsStr::to_str).map_or(String::new(), instance_flag)
 }
 
 /// The highest number that a file in `dir` has for a name, before its extension.

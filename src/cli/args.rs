@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::error::ErrorKind;
 use clap::{ArgGroup, CommandFactory, Parser, Subcommand};
 
@@ -13,6 +13,7 @@ use crate::hooks::clsact::Place;
 use crate::hooks::egress::Hook;
 use crate::hooks::link::find_link;
 use crate::hooks::netlink::Link;
+use crate::state::{check_name, instance_flag};
 use crate::token::Token;
 use crate::token::keyed::Slots;
 
@@ -253,24 +254,13 @@ impl Scope {
         !self.is_one_instance || instance == Some(&self.instance)
     }
 
-    /// How `ip` is called for the same network namespace.
-    pub fn ip(&self) -> String {
-        match &self.netns {
-            None => "ip".to_string(),
-            Some(path) if path.contains('/') => format!("nsenter --net={path} ip"),
-            Some(name) => format!("ip -n {name}"),
-        }
-    }
-
     /// The flags that lead another command to the same place.
     pub fn flags(&self, iface: &str) -> String {
         let mut flags = format!("--iface {iface}");
         if let Some(netns) = &self.netns {
             flags.push_str(&format!(" --netns {netns}"));
         }
-        if self.instance != "default" {
-            flags.push_str(&format!(" --instance {}", self.instance));
-        }
+        flags.push_str(&instance_flag(&self.instance));
         flags
     }
 }
@@ -295,13 +285,8 @@ pub(super) fn exid(text: &str) -> Result<u16, String> {
     id.ok_or_else(|| "an experiment identifier is a number of 16 bits, like 0x4e54".to_string())
 }
 
-/// Instance names become directories of a BPF file system, which allows no dots.
 pub(super) fn instance(text: &str) -> Result<String> {
-    let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    if text.is_empty() || text.len() > 32 || !text.chars().all(fits) {
-        bail!("an instance name is 1 to 32 letters, digits, '-' or '_'");
-    }
-    Ok(text.to_string())
+    check_name(text).map(|()| text.to_string())
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use crate::hooks::tcx;
 use crate::hooks::unused::remove_unused;
 use crate::keys::Key;
 use crate::keys::file::keys_for;
-use crate::netns::Netns;
+use crate::netns::{Netns, tool};
 use crate::pins::Renewal;
 use crate::policy::read::Checked;
 use crate::policy::{Policy, running};
@@ -102,7 +102,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     if let Some(taken_over) = taken_over {
         note!("instance '{}': {taken_over}", instance.name);
     }
-    let told = job.tell(scope, &mut output, &note).context("writing to standard output");
+    let told = job.tell(&mut output, &note).context("writing to standard output");
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
     drop(keys);
@@ -331,7 +331,7 @@ impl Job<'_> {
         }
     }
 
-    fn tell(&self, scope: &Scope, output: &mut Output, note: &str) -> Result<()> {
+    fn tell(&self, output: &mut Output, note: &str) -> Result<()> {
         for (link, done, notes) in &self.done {
             let (replaced, made_qdisc) = (done.replaced(), done.made_qdisc());
             if output.is_json() {
@@ -350,7 +350,7 @@ impl Job<'_> {
                 note!("{}: {remark}", link.name);
             }
             if !link.is_up {
-                note!("{} is down: nothing leaves by it until: {} link set {0} up", link.name, scope.ip());
+                note!("{} is down: nothing leaves by it until: {} link set {0} up", link.name, tool("ip"));
             }
             notes.iter().for_each(|note| note!("{}: {note}", link.name));
         }

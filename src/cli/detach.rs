@@ -1,5 +1,6 @@
 //! `--detach` and `--destroy`: remove what is ours, and say what stays and why.
 
+use std::collections::HashSet;
 use std::io::{self, Write};
 
 use anyhow::{Context, Result};
@@ -9,7 +10,7 @@ use super::args::Scope;
 use crate::hooks::clsact::Qdisc;
 use crate::hooks::egress::Egress;
 use crate::hooks::netlink::{Link, Netlink};
-use crate::hooks::unused::remove_unused;
+use crate::hooks::unused::{remove_unused, used_where};
 use crate::privileges;
 use crate::state::State;
 
@@ -55,20 +56,20 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
             done.push(Removed { interface: link.name.clone(), filters, qdisc });
         }
     }
-    let in_use = destroy && !remove_unused(&state, &lock, &scope.instance)?;
+    let users = if destroy { remove_unused(&state, &lock, &scope.instance)? } else { HashSet::new() };
     drop(hooks);
     state.remove_if_empty(lock)?;
 
     tell(scope, &done).context("writing to standard output")?;
     if done.is_empty() && only_news && !scope.json {
-        let also = if had_state && !in_use { "; its policy and counters are removed" } else { "" };
+        let also = if had_state && users.is_empty() { "; its policy and counters are removed" } else { "" };
         note!("instance '{}' is not attached to any interface here{also}", scope.instance);
     }
-    if in_use {
+    if !users.is_empty() {
         note!(
-            "instance '{}' is still used on another interface or in another network namespace: its policy and \
-             counters stay",
-            scope.instance
+            "instance '{}' is still used {}: its policy and counters stay",
+            scope.instance,
+            used_where(&users, false)
         );
     }
     Ok(())

@@ -13,7 +13,7 @@ use crate::keys::file::{KeyDir, KeyLock};
 use crate::keys::live::{LiveKeys, Use};
 use crate::keys::rotate::{Step, free_id, next_step, retire, sign};
 use crate::keys::{self, Key, RingName, Secret, State, signer};
-use crate::state::State as RunState;
+use crate::state::{State as RunState, instance_flag};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -72,8 +72,8 @@ enum KeyCommand {
     Rotate {
         /// Name of the ring
         ring: RingName,
-        /// Fail unless this is the step that is due: add makes a key that only verifies, sign lets the newest key sign,
-        /// retire gives up those that are older
+        /// Do this step: add makes a key that only verifies, at any time; sign lets the newest key sign and retire gives up
+        /// those that are older, and each fails unless it is due
         #[arg(long, hide_possible_values = true)]
         step: Option<Step>,
         /// Retire a key although it is still seen
@@ -86,6 +86,13 @@ enum KeyCommand {
     /// Give the running instance the keys that the files hold
     #[command(after_help = "Example:\n  netoken key load")]
     Load,
+}
+
+impl KeyArgs {
+    /// What leads another command to the same keys.
+    fn flag(&self) -> String {
+        instance_flag(&self.instance)
+    }
 }
 
 /// One key, as `--json` prints it.
@@ -156,7 +163,7 @@ fn new(args: &KeyArgs, dir: &KeyDir, ring: RingName, id: Option<u8>, verify_only
     let lock = dir.lock()?;
     let mut keys = dir.load()?;
     let first = !keys.iter().any(|key| key.ring() == ring && key.is_live());
-    let id = add(dir, &lock, &mut keys, ring, id)?;
+    let id = add(args, dir, &lock, &mut keys, ring, id)?;
     let signs = first && !verify_only;
     if signs {
         sign(&mut keys, ring)?;
@@ -167,15 +174,26 @@ fn new(args: &KeyArgs, dir: &KeyDir, ring: RingName, id: Option<u8>, verify_only
         let path = dir.file_of(ring, id);
         let use_of = if signs { "signing" } else { "verify-only" };
         writeln!(out, "made key {id} of ring '{ring}' ({use_of}): {}", path.display())?;
-        writeln!(out, "copy that file to every host that checks its tokens, and run there: netoken key load")
+        writeln!(
+            out,
+            "copy that file to every host that checks its tokens, and run there: netoken key load{}",
+            args.flag()
+        )
     })
 }
 
 /// Makes a key that only verifies, and writes it.
-fn add(dir: &KeyDir, lock: &KeyLock, keys: &mut Vec<Key>, ring: RingName, id: Option<u8>) -> Result<u8> {
+fn add(
+    args: &KeyArgs,
+    dir: &KeyDir,
+    lock: &KeyLock,
+    keys: &mut Vec<Key>,
+    ring: RingName,
+    id: Option<u8>,
+) -> Result<u8> {
     let id = match id {
         Some(id) => id,
-        None => free_id(keys)?,
+        None => free_id(keys, &args.instance)?,
     };
     if let Some(at) = keys.iter().position(|key| key.id() == id) {
         let old = &keys[at];
@@ -207,21 +225,22 @@ fn rotate(
     force: bool,
     idle: Duration,
 ) -> Result<()> {
+    let flag = args.flag();
     let lock = dir.lock()?;
     let mut keys = dir.load()?;
     if !keys.iter().any(|key| key.ring() == ring && key.is_live()) {
-        bail!("rotating the keys of ring '{ring}': it has none; make one with: netoken key new {ring}");
+        bail!("rotating the keys of ring '{ring}': it has none; make one with: netoken key new {ring}{flag}");
     }
     let due = next_step(&keys, ring);
     let step = wanted.unwrap_or(due);
     if step != due && step != Step::Add {
         bail!(
             "rotating the keys of ring '{ring}': step '{step}' is not due; what comes next is: netoken key rotate \
-             {ring} --step {due}"
+             {ring} --step {due}{flag}"
         );
     }
     let ids = match step {
-        Step::Add => vec![add(dir, &lock, &mut keys, ring, None)?],
+        Step::Add => vec![add(args, dir, &lock, &mut keys, ring, None)?],
         Step::Sign => {
             let (next, before) = sign(&mut keys, ring)?;
             // The one that stops first: after a crash in between nobody signs, which is seen; two would be an error.
@@ -243,13 +262,13 @@ fn rotate(
         Step::Add => writeln!(
             out,
             "made key {} of ring '{ring}' (verify-only): {}\ncopy that file to every host that checks its tokens, run \
-             there: netoken key load; and then here: netoken key rotate {ring}",
+             there: netoken key load{flag}; and then here: netoken key rotate {ring}{flag}",
             ids[0],
             dir.file_of(ring, ids[0]).display()
         ),
         Step::Sign => writeln!(
             out,
-            "key {} of ring '{ring}' signs; when the one before is idle everywhere, retire it: netoken key rotate {ring}",
+            "key {} of ring '{ring}' signs; when the one before is idle everywhere, retire it: netoken key rotate {ring}{flag}",
             ids[0]
         ),
         Step::Retire => {
@@ -327,7 +346,11 @@ fn list(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
         return records.iter().try_for_each(print_json);
     }
     if records.is_empty() {
-        note!("there are no keys in {}; make one with: netoken key new RING", dir.path().display());
+        note!(
+            "there are no keys in {}; make one with: netoken key new RING{}",
+            dir.path().display(),
+            args.flag()
+        );
         return Ok(());
     }
     let number = |value: Option<u64>| value.map_or("-".to_string(), |value| value.to_string());

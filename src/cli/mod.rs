@@ -21,7 +21,7 @@ use anyhow::Result;
 pub use args::Args;
 
 use crate::clock;
-use crate::netns::Netns;
+use crate::netns;
 use args::{Command, Mode};
 
 /// Runs what was asked for.
@@ -41,7 +41,7 @@ pub fn run(mut args: Args) -> Result<()> {
     let (mode, scope) = args.check()?;
     // Everything that follows happens there. Paths are not affected: a network namespace has none.
     if let Some(netns) = &scope.netns {
-        Netns::open(netns)?.enter()?;
+        netns::enter(netns)?;
     }
     match mode {
         Mode::Attach(options) => attach::run(&scope, &options),

@@ -13,7 +13,7 @@ use super::loaded::{Loaded, Role, loaded_programs};
 use super::netlink::{Filter, Link, Netlink, Side};
 use super::tcx;
 use crate::guard::program as guard;
-use crate::netns::Netns;
+use crate::netns::{Netns, tool};
 use crate::object::messages;
 use crate::program::PROGRAM_NAME;
 use crate::state::{Lock, State};
@@ -413,8 +413,10 @@ impl<'a> Hooks<'a> {
                 }
                 bail!(
                     "{doing}: it has an ingress qdisc, which has no egress side and excludes clsact; clsact does \
-                     all that it does, so replace it: tc qdisc del dev {0} ingress; tc qdisc add dev {0} clsact",
-                    link.name
+                     all that it does, so replace it, and add again the filters on it, which go with it: \
+                     {1} qdisc del dev {0} ingress; {1} qdisc add dev {0} clsact",
+                    link.name,
+                    tool("tc")
                 )
             }
             Err(error) => Err(error).with_context(|| {

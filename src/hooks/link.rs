@@ -2,7 +2,6 @@
 
 use anyhow::{Result, bail};
 use netlink_packet_route::link::LinkLayerType;
-use nix::net::if_::if_nametoindex;
 
 use super::netlink::Link;
 use crate::program::LinkHeader;
@@ -11,14 +10,15 @@ use crate::program::LinkHeader;
 /// as what was meant. By likeness in per cent, short names would be near to nearly all others.
 const LETTERS_A_SLIP: usize = 3;
 
-/// Finds an interface by its name in the network namespace of the calling thread, where `links` were listed.
+/// Finds an interface by its name, or an alternative one, among those of a network namespace.
 ///
 /// # Errors
 /// There is none; the message offers near names.
 pub fn find_link<'a>(links: &'a [Link], name: &str, netns: &str) -> Result<&'a Link> {
-    // The kernel also knows alternative names, `ip link property add dev eth0 altname uplink`.
-    let index = if_nametoindex(name).ok();
-    if let Some(link) = links.iter().find(|link| link.name == name || Some(link.index) == index) {
+    // Not by if_nametoindex: an alternative name may have up to 127 characters, of which it takes no more than 15.
+    let is_called =
+        |link: &&Link| link.name == name || link.alternative_names.iter().any(|other| other == name);
+    if let Some(link) = links.iter().find(is_called) {
         return Ok(link);
     }
     let slips_max = (name.chars().count() / LETTERS_A_SLIP).max(1);
@@ -65,7 +65,8 @@ mod tests {
     use super::*;
 
     fn link(name: &str, layer: LinkLayerType) -> Link {
-        Link { index: 1, name: name.into(), mtu_bytes: 1500, layer, is_up: true }
+        let alternative_names = Vec::new();
+        Link { index: 1, name: name.into(), alternative_names, mtu_bytes: 1500, layer, is_up: true }
     }
 
     #[test]

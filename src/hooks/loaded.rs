@@ -17,7 +17,7 @@ use crate::state::{Instance, State};
 use crate::types::Config;
 
 /// What a program of ours is for. Each is attached at a place of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
     /// The classifier, on clsact egress.
     Stamp,

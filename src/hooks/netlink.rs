@@ -9,7 +9,7 @@ use netlink_packet_core::{
     NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage, Prop};
 use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
@@ -21,6 +21,8 @@ pub struct Link {
     pub index: u32,
     /// Its name now.
     pub name: String,
+    /// What it is also called: `ip link property add dev eth0 altname uplink`.
+    pub alternative_names: Vec<String>,
     /// Its MTU in bytes.
     pub mtu_bytes: u32,
     /// Its ARPHRD type.
@@ -287,9 +289,24 @@ pub fn link(message: &LinkMessage) -> Option<Link> {
         LinkAttribute::Mtu(mtu) => Some(*mtu),
         _ => None,
     });
+    let properties = message.attributes.iter().filter_map(|attribute| match attribute {
+        LinkAttribute::PropList(properties) => Some(properties),
+        _ => None,
+    });
+    let alternative_names = properties.flatten().filter_map(|property| match property {
+        Prop::AltIfName(name) => Some(name.clone()),
+        _ => None,
+    });
     let layer = message.header.link_layer_type;
     let is_up = message.header.flags.contains(LinkFlags::Up);
-    Some(Link { index: message.header.index, name, mtu_bytes: mtu.unwrap_or(0xffff), layer, is_up })
+    Some(Link {
+        index: message.header.index,
+        name,
+        alternative_names: alternative_names.collect(),
+        mtu_bytes: mtu.unwrap_or(0xffff),
+        layer,
+        is_up,
+    })
 }
 
 fn kind(message: &TcMessage) -> &str {

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::loaded::{Loaded, Role, loaded_programs, program_name};
 use super::netlink::Link;
+use crate::netns::tool;
 use crate::object::messages;
 use crate::state::{Lock, State};
 
@@ -199,7 +200,8 @@ pub fn attach_xdp(
         };
         bail!(
             "{what}: somebody else's program {foreign} is there, and an interface has one XDP program; use --hook tc, or \
-             {remedy}: ip link set dev {} {flag} off",
+             {remedy}: {} link set dev {} {flag} off",
+            tool("ip"),
             link.name
         );
     }

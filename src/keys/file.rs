@@ -23,6 +23,7 @@ use nix::fcntl::{Flock, FlockArg};
 use zeroize::Zeroizing;
 
 use super::{Key, RingName, SECRET_LEN, Secret, State, check_id};
+use crate::state::instance_flag;
 
 /// Names another directory than /etc/netoken/keys.
 pub const DIR_VARIABLE: &str = "NETOKEN_KEYS";
@@ -52,8 +53,9 @@ pub fn keys_for(instance: &str, rings: impl IntoIterator<Item = RingName>) -> Re
         if super::signer(&keys, ring).is_none() {
             bail!(
                 "the policy makes tokens with key ring '{ring}', of which no key in {} signs; make one with: netoken \
-                 key new {ring}",
-                dir.path().display()
+                 key new {ring}{}",
+                dir.path().display(),
+                instance_flag(instance)
             );
         }
     }

@@ -12,6 +12,7 @@ use anyhow::{Result, bail};
 
 use super::live::Use;
 use super::{KEYS_MAX, Key, RingName, State, signer};
+use crate::state::instance_flag;
 
 /// One step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -65,14 +66,15 @@ pub fn next_step(keys: &[Key], ring: RingName) -> Step {
 ///
 /// # Errors
 /// All are live.
-pub fn free_id(keys: &[Key]) -> Result<u8> {
+pub fn free_id(keys: &[Key], instance: &str) -> Result<u8> {
     let unused = (0..KEYS_MAX as u8).find(|id| !keys.iter().any(|key| key.id == *id));
     let retired = || keys.iter().filter(|key| !key.is_live()).min_by_key(|key| key.created).map(|key| key.id);
     match unused.or_else(retired) {
         Some(id) => Ok(id),
         None => bail!(
             "finding an id for a new key: all {KEYS_MAX} are live, and a token has four bits for it; retire one with: \
-             netoken key rotate RING --step retire"
+             netoken key rotate RING --step retire{}",
+            instance_flag(instance)
         ),
     }
 }
@@ -84,8 +86,7 @@ pub fn free_id(keys: &[Key]) -> Result<u8> {
 pub fn sign(keys: &mut [Key], ring: RingName) -> Result<(u8, Option<u8>)> {
     let Some(next) = successor(keys, ring).map(|key| key.id) else {
         bail!(
-            "choosing the signing key of ring '{ring}': there is no newer key; make one with: netoken key rotate {ring} \
-             --step add"
+            "choosing the signing key of ring '{ring}': there is no newer key; the step that makes one is: add"
         );
     };
     let before = signer(keys, ring).map(|key| key.id);
@@ -111,8 +112,7 @@ pub fn retire(
     let old = outdated(keys, ring);
     if old.is_empty() {
         bail!(
-            "retiring keys of ring '{ring}': none is older than the one that signs; what comes next is: netoken key \
-             rotate {ring} --step {}",
+            "retiring keys of ring '{ring}': none is older than the one that signs; the step that comes next is: {}",
             next_step(keys, ring)
         );
     }
@@ -208,19 +208,19 @@ mod tests {
         let ring = EDGE.parse().unwrap();
         let mut keys = vec![key(EDGE, 0, 1)];
         sign(&mut keys, ring).unwrap();
-        assert!(format!("{:#}", sign(&mut keys, ring).unwrap_err()).contains("--step add"));
+        assert!(format!("{:#}", sign(&mut keys, ring).unwrap_err()).contains("add"));
         let early = retire(&mut keys, ring, unused, at(9), Duration::ZERO, true);
-        assert!(format!("{:#}", early.unwrap_err()).contains("--step add"));
+        assert!(format!("{:#}", early.unwrap_err()).contains("add"));
     }
 
     #[test]
     fn ids_are_used_up_before_one_is_used_again() {
         let mut keys: Vec<Key> = (0..16).map(|id| key(EDGE, id, 100 - u64::from(id))).collect();
-        assert!(format!("{:#}", free_id(&keys).unwrap_err()).contains("retire"));
+        assert!(format!("{:#}", free_id(&keys, "default").unwrap_err()).contains("retire"));
         keys[3].state = State::Retired;
         keys[7].state = State::Retired;
-        assert_eq!(free_id(&keys).unwrap(), 7);
+        assert_eq!(free_id(&keys, "default").unwrap(), 7);
         keys.remove(5);
-        assert_eq!(free_id(&keys).unwrap(), 5);
+        assert_eq!(free_id(&keys, "default").unwrap(), 5);
     }
 }

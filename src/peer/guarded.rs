@@ -14,7 +14,7 @@ use crate::events::model::Clock;
 use crate::guard::counters::verdict_name;
 use crate::guard::types::{Peer as Value, PeerKey};
 use crate::privileges;
-use crate::state::State;
+use crate::state::{State, flag_of_pins};
 use crate::token::Token;
 use crate::token::keyed::Parts;
 
@@ -22,7 +22,6 @@ use crate::token::keyed::Parts;
 unsafe impl Plain for Value {}
 
 const DOING: &str = "asking the guard about a connection";
-const REMEDY: &str = "attach it with: netoken guard --iface NAME --attach --rules FILE";
 
 const _: () = assert!(size_of::<PeerKey>() == 40 && size_of::<Value>() == 24);
 
@@ -62,11 +61,12 @@ impl Peers {
         let doing = format!("opening what the guard of instance '{instance}' knows of connections");
         privileges::check(&doing)?;
         let Some(state) = State::find().with_context(|| doing.clone())? else {
-            bail!("{doing}: there is no guard on this host; {REMEDY}");
+            bail!("{doing}: there is no guard on this host; {}", remedy(Path::new(instance)));
         };
-        open_map(&state.instance(instance).pins)
+        let pins = state.instance(instance).pins;
+        open_map(&pins)
             .map(|map| Peers { map })
-            .with_context(|| format!("{doing}: it has no guard; {REMEDY}"))
+            .with_context(|| format!("{doing}: it has no guard; {}", remedy(&pins)))
     }
 
     /// The same, of the instance whose maps are pinned in this directory.
@@ -74,8 +74,8 @@ impl Peers {
     /// # Errors
     /// The process may not open it, or there is no guard.
     pub fn open_below(pins: &Path) -> Result<Peers> {
-        let map =
-            open_map(pins).with_context(|| format!("there is no guard in {}; {REMEDY}", pins.display()))?;
+        let map = open_map(pins)
+            .with_context(|| format!("there is no guard in {}; {}", pins.display(), remedy(pins)))?;
         Ok(Peers { map })
     }
 
@@ -103,6 +103,11 @@ impl Peers {
             time: Clock::now().at(value.time_ns),
         }))
     }
+}
+
+/// What to do where the guard of the instance is not there whose pins are in this directory.
+fn remedy(pins: &Path) -> String {
+    format!("attach it with: netoken guard --iface NAME{} --attach --rules FILE", flag_of_pins(pins))
 }
 
 fn open_map(pins: &Path) -> Result<MapHandle> {

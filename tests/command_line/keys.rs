@@ -84,6 +84,55 @@ pub fn a_rotation_in_three_steps() -> Result<()> {
     Ok(())
 }
 
+/// What a hint says to type acts on the same instance.
+pub fn hints_name_the_instance() -> Result<()> {
+    let lab = Lab::new()?;
+    run(&lab, "key list --instance bb")?.code(0)?.err(&["netoken key new RING --instance bb"])?;
+    run(&lab, "key rotate edge --instance bb")?.code(1)?.err(&["netoken key new edge --instance bb"])?;
+    run(&lab, "key new edge --instance bb")?.code(0)?.err(&["netoken key load --instance bb"])?;
+    run(&lab, "key rotate edge --instance bb --step sign")?
+        .code(1)?
+        .err(&["netoken key rotate edge --step add --instance bb"])?;
+    run(&lab, "key rotate edge --instance bb")?
+        .code(0)?
+        .err(&["netoken key load --instance bb; ", "netoken key rotate edge --instance bb\n"])?;
+    run(&lab, "key rotate edge --instance bb")?.code(0)?.err(&["netoken key rotate edge --instance bb\n"])?;
+    (0..14).try_for_each(|_| run(&lab, "key new edge --instance bb")?.code(0).map(drop))?;
+    run(&lab, "key new edge --instance bb")?.code(1)?.err(&["--step retire --instance bb"])?;
+    // The default needs no flag.
+    ensure!(!run(&lab, "key new edge")?.code(0)?.err.contains("--instance"), "a flag that says nothing");
+
+    let file = lab.keys().join("uses-a-ring.toml");
+    fs::write(&file, KEYED)?;
+    let args = format!("-i lo --attach --quiet --instance zz --policy {}", file.display());
+    run(&lab, &args)?.code(1)?.err(&["netoken key new edge --instance zz"])?;
+    fs::write(&file, "[[rule]]\nname = 'all'\ndst = '192.0.2.0/24'\nmode = 'observe'\nkeys = ['edge']\n")?;
+    let args = format!("guard -i lo --attach --instance zz --rules {}", file.display());
+    run(&lab, &args)?.code(1)?.err(&["netoken key new edge --instance zz"])?;
+    let hint = "netoken guard --iface NAME --instance nope --attach";
+    run(&lab, "guard --show --instance nope")?.code(1)?.err(&[hint])?;
+    let text = fs::read_to_string(&file)?;
+    fs::write(&file, text.replace("keys = ['edge']", "tokens = '4e45544f4b454e31'"))?;
+    let args = format!("guard --load --instance nope --rules {}", file.display());
+    run(&lab, &args)?.code(1)?.err(&[hint])?;
+    Ok(())
+}
+
+pub fn adding_is_possible_whatever_is_due() -> Result<()> {
+    let lab = Lab::new()?;
+    run(&lab, "key new edge")?.code(0)?;
+    run(&lab, "key rotate edge")?.code(0)?;
+    run(&lab, "key rotate edge --step add")?.code(0)?.err(&["key 2 of ring 'edge' (verify-only)"])?;
+    run(&lab, "key rotate edge --step retire")?.code(1)?.err(&["not due", "--step sign"])?;
+    run(&lab, "key rotate edge")?.code(0)?.err(&["key 2 of ring 'edge' signs"])?;
+    // Retiring is due.
+    run(&lab, "key rotate edge --step add")?.code(0)?.err(&["key 3 of ring 'edge' (verify-only)"])?;
+    let help = run(&lab, "key rotate --help")?.code(0)?.out;
+    let words: Vec<&str> = help.split_whitespace().collect();
+    ensure!(words.join(" ").contains("add makes a key that only verifies, at any time"), "{help}");
+    Ok(())
+}
+
 pub fn a_file_that_others_can_read_is_refused() -> Result<()> {
     let lab = Lab::new()?;
     run(&lab, "key new edge")?.code(0)?;

@@ -102,7 +102,7 @@ fn with_root() -> Vec<Trial> {
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
             without_the_right_to_look_nothing_is_said_or_changed;
-        keys: a_rotation_in_three_steps a_file_that_others_can_read_is_refused
+        keys: a_rotation_in_three_steps hints_name_the_instance adding_is_possible_whatever_is_due a_file_that_others_can_read_is_refused
             a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
             the_files_decide_what_the_kernel_knows nobody_sees_a_secret
             slots_have_the_length_that_was_asked_for

@@ -63,8 +63,14 @@ pub fn a_query_names_a_broken_instance() -> Result<()> {
     fs::remove_file(world.lab.run.join("bpf/default/policies"))?;
     let said = said(&mut world.lab.netoken(&world.args("-i c0 --query")))?.code(1)?;
     ensure!(said.err.contains("instance 'default'") && said.err.contains("policies"), "{said:#?}");
-    // The next attach repairs it.
+    // The next attach repairs it, and of another instance it is told how.
     world.ok("-i c0 --attach --quiet")?;
+    world.ok("-i c0 --attach --quiet --instance blue")?;
+    fs::remove_file(world.lab.run.join("bpf/blue/policies"))?;
+    let why = world.fails("-i c0 --query --instance blue")?;
+    ensure!(why.contains("netoken --iface NAME --instance blue --attach"), "{why}");
+    world.ok("-i c0 --destroy --instance blue")?;
+    expect_ours(&world.ns, "c0", 1)?;
     expect_ours(&world.ns, "c0", 1)?;
     world.ok("-i c0 --query").map(drop)
 }

@@ -160,7 +160,10 @@ fn without_rights() -> Result<()> {
 fn refused() -> Result<()> {
     let world = World::new(true)?;
     let said = format!("{:#}", peers(&world).err().context("it was opened")?);
-    ensure!(said.contains("attach it with: netoken guard"), "{said}");
+    ensure!(said.contains("attach it with: netoken guard --iface NAME --attach"), "{said}");
+    let other = Peers::open_below(&world.lab.run.join("bpf/blue"));
+    let said = format!("{:#}", other.err().context("it was opened")?);
+    ensure!(said.contains("netoken guard --iface NAME --instance blue --attach"), "{said}");
     attach(&world, "auto", &rules(&world, "drop", STATIC)?)?;
     let guard = peers(&world)?;
     let listener = std::net::UdpSocket::bind("127.0.0.1:0")?;

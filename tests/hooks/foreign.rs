@@ -3,10 +3,11 @@
 use std::ffi::CString;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::symlink;
 use std::ptr;
 
 use anyhow::{Result, ensure};
-use libbpf_rs::{TC_EGRESS, TcHook};
+use libbpf_rs::{MapHandle, MapType, TC_EGRESS, TcHook};
 
 use crate::look::{expect_bare, expect_no_state, expect_ours, foreign, has_clsact, ours, records};
 use crate::support::{ensure_eq, sh};
@@ -134,6 +135,14 @@ pub fn a_foreign_ingress_qdisc_is_an_error_and_stays() -> Result<()> {
     let said = world.fails("-i c0 --attach --quiet")?;
     ensure!(said.contains("clsact") && said.contains("c0"), "{said}");
     ensure!(said.contains("ingress qdisc"), "the message does not say what is in the way: {said}");
+    // Typed as it stands, it acts on this interface and not on one of that name elsewhere.
+    let ns = &world.ns;
+    let remedy = format!("tc -n {ns} qdisc del dev c0 ingress; tc -n {ns} qdisc add dev c0 clsact");
+    ensure!(said.contains(&remedy) && said.contains("the filters on it, which go with it"), "{said}");
+    let by_path = world.lab.run(&format!("--netns /run/netns/{ns} -i c0 --attach --quiet"))?;
+    let said = String::from_utf8(by_path.stderr)?;
+    let remedy = format!("nsenter --net=/run/netns/{ns} tc qdisc del dev c0 ingress; nsenter");
+    ensure!(said.contains(&remedy), "{said}");
     for command in ["--detach", "--destroy"] {
         world.ok(&format!("-i c0 {command}"))?;
         ensure_eq!(
@@ -220,6 +229,59 @@ pub fn tcx_link(ifindex: i32, place: u32) -> Result<OwnedFd> {
 
 pub fn ifindex(world: &World, iface: &str) -> Result<i32> {
     Ok(sh(&format!("ip netns exec {} cat /sys/class/net/{iface}/ifindex", world.ns))?.trim().parse()?)
+}
+
+/// `tc` and `ip` take any BPF file system that they find, where /sys/fs/bpf is not one, and make these there; `xdp` is a
+/// link where the file system has links.
+fn make_as_iproute2(world: &World) -> Result<()> {
+    let bpf = world.lab.run.join("bpf");
+    for dir in ["tc/globals", "ip", "other/globals"] {
+        fs::create_dir_all(bpf.join(dir))?;
+    }
+    Ok(symlink(bpf.join("tc"), bpf.join("xdp"))?)
+}
+
+pub fn directories_of_iproute2_are_no_instances() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    make_as_iproute2(&world)?;
+    // As an attach leaves it that was killed before it had pinned anything.
+    fs::create_dir(world.lab.run.join("bpf/killed"))?;
+    let output = world.run("--query --json")?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(!["'tc'", "'ip'", "'xdp'", "'other'"].iter().any(|name| said.contains(name)), "{said}");
+    ensure_eq!(records(&String::from_utf8(output.stdout)?, "counters")?.len(), 1, "instances");
+    let output = world.run("-i c0 --destroy --instance other")?;
+    ensure!(output.status.success(), "{output:?}");
+    ensure!(world.lab.run.join("bpf/other/globals").exists(), "somebody else's directory is gone");
+    let said = world.fails("-i c0 --attach --quiet --instance other")?;
+    ensure!(said.contains("somebody else's directory") && said.contains("--instance"), "{said}");
+    world.ok("-i c0 --destroy")?;
+    world.ok("-i c0 --destroy --instance killed")?;
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
+pub fn a_pin_of_somebody_else_keeps_the_file_system() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    make_as_iproute2(&world)?;
+    let pin = world.lab.run.join("bpf/tc/globals/theirs");
+    let options = libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+        ..Default::default()
+    };
+    MapHandle::create(MapType::Array, Some("theirs"), 4, 4, 1, &options)?.pin(&pin)?;
+    let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+    let kept =
+        format!("{}/bpf stays mounted: somebody else has pinned tc/globals/theirs", world.lab.run.display());
+    ensure_eq!(said.matches(&kept).count(), 1, "'{kept}' in {said}");
+    ensure!(pin.exists(), "somebody else's pin is gone");
+    expect_bare(&world.ns, "c0")?;
+
+    fs::remove_file(&pin)?;
+    world.ok("-i c0 --destroy")?;
+    expect_no_state(&world.lab)
 }
 
 /// Loads `return TC_ACT_UNSPEC`, under a name.

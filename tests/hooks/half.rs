@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -102,7 +102,9 @@ pub fn the_last_destroy_removes_policy_and_counters() -> Result<()> {
 
     let begin = Instant::now();
     let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
-    ensure!(said.contains("instance 'default' is still used") && said.contains("stay"), "{said}");
+    let elsewhere =
+        "instance 'default' is still used on another interface or in another network namespace: its policy";
+    ensure!(said.contains(elsewhere) && said.contains("stay"), "{said}");
     // What is attached here it need not wait for; where it does, it is twice as long.
     ensure!(begin.elapsed() < Duration::from_secs(5), "it took {:?}", begin.elapsed());
     ensure_eq!(
@@ -122,6 +124,36 @@ pub fn the_last_destroy_removes_policy_and_counters() -> Result<()> {
     ensure_eq!(counter(&world.lab, &world.ns, "default", "syns")?, 0, "the counter after the last destroy");
     world.expect_token("4e45544f4b454e31", "the token is the default again")?;
     Ok(())
+}
+
+pub fn a_destroy_says_if_the_other_program_uses_the_instance() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    let rules = world.lab.run.with_extension("guard.toml");
+    fs::write(
+        &rules,
+        "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n",
+    )?;
+    let guard = |args: &str| world.lab.run(&format!("guard --netns {} -i c0 {args}", world.ns));
+    let attach = || {
+        let output = guard(&format!("--attach --hook tc --rules {}", rules.display()))?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(())
+    };
+    let said = |output: Output| String::from_utf8(output.stderr);
+    let elsewhere = "on another interface or in another network namespace";
+
+    attach()?;
+    world.ok("-i c0 -i c1 --attach --quiet")?;
+    let stamp = said(world.run("-i c0 --destroy")?)?;
+    ensure!(stamp.contains(&format!("still used by its guard, and {elsewhere}: its policy")), "{stamp}");
+    let stamp = said(world.run("-i c1 --destroy")?)?;
+    ensure!(stamp.contains("still used by its guard: its policy and counters stay"), "{stamp}");
+    world.ok("-i c0 --attach --quiet")?;
+    let of_guard = said(guard("--destroy")?)?;
+    ensure!(of_guard.contains("still used by its stamp: its rules, keys and counters stay"), "{of_guard}");
+    world.ok("-i c0 --destroy")?;
+    expect_no_state(&world.lab)
 }
 
 /// Neither for what is attached in a namespace with a name, nor where only a process holds it.

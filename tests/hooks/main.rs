@@ -55,7 +55,8 @@ fn main() -> ExitCode {
             destroy_says_what_became_of_the_qdisc a_foreign_chain_without_filters_keeps_the_qdisc
             destroy_counts_the_filters_that_keep_the_qdisc
             a_foreign_ingress_qdisc_is_an_error_and_stays query_counts_the_filters_that_run_before
-            a_foreign_program_of_our_name_stays;
+            a_foreign_program_of_our_name_stays directories_of_iproute2_are_no_instances
+            a_pin_of_somebody_else_keeps_the_file_system;
         marks: a_clsact_that_was_made_anew_is_not_ours a_clsact_of_an_interface_with_a_used_index_is_not_ours
             a_clsact_of_a_namespace_with_a_used_number_is_not_ours a_deleted_namespace_leaves_no_mark;
         place: priority_and_handle_can_be_chosen another_place_leaves_exactly_one_filter
@@ -67,7 +68,7 @@ fn main() -> ExitCode {
             a_guard_that_cannot_move_everywhere_stays_where_it_was
             a_failed_attach_keeps_what_detach_kept detach_keeps_policy_and_counters
             the_last_destroy_removes_policy_and_counters
-            a_destroy_waits_for_nothing_that_is_attached_elsewhere destroy_without_an_interface_takes_all;
+            a_destroy_says_if_the_other_program_uses_the_instance a_destroy_waits_for_nothing_that_is_attached_elsewhere destroy_without_an_interface_takes_all;
         changes: a_removed_interface_is_reported_and_ends_the_stream detach_on_exit_leaves_no_state_after_a_removal a_renamed_interface_is_reported_and_streams_on
             a_moved_interface_is_reported_and_ends_the_stream a_deleted_filter_is_reported_and_ends_the_stream
             a_deleted_qdisc_is_reported_and_ends_the_stream the_stream_goes_on_while_one_interface_is_left

@@ -36,6 +36,12 @@ pub fn an_alternative_name_will_do() -> Result<()> {
     expect_ours(&world.ns, "c0", 1)?;
     world.ok("-i uplink --query")?;
     world.ok("-i uplink --destroy")?;
+    expect_bare(&world.ns, "c0")?;
+    // Such a name may be longer than one of an interface can be.
+    sh(&format!("ip -n {} link property add dev c0 altname uplink-of-the-first-rack", world.ns))?;
+    world.ok("-i uplink-of-the-first-rack --attach --quiet")?;
+    expect_ours(&world.ns, "c0", 1)?;
+    world.ok("-i uplink-of-the-first-rack --destroy")?;
     expect_bare(&world.ns, "c0")
 }
 

@@ -112,7 +112,7 @@ fn rounds(count: usize) -> Result<u32> {
     }
     ensure_eq!(hooks.destroy_clsact(&lock, &link)?, Qdisc::Removed, "what became of the qdisc");
     drop(programs);
-    ensure!(remove_unused(&state, &lock, "default")?, "the instance is still in use");
+    ensure!(remove_unused(&state, &lock, "default")?.is_empty(), "the instance is still in use");
     drop(hooks);
     state.remove_if_empty(lock)?;
     Ok(id)

@@ -19,7 +19,7 @@ use crate::guard::rules::Rules;
 use crate::hooks::clsact::Qdisc;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::xdp::{Foreign, Mode};
-use crate::netns::Netns;
+use crate::netns;
 use crate::policy::values::Prefix;
 use crate::privileges;
 use crate::state::State;
@@ -308,7 +308,7 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
         return Ok(());
     }
     if let Some(netns) = &args.netns {
-        Netns::open(netns)?.enter()?;
+        netns::enter(netns)?;
     }
     let scope = Scope {
         ifaces: args.iface.clone(),

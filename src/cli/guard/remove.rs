@@ -1,12 +1,14 @@
 //! `netoken guard --detach` and `--destroy`: take away what we attached, and nothing else.
 
+use std::collections::HashSet;
+
 use anyhow::Result;
 
 use super::{Record, print_json};
 use crate::cli::args::Scope;
 use crate::hooks::clsact::{Hooks, Qdisc};
 use crate::hooks::netlink::{Netlink, Side};
-use crate::hooks::unused::remove_unused;
+use crate::hooks::unused::{remove_unused, used_where};
 use crate::hooks::xdp::take_xdp;
 use crate::privileges;
 use crate::state::State;
@@ -30,7 +32,7 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
             done.push((link, programs, qdisc));
         }
     }
-    let in_use = destroy && !remove_unused(&state, &lock, &scope.instance)?;
+    let users = if destroy { remove_unused(&state, &lock, &scope.instance)? } else { HashSet::new() };
     drop(hooks);
     state.remove_if_empty(lock)?;
 
@@ -43,11 +45,15 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
         note!("{}: {what}{}", link.name, Qdisc::as_clause(*qdisc));
     }
     if done.is_empty() && all && !scope.json {
-        let also = if had_state && !in_use { "; its rules and counters are removed" } else { "" };
+        let also = if had_state && users.is_empty() { "; its rules and counters are removed" } else { "" };
         note!("the guard of instance '{}' is not attached to any interface here{also}", scope.instance);
     }
-    if in_use {
-        note!("instance '{}' is still used elsewhere: its rules, keys and counters stay", scope.instance);
+    if !users.is_empty() {
+        note!(
+            "instance '{}' is still used {}: its rules, keys and counters stay",
+            scope.instance,
+            used_where(&users, true)
+        );
     }
     Ok(())
 }

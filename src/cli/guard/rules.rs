@@ -13,7 +13,7 @@ use crate::hooks::loaded::Role;
 use crate::keys::file::KeyDir;
 use crate::keys::{self, Key};
 use crate::privileges;
-use crate::state::{Instance, State};
+use crate::state::{Instance, State, instance_flag};
 
 /// The instance's keys, which must suffice for the rules; nothing if it has no key directory.
 pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> Result<Option<Vec<Key>>> {
@@ -24,8 +24,9 @@ pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> R
         if !keys.iter().any(|key| key.ring() == ring && key.is_live()) {
             bail!(
                 "{doing}: the rules accept tokens of key ring '{ring}', of which there is no key in {}; copy the key \
-                 file of the host that makes them there, or make one with: netoken key new {ring}",
-                dir.path().display()
+                 file of the host that makes them there, or make one with: netoken key new {ring}{}",
+                dir.path().display(),
+                instance_flag(instance)
             );
         }
     }
@@ -72,7 +73,8 @@ pub(super) fn put(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
         let programs = of_instance(&state, &scope.instance)?;
         if programs.is_empty() {
             bail!(
-                "{doing}: its guard is not attached; it gets rules when it is: netoken guard --iface ... --attach"
+                "{doing}: its guard is not attached; it gets rules when it is: netoken guard {} --attach",
+                scope.flags("NAME")
             );
         }
         // Where it is attached at XDP there is nothing that could be marked.

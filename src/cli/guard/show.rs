@@ -25,8 +25,9 @@ fn running(doing: &str, scope: &Scope) -> Result<Running> {
     let exists = State::find()?.is_some_and(|state| state.instance(&scope.instance).exists());
     if !exists {
         bail!(
-            "{doing}: there is no instance '{}'; attach its guard with: netoken guard --iface NAME --attach --rules FILE",
-            scope.instance
+            "{doing}: there is no instance '{}'; attach its guard with: netoken guard {} --attach --rules FILE",
+            scope.instance,
+            scope.flags("NAME")
         );
     }
     let (state, _lock) = State::create()?;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::{Progress, read, refuse};
-use crate::netns::Netns;
+use crate::netns;
 use crate::policy::compile::{Naming, compile};
 
 /// Check a policy: every error is shown with its line; nothing is changed
@@ -32,7 +32,7 @@ pub(super) struct CheckArgs {
 
 pub(super) fn run(args: &CheckArgs) -> Result<()> {
     if let Some(netns) = &args.netns {
-        Netns::open(netns)?.enter()?;
+        netns::enter(netns)?;
     }
     let checked = read(&args.file, args.allow_missing, &Progress::new(false))?;
     let compiled =

@@ -9,7 +9,7 @@ use crate::policy::read::{Options, read_text};
 use crate::policy::running::{self, LoadError, Running};
 use crate::privileges;
 use crate::program::Maps;
-use crate::state::Instance;
+use crate::state::{Instance, instance_flag};
 
 /// Add a rule to the policy in use; the file that it came from is left alone
 #[derive(Debug, Args)]
@@ -107,13 +107,14 @@ pub(super) fn add(args: &AddArgs) -> Result<()> {
     change(&args.common, |policy| {
         if policy.rules.iter().any(|other| other.name == rule.name) {
             bail!(
-                "adding rule '{}': there is one of that name; remove it first: netoken policy del",
-                rule.name
+                "adding rule '{}': there is one of that name; remove it first: netoken policy del {0}{1}",
+                rule.name,
+                instance_flag(&args.common.instance)
             );
         }
         let place = match (&args.before, &args.after) {
-            (Some(name), _) => find(policy, name)?,
-            (_, Some(name)) => find(policy, name)? + 1,
+            (Some(name), _) => find(&args.common, policy, name)?,
+            (_, Some(name)) => find(&args.common, policy, name)? + 1,
             _ if args.last => policy.rules.len(),
             _ => 0,
         };
@@ -125,14 +126,14 @@ pub(super) fn add(args: &AddArgs) -> Result<()> {
 pub(super) fn del(args: &DelArgs) -> Result<()> {
     change(&args.common, |policy| {
         for name in &args.names {
-            let at = find(policy, name)?;
+            let at = find(&args.common, policy, name)?;
             policy.rules.remove(at);
         }
         Ok(())
     })
 }
 
-fn find(policy: &Policy, name: &str) -> Result<usize> {
+fn find(common: &Common, policy: &Policy, name: &str) -> Result<usize> {
     if let Some(at) = policy.rules.iter().position(|rule| &*rule.name == name) {
         return Ok(at);
     }
@@ -141,7 +142,10 @@ fn find(policy: &Policy, name: &str) -> Result<usize> {
     let near = names.max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
     match near {
         Some(near) => bail!("there is no rule '{name}' in use; did you mean '{near}'?"),
-        None => bail!("there is no rule '{name}' in use; see: netoken policy show"),
+        None => {
+            let flag = instance_flag(&common.instance);
+            bail!("there is no rule '{name}' in use; see: netoken policy show{flag}")
+        }
     }
 }
 

@@ -13,14 +13,14 @@ use super::args::instance;
 use super::outdated;
 use crate::files::Files;
 use crate::keys::file::keys_for;
-use crate::netns::Netns;
+use crate::netns;
 use crate::policy::Policy;
 use crate::policy::read::{Checked, Options, read_file};
 use crate::policy::report::Report;
 use crate::policy::running::{self, LoadError};
 use crate::privileges;
 use crate::program::Maps;
-use crate::state::{Instance, Lock, State};
+use crate::state::{Instance, Lock, State, instance_flag};
 
 mod ask;
 mod check;
@@ -217,22 +217,18 @@ fn refuse(report: &Report) -> anyhow::Error {
 impl Common {
     /// Goes where names of interfaces are looked up.
     fn enter(&self) -> Result<()> {
-        self.netns.as_ref().map_or(Ok(()), |netns| Netns::open(netns)?.enter())
+        self.netns.as_ref().map_or(Ok(()), |netns| netns::enter(netns))
     }
 
     /// The state, if the instance exists; nobody else changes it until the lock is dropped.
     fn open(&self) -> Result<(State, Lock)> {
         let exists = State::find()?.is_some_and(|state| state.instance(&self.instance).exists());
         if !exists {
-            let flag = if self.instance == "default" {
-                String::new()
-            } else {
-                format!(" --instance {}", self.instance)
-            };
             bail!(
                 "looking for the policy of instance '{}': there is no such instance; make one by attaching: netoken \
-                 --iface NAME --attach --quiet{flag}",
-                self.instance
+                 --iface NAME --attach --quiet{}",
+                self.instance,
+                instance_flag(&self.instance)
             );
         }
         State::create()
