@@ -154,9 +154,9 @@ fn nothing(scope: &Scope, held: &[Held]) -> Result<()> {
     }
     if scope.is_one_instance && held.is_empty() {
         bail!(
-            "looking for instance '{0}': there is none; netoken --query lists all, and netoken --iface NAME \
-             --attach --instance {0} makes it",
-            scope.instance
+            "looking for instance '{}': there is none; netoken --query lists all, and netoken {} --attach makes it",
+            scope.instance,
+            scope.flags("NAME")
         );
     }
     if !scope.json {

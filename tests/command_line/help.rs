@@ -71,7 +71,7 @@ pub fn an_example_is_shown() -> Result<()> {
 
 pub fn a_flag_in_the_wrong_place_is_named_alone() -> Result<()> {
     for mode in ["--query", "--detach", "--destroy"] {
-        let said = netoken(&["-i", "eth0", mode, "--sample", "5"])?.code(2)?.err(&[mode, "--sample"])?;
+        let said = netoken(&["-i", "none0", mode, "--sample", "5"])?.code(2)?.err(&[mode, "--sample"])?;
         ensure!(!said.err.contains("--exid"), "flags that nobody typed: {said:#?}");
     }
     Ok(())
@@ -85,33 +85,36 @@ pub fn help_and_version_are_no_errors() -> Result<()> {
     Ok(())
 }
 
+/// Of an interface that is not there, so that nothing happens if it is taken for right.
 pub fn wrong_usage_is_exit_code_2() -> Result<()> {
     for line in [
         "",
-        "--iface eth0",
+        "--iface none0",
         "--attach",
         "--detach",
         "--attach --iface",
-        "--iface eth0 --attach --detach",
-        "--iface eth0 --query --destroy",
-        "--iface eth0 --query --quiet",
-        "--iface eth0 --destroy --priority 7",
-        "--iface eth0 --attach --sample 0",
-        "--iface eth0 --attach --sample many",
-        "--iface eth0 --attach --quiet --detach-on-exit",
-        "--iface eth0 --attach --option-kind 8",
-        "--iface eth0 --attach --exid 0x10000",
-        "--iface eth0 --attach --instance a.b",
-        "--iface eth0 --attach --instance ../up",
+        "--iface none0 --attach --detach",
+        "--iface none0 --query --destroy",
+        "--iface none0 --query --quiet",
+        "--iface none0 --destroy --priority 7",
+        "--iface none0 --attach --sample 0",
+        "--iface none0 --attach --sample many",
+        "--iface none0 --attach --quiet --detach-on-exit",
+        "--iface none0 --attach --option-kind 8",
+        "--iface none0 --attach --exid 0x10000",
+        "--iface none0 --attach --instance a.b",
+        "--iface none0 --attach --instance ../up",
         "--query --instance tc",
         "guard --query --instance xdp",
         "key list --instance ip",
-        "--iface eth0 --attach --priority 65536",
-        "--iface eth0 --attach --token 0011223344556677 --policy p.toml",
-        "--iface eth0 --attach extra",
-        "--iface eth0 --attch",
-        "--iface eth0 --attach --slot 0",
-        "--iface eth0 --query --slot 16",
+        "--iface none0 --attach --priority 65536",
+        "--iface none0 --attach --token 0011223344556677 --policy p.toml",
+        "--iface none0 --attach extra",
+        "--iface none0 --attch",
+        "--iface none0 --attach --slot 0",
+        "--iface none0 --attach --hook xdp",
+        "--iface none0 --attach --hook tcx --priority 7",
+        "--iface none0 --query --slot 16",
         "key",
         "key new",
         "key new Edge",
@@ -130,7 +133,7 @@ pub fn wrong_usage_is_exit_code_2() -> Result<()> {
 
 pub fn a_bad_token_is_named_with_what_is_right() -> Result<()> {
     for token in ["00", "001122334455667g", "00112233445566778", "", "ä0112233445566"] {
-        netoken(&["--iface", "lo", "--attach", "--token", token])?
+        netoken(&["--iface", "none0", "--attach", "--token", token])?
             .code(2)?
             .err(&["--token", "16 hexadecimal digits", "4e45544f4b454e31"])
             .with_context(|| format!("token '{token}'"))?;

@@ -111,9 +111,10 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
         }
         if scope.is_one_instance && instances.is_empty() {
             bail!(
-                "looking for the guard of instance '{0}': there is none; netoken guard --query lists all, and netoken \
-                 guard --iface NAME --attach --rules FILE --instance {0} makes it",
-                scope.instance
+                "looking for the guard of instance '{}': there is none; netoken guard --query lists all, and netoken \
+                 guard {} --attach --rules FILE makes it",
+                scope.instance,
+                scope.flags("NAME")
             );
         }
         if !scope.json {
