@@ -94,7 +94,7 @@ pub fn one_instance_can_be_asked_for() -> Result<()> {
         }
     }
     let no_such = world.fails("--query --instance none")?;
-    expect(&no_such, &["instance 'none': there is none", "--attach --instance none"])?;
+    expect(&no_such, &["instance 'none': there is none", "--instance none --attach"])?;
     let no_such = world.fails("--query --instance none -i c0")?;
     expect(&no_such, &["on c0 with instance 'none': there are none", "--instance none --attach"])?;
     world.ok("-i c0 --detach --instance blue")?;
