@@ -19,6 +19,8 @@ const FILE_MAX_BYTES: u64 = 1 << 32;
 /// looked at a time between two ticks, and a tick is 10 ms at most. What is further ahead is from another clock.
 const TICK: Duration = Duration::from_millis(10);
 
+const BYTE_ORDER_MARK: char = '\u{feff}';
+
 /// How long the writer of a pipe may take for the first and each further piece.
 const PIPE_PATIENCE_MS: u16 = 5000;
 
@@ -74,6 +76,10 @@ impl Files {
             true => Pipe(file).read_to_string(&mut text)?,
             false => file.read_to_string(&mut text)?,
         };
+        // Some editors begin a file with a byte order mark, which nobody sees.
+        if text.starts_with(BYTE_ORDER_MARK) {
+            text.remove(0);
+        }
         Ok(text)
     }
 
@@ -251,6 +257,14 @@ mod tests {
         assert_eq!((files.as_read(), files.now()), (vec![None], vec![None]));
         fs::write(&path, "one").unwrap();
         assert_ne!(files.as_read(), files.now());
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_text() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("list");
+        fs::write(&path, "\u{feff}192.0.2.1\n").unwrap();
+        assert_eq!(Files::default().read(&path).unwrap(), "192.0.2.1\n");
     }
 
     #[test]

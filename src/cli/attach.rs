@@ -273,8 +273,10 @@ impl Job<'_> {
             if first && !running {
                 self.restored = Some(state::newest(&self.instance.policy_dir));
             }
+            let of_other_version = self.renewal.as_ref().is_some_and(|renewal| renewal.lacks("policies"));
             // What a program went by whose maps are gone may be remembered as well.
-            if first && !running && given.is_none() && (!self.is_new || lost > 0) {
+            let may_be = (!self.is_new || lost > 0) && running::is_remembered(self.instance);
+            if first && !running && given.is_none() && (of_other_version || may_be) {
                 running = running::restore(self.instance, &program.maps)?;
             }
             if first && !running {

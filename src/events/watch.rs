@@ -41,7 +41,7 @@ impl fmt::Display for Change {
             Change::Gone => {
                 f.write_str("removed, or moved to another network namespace, and our filter is gone with it")
             }
-            Change::Detached => f.write_str("our filter was removed by somebody else"),
+            Change::Detached => f.write_str("our filter was removed"),
         }
     }
 }

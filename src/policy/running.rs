@@ -217,7 +217,10 @@ impl Memory {
         let write = || -> Result<()> {
             fs::create_dir_all(&instance.policy_dir)?;
             fs::write(&toml, to_toml(policy))?;
-            fs::write(&json, serde_json::to_vec(self)?)?;
+            // In one step, and last: where it is, all is there.
+            let next = instance.policy_dir.join("next");
+            fs::write(&next, serde_json::to_vec(self)?)?;
+            fs::rename(&next, &json)?;
             Ok(())
         };
         write().with_context(|| format!("writing {}", toml.display()))
@@ -260,6 +263,11 @@ fn remembered(instance: &Instance, generation: u64) -> Result<Running> {
         loaded: humantime::parse_rfc3339(&memory.loaded)?,
         source: memory.source,
     })
+}
+
+/// Whether the last policy is remembered. Of that of an attach that was killed there may be a part, and nothing goes by it.
+pub fn is_remembered(instance: &Instance) -> bool {
+    state::newest(&instance.policy_dir).is_some_and(|number| Memory::paths(instance, number).1.exists())
 }
 
 /// Puts what is remembered into maps that have no policy, because those that had it are of another version of netoken.

@@ -110,7 +110,8 @@ fn with_root() -> Vec<Trial> {
             a_time_namespace_does_not_shift_the_clock;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
             a_relative_directory_is_below_the_current_one
-            a_query_names_a_broken_instance a_query_finds_what_is_attached_without_its_state;
+            a_query_names_a_broken_instance a_query_finds_what_is_attached_without_its_state
+            what_a_killed_attach_began_to_remember_is_no_policy;
         guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
             a_destroyed_guard_ends_the_watch a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;

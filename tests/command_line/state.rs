@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use libbpf_rs::MapType;
+use libbpf_rs::{MapCore, MapHandle, MapType};
 
 use crate::lab::NETOKEN;
 use crate::look::{expect_bare, expect_ours};
@@ -103,4 +103,16 @@ pub fn a_query_finds_what_is_attached_without_its_state() -> Result<()> {
     world.lab.ok(&guard("--destroy"))?;
     world.ok("-i c0 --destroy")?;
     expect_bare(&world.ns, "c0")
+}
+
+/// As if it had been killed while it wrote down the policy that was to be the first.
+pub fn what_a_killed_attach_began_to_remember_is_no_policy() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+    world.ok("-i c0 --detach")?;
+    let policies = MapHandle::from_pinned_path(world.lab.run.join("bpf/default/policies"))?;
+    policies.delete(&0u32.to_ne_bytes())?;
+    fs::remove_file(world.lab.run.join("default.policy/1.json"))?;
+    world.ok("-i c0 --attach --quiet")?;
+    world.expect_token("4e45544f4b454e31", "the default token")
 }

@@ -87,20 +87,25 @@ pub fn attaching_twice_keeps_policy_counters_and_place() -> Result<()> {
 }
 
 pub fn replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect() -> Result<()> {
-    const REPLACEMENTS: usize = 30;
     let world = World::new()?;
     world.ok("-i c0 --attach --quiet")?;
+    while_connecting(&world, 30, || world.ok("-i c0 --attach --quiet").map(drop))?;
+    expect_ours(&world.ns, "c0", 1)
+}
+
+/// Changes something so many times while connections are made, of which none may fail and every SYN has to be stamped once.
+pub fn while_connecting(world: &World, times: u64, mut change: impl FnMut() -> Result<()>) -> Result<()> {
     let listener = world.listen("10.77.0.2:0")?;
     let stop = AtomicBool::new(false);
-
-    thread::scope(|scope| -> Result<()> {
+    thread::scope(|scope| {
         let load = scope.spawn(|| world.lab.within(&world.ns, || connect_until(&listener, &stop)));
-        let replaced = (0..REPLACEMENTS).try_for_each(|_| world.ok("-i c0 --attach --quiet").map(drop));
+        let changed = (0..times).try_for_each(|_| change());
         stop.store(true, Ordering::Release);
         let made = load.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        replaced?;
-        ensure!(made >= REPLACEMENTS as u64, "only {made} connections in {REPLACEMENTS} replacements");
-        // Exactly: one SYN for each connection, and those that a machine with much to do made the kernel send again.
+        changed?;
+        ensure!(made >= times, "only {made} connections in {times} changes");
+        // Exactly: one SYN for each connection, and those that were sent again: because a machine had much to do, or a
+        // clsact qdisc came or went, with which the kernel loses packets.
         let again = kernel_counter(&world.ns, "TcpExtTCPSynRetrans")?;
         ensure_eq!(
             counter(&world.lab, &world.ns, "default", "stamped")?,
@@ -108,13 +113,12 @@ pub fn replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect() -> Result<()
             "SYNs stamped, connections made and the {again} SYNs sent again for them"
         );
         Ok(())
-    })?;
-    expect_ours(&world.ns, "c0", 1)
+    })
 }
 
 /// Connects and accepts again and again, looks at every SYN, and returns how many there were. One after the
 /// other, so that a machine with much to do cannot let the queue of the listener overflow.
-pub fn connect_until(listener: &TcpListener, stop: &AtomicBool) -> Result<u64> {
+fn connect_until(listener: &TcpListener, stop: &AtomicBool) -> Result<u64> {
     let addr = listener.local_addr()?;
     let mut made = 0;
     while !stop.load(Ordering::Acquire) {
