@@ -65,8 +65,7 @@ static __always_inline __u32 judge_plain(void *ctx, const enum hook hook, const 
 	__u64 token = 0;
 	__u32 at, found;
 
-	if (!tcp || (tcp->flags & (TCP_FLAG_SYN | TCP_FLAG_ACK | TCP_FLAG_FIN | TCP_FLAG_RST)) !=
-			    TCP_FLAG_SYN)
+	if (!tcp || (tcp->flags & TCP_FLAGS_OF_SYN) != TCP_FLAG_SYN)
 		return GUARD_NONE;
 	scratch->reach = REACH_PORT;
 	flow->sport_be = tcp->sport_be;

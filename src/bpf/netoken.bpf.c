@@ -13,6 +13,7 @@
 #include "kernel.h"
 #include "types.h"
 #include "maps.h"
+#include "fast_path.h"
 #include "parse.h"
 #include "policy.h"
 #include "token.h"
@@ -78,18 +79,18 @@ static __noinline int classify(struct __sk_buff *skb, __u32 l2_len)
 SEC("tc")
 int netoken_egress(struct __sk_buff *skb)
 {
-	if (unlikely(!is_surely_no_syn(skb, ETH_HEADER_LEN)))
-		return classify(skb, ETH_HEADER_LEN);
-	return TC_ACT_UNSPEC;
+	if (is_surely_no_syn(skb, ETH_HEADER_LEN))
+		return TC_ACT_UNSPEC;
+	return classify(skb, ETH_HEADER_LEN);
 }
 
 /* For a device whose packets begin with layer 3. */
 SEC("tc")
 int netoken_egress3(struct __sk_buff *skb)
 {
-	if (unlikely(!is_surely_no_syn(skb, 0)))
-		return classify(skb, 0);
-	return TC_ACT_UNSPEC;
+	if (is_surely_no_syn(skb, 0))
+		return TC_ACT_UNSPEC;
+	return classify(skb, 0);
 }
 
 /* Answers `netoken policy test`, with the function that decides over packets. */

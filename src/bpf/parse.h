@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Finds the TCP SYN in an outgoing packet and says where it is and whose it is. Everything that is
- * not a SYN leaves here after a few loads: no helper, no map, no call.
+ * Finds the TCP SYN in an outgoing packet and says where it is and whose it is. Nearly every other
+ * packet has left in fast_path.h.
  *
  * The contract of every function: a pointer into the packet is checked against `end` before it is
  * read, at the place where it is read. Lengths come from the wire and are hostile.
@@ -26,9 +26,6 @@
 #define PULL_LEN_BYTES 256
 #define PULL_LEN_MAX_BYTES (L4_OFF_MAX + TCP_HEADER_LEN + TCP_OPTIONS_MAX)
 
-/* ECE and CWR do not matter: an ECN SYN is a SYN. One with FIN or RST opens nothing. */
-#define TCP_FLAGS_OF_SYN (TCP_FLAG_SYN | TCP_FLAG_ACK | TCP_FLAG_RST | TCP_FLAG_FIN)
-
 enum parsed {
 	PARSED_OTHER, /* not a SYN */
 	PARSED_SYN,
@@ -43,14 +40,9 @@ struct layers {
 	bool is_fragment;
 };
 
-static __always_inline __u8 syn_flags(__u8 flags)
-{
-	return flags & TCP_FLAGS_OF_SYN;
-}
-
 static __always_inline bool is_syn(__u8 flags)
 {
-	return syn_flags(flags) == TCP_FLAG_SYN;
+	return (flags & TCP_FLAGS_OF_SYN) == TCP_FLAG_SYN;
 }
 
 /*
@@ -272,57 +264,6 @@ static __always_inline enum parsed parse_linear(struct __sk_buff *skb, __u32 l2_
 
 	*scratch = this_scratch();
 	return *scratch ? describe_syn(*scratch, skb, &layers, tcp, end) : PARSED_OTHER;
-}
-
-/* A branch that stays as it is written. The compiler would join the ends of what is done for IPv4
- * and for IPv6, and the jumps that this takes would be half of what a packet costs. */
-#define GOTO_IF(value, is, constant, label)                      \
-	asm volatile goto("if %0 " #is " %1 goto %l[" #label "]" \
-			  :                                      \
-			  : "r"((__u64)(value)), "i"(constant)   \
-			  :                                      \
-			  : label)
-
-/*
- * Tells the packets that a machine sends all day from those that need a closer look: no tag, no IP
- * options, no extension headers. Says no more than that: what it does not know is for parse_syn().
- * Where a TCP header would have its flags and there are none of a SYN, there is no SYN, whatever
- * the packet is.
- *
- * `l2_len` is a constant and not a setting: reading that would be half of what all this costs.
- */
-static __always_inline bool is_surely_no_syn(struct __sk_buff *skb, const __u32 l2_len)
-{
-	__u8 *l3 = (void *)(long)skb->data + l2_len;
-	void *end = (void *)(long)skb->data_end;
-	__u16 proto;
-	__u8 next;
-
-	if (unlikely((void *)l3 + IPV4_HEADER_LEN + sizeof(struct tcp_head) > end))
-		return false;
-	if (l2_len)
-		proto = *(__be16 *)(l3 - 2);
-	else
-		proto = l3[0] >> 4 == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
-
-	if (proto == bpf_htons(ETH_P_IP)) {
-		GOTO_IF(l3[0], !=, 0x45, unsure);
-		GOTO_IF(syn_flags(l3[IPV4_HEADER_LEN + offsetof(struct tcp_head, flags)]), ==,
-			TCP_FLAG_SYN, unsure);
-		return true;
-	}
-	GOTO_IF(proto, !=, bpf_htons(ETH_P_IPV6), unsure);
-	if (unlikely((void *)l3 + IPV6_HEADER_LEN + sizeof(struct tcp_head) > end))
-		return false;
-	next = l3[offsetof(struct ipv6hdr, nexthdr)];
-	GOTO_IF(next, !=, IPPROTO_TCP, not_tcp);
-	GOTO_IF(syn_flags(l3[IPV6_HEADER_LEN + offsetof(struct tcp_head, flags)]), ==, TCP_FLAG_SYN,
-		unsure);
-	return true;
-not_tcp:
-	return likely(next == IPPROTO_UDP);
-unsure:
-	return false;
 }
 
 /* Out of line: the compiler would share the loads with those that become pointers, and cut them to

@@ -25,6 +25,8 @@
 #define TCP_FLAG_SYN 0x02
 #define TCP_FLAG_RST 0x04
 #define TCP_FLAG_ACK 0x10
+/* ECE and CWR do not matter: an ECN SYN is a SYN. One with FIN or RST opens nothing. */
+#define TCP_FLAGS_OF_SYN (TCP_FLAG_SYN | TCP_FLAG_ACK | TCP_FLAG_RST | TCP_FLAG_FIN)
 
 #define TCPOPT_EOL 0
 #define TCPOPT_NOP 1
