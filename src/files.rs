@@ -93,6 +93,11 @@ impl Files {
         self.len() == 0
     }
 
+    /// The one that was read first, and that names the others.
+    pub(crate) fn first(&self) -> Option<PathBuf> {
+        self.seen().first().map(|seen| seen.path.clone())
+    }
+
     /// What each was like before it was read. Nothing of one that was not there, and of one whose last change is so near
     /// that the next could look the same: what is found there later counts as a change of either.
     pub(crate) fn as_read(&self) -> Vec<Option<Stamp>> {

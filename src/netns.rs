@@ -103,6 +103,15 @@ impl Netns {
         self.file.metadata().map_or(0, |metadata| metadata.ino() as u32)
     }
 
+    /// The name that `ip netns` gave it; nothing for the one of the first process, where a machine's own interfaces are.
+    pub fn given_name(&self) -> Option<String> {
+        let inode = |path: &Path| fs::metadata(path).map(|file| file.ino() as u32);
+        if inode(Path::new("/proc/1/ns/net")).ok() == Some(self.inode()) {
+            return None;
+        }
+        names().into_iter().find(|name| inode(&Path::new(NAMED).join(name)).ok() == Some(self.inode()))
+    }
+
     /// Moves the calling thread into it.
     ///
     /// # Errors

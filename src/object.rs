@@ -9,6 +9,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, Object, OpenMapMut, OpenObject, Pr
 use plain::Plain;
 
 use crate::pins::{Wanted, path_of};
+use crate::state::shown;
 
 /// The map of a loaded object that has this name.
 pub(crate) fn map(object: &Object, name: &str) -> Result<MapHandle> {
@@ -21,7 +22,7 @@ pub(crate) fn map(object: &Object, name: &str) -> Result<MapHandle> {
 pub(crate) fn pin_below(dir: &Path, object: &mut OpenObject, names: &[&str]) -> Result<()> {
     named(object, names)?.into_iter().try_for_each(|mut map| {
         let path = path_of(dir, &map.name().to_string_lossy());
-        map.set_pin_path(&path).with_context(|| format!("choosing {} as a pin", path.display()))
+        map.set_pin_path(&path).with_context(|| format!("choosing {} as a pin", shown(&path).display()))
     })
 }
 

@@ -17,7 +17,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, OpenMapMut};
 use zeroize::Zeroizing;
 
 use crate::guard::types::Size as GuardSize;
-use crate::state::flag_of_pins;
+use crate::state::{flag_of_pins, shown};
 use crate::types::Size;
 
 /// What the name of a pin that is set aside ends in.
@@ -75,7 +75,7 @@ pub(crate) fn ids(dir: &Path) -> Result<Vec<(String, u32)>> {
 
 /// The names of all pins below a directory, sorted.
 fn names(dir: &Path) -> Result<Vec<String>> {
-    let doing = || format!("listing the pins in {}", dir.display());
+    let doing = || format!("listing the pins in {}", shown(dir).display());
     let entries: Result<Vec<_>, io::Error> = fs::read_dir(dir).with_context(doing)?.collect();
     let entries = entries.with_context(doing)?;
     let mut names: Vec<String> =

@@ -7,9 +7,9 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::args::Scope;
-use crate::hooks::clsact::Qdisc;
 use crate::hooks::egress::Egress;
 use crate::hooks::netlink::{Link, Netlink};
+use crate::hooks::qdisc::Qdisc;
 use crate::hooks::unused::{remove_unused, used_where};
 use crate::privileges;
 use crate::state::State;

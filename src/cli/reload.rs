@@ -24,6 +24,8 @@ pub(super) struct Reload<'a, L> {
     /// At the last look. A file that still changes is not read.
     seen: Vec<Option<Stamp>>,
     next_look: Instant,
+    /// The file is not there, which was told.
+    is_gone: bool,
 }
 
 impl<'a, L: FnMut(&Files) -> Result<String>> Reload<'a, L> {
@@ -31,7 +33,7 @@ impl<'a, L: FnMut(&Files) -> Result<String>> Reload<'a, L> {
     /// in one line.
     pub fn new(what: &'static str, files: Files, watch: bool, asked: &'a AtomicBool, load: L) -> Self {
         let seen = files.as_read();
-        Reload { what, load, files, watch, asked, seen, next_look: Instant::now() + PAUSE }
+        Reload { what, load, files, watch, asked, seen, next_look: Instant::now() + PAUSE, is_gone: false }
     }
 
     /// Loads it again if that is asked for or due.
@@ -68,7 +70,16 @@ impl<'a, L: FnMut(&Files) -> Result<String>> Reload<'a, L> {
         let now = self.files.now();
         let is_calm = now == self.seen;
         self.seen = now;
-        // Between two steps of a replacement a file may not be there.
-        is_calm && self.seen != self.files.as_read() && self.seen.first().is_some_and(Option::is_some)
+        if !is_calm {
+            return false;
+        }
+        let is_there = self.seen.first().is_some_and(Option::is_some);
+        if !is_there && !self.is_gone {
+            let path = self.files.first().unwrap_or_default();
+            note!("{} is gone; still in use: the {} as loaded before", path.display(), self.what);
+        }
+        self.is_gone = !is_there;
+        // Not that it is gone: what runs goes on without it.
+        is_there && self.seen != self.files.as_read()
     }
 }

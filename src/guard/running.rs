@@ -204,7 +204,7 @@ impl Memory {
             fs::write(&json, serde_json::to_vec(self)?)?;
             Ok(())
         };
-        write().with_context(|| format!("writing {}", toml.display()))
+        write().with_context(|| format!("writing {}", state::shown(&toml).display()))
     }
 }
 

@@ -7,11 +7,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
-use super::clsact::{self, Attachment, Hooks, Place, Qdisc, Taken};
+use super::clsact::{self, Attachment, Hooks, Place, Taken};
 use super::loaded::{Loaded, loaded_programs};
 use super::netlink::{Filter, Link, Netlink, Side};
+use super::qdisc::Qdisc;
 use super::tcx::{
-    AttachedTcx, TcxAttachment, attach_tcx, attached_tcx, ids, put_back_tcx, take_tcx, undo_tcx,
+    AttachedTcx, TakenTcx, TcxAttachment, attach_tcx, attached_tcx, ids, put_back_tcx, take_tcx, undo_tcx,
 };
 use crate::state::{Lock, State};
 
@@ -96,7 +97,7 @@ pub struct Egress<'a> {
 #[derive(Debug)]
 pub enum Done {
     /// A filter, and what was at tcx.
-    Clsact(Attachment, Vec<OwnedFd>),
+    Clsact(Attachment, Vec<TakenTcx>),
     /// At tcx, by this program, and what was at clsact.
     Tcx(OwnedFd, TcxAttachment, Taken),
 }

@@ -8,8 +8,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, anyhow, bail};
 use libbpf_sys::{
-    BPF_F_BEFORE, BPF_F_REPLACE, BPF_TCX_EGRESS, BPF_TCX_INGRESS, bpf_prog_attach_opts,
-    bpf_prog_attach_opts__bindgen_ty_1, bpf_prog_query_opts, bpf_prog_query_opts__bindgen_ty_1,
+    BPF_F_AFTER, BPF_F_BEFORE, BPF_F_ID, BPF_F_REPLACE, BPF_TCX_EGRESS, BPF_TCX_INGRESS,
+    bpf_prog_attach_opts, bpf_prog_attach_opts__bindgen_ty_1, bpf_prog_query_opts,
+    bpf_prog_query_opts__bindgen_ty_1,
 };
 
 use super::loaded::{Loaded, Role};
@@ -29,6 +30,15 @@ pub struct AttachedTcx {
     pub loaded: Loaded,
     /// Programs of others that see a packet first and may end its way.
     pub before: usize,
+    /// Whatever runs directly before it, by its id.
+    behind: Option<u32>,
+}
+
+/// A stamp of ours that was taken away and can be put back where it was.
+#[derive(Debug)]
+pub struct TakenTcx {
+    program: OwnedFd,
+    behind: Option<u32>,
 }
 
 /// An attach that has happened and can be taken back.
@@ -88,12 +98,13 @@ pub fn ids(ifindex: u32, side: Side) -> Result<Vec<u32>> {
 /// # Errors
 /// The kernel refused to say.
 pub fn attached_tcx(ifindex: u32, programs: &HashMap<u32, Loaded>) -> Result<Vec<AttachedTcx>> {
-    let (mut found, mut before) = (Vec::new(), 0);
+    let (mut found, mut before, mut behind) = (Vec::new(), 0, None);
     for program in ids(ifindex, Side::Egress)? {
         match programs.get(&program).filter(|loaded| loaded.role == Role::Stamp) {
-            Some(loaded) => found.push(AttachedTcx { program, loaded: loaded.clone(), before }),
+            Some(loaded) => found.push(AttachedTcx { program, loaded: loaded.clone(), before, behind }),
             None => before += 1,
         }
+        behind = Some(program);
     }
     Ok(found)
 }
@@ -128,7 +139,8 @@ pub fn attach_tcx(
 ) -> Result<TcxAttachment> {
     let mut held = hold(ours)?.into_iter();
     let previous = held.next();
-    put(link, program, previous.as_ref().map(|fd| fd.as_fd())).map_err(|error| explain(link, error))?;
+    let place = previous.as_ref().map_or(Put::First, |fd| Put::InPlaceOf(fd.as_fd()));
+    put(link, program, place).map_err(|error| explain(link, error))?;
     // Of one instance there is one; those whose instance is gone may be more.
     for other in held {
         remove(lock, link, other.as_fd())?;
@@ -142,20 +154,22 @@ pub fn attach_tcx(
 /// The kernel refused.
 pub fn undo_tcx(lock: &Lock, link: &Link, program: BorrowedFd<'_>, attachment: &TcxAttachment) -> Result<()> {
     match &attachment.previous {
-        Some(previous) => put(link, previous.as_fd(), Some(program))
+        Some(previous) => put(link, previous.as_fd(), Put::InPlaceOf(program))
             .with_context(|| format!("putting back our program at tcx of {}", link.name)),
         None => remove(lock, link, program),
     }
 }
 
-/// Removes ours, and returns their programs, so that they can be put back.
+/// Removes ours, and returns them, so that they can be put back.
 ///
 /// # Errors
 /// The kernel refused; then those that were removed are back.
-pub fn take_tcx(lock: &Lock, link: &Link, ours: &[AttachedTcx]) -> Result<Vec<OwnedFd>> {
-    let held = hold(ours)?;
-    for (at, program) in held.iter().enumerate() {
-        if let Err(error) = remove(lock, link, program.as_fd()) {
+pub fn take_tcx(lock: &Lock, link: &Link, ours: &[AttachedTcx]) -> Result<Vec<TakenTcx>> {
+    let behind = ours.iter().map(|ours| ours.behind);
+    let held: Vec<TakenTcx> =
+        hold(ours)?.into_iter().zip(behind).map(|(program, behind)| TakenTcx { program, behind }).collect();
+    for (at, taken) in held.iter().enumerate() {
+        if let Err(error) = remove(lock, link, taken.program.as_fd()) {
             put_back_tcx(link, &held[..at])?;
             return Err(error);
         }
@@ -163,14 +177,19 @@ pub fn take_tcx(lock: &Lock, link: &Link, ours: &[AttachedTcx]) -> Result<Vec<Ow
     Ok(held)
 }
 
-/// Puts programs in front of everybody's, in this order.
+/// Puts ours back where they were, in their order; in front of everybody's where what was before them is gone.
 ///
 /// # Errors
 /// The kernel refused.
-pub fn put_back_tcx(link: &Link, programs: &[OwnedFd]) -> Result<()> {
-    programs.iter().rev().try_for_each(|program| {
-        put(link, program.as_fd(), None)
-            .with_context(|| format!("putting back our program at tcx of {}", link.name))
+pub fn put_back_tcx(link: &Link, taken: &[TakenTcx]) -> Result<()> {
+    taken.iter().try_for_each(|taken| {
+        let program = taken.program.as_fd();
+        let place = taken.behind.map_or(Put::First, Put::Behind);
+        match put(link, program, place) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => put(link, program, Put::First),
+            other => other,
+        }
+        .with_context(|| format!("putting back our program at tcx of {}", link.name))
     })
 }
 
@@ -181,14 +200,27 @@ fn hold(ours: &[AttachedTcx]) -> Result<Vec<OwnedFd>> {
     ours.iter().map(hold).collect()
 }
 
-/// In the place of another one, or in front of all.
-fn put(link: &Link, program: BorrowedFd<'_>, in_place_of: Option<BorrowedFd<'_>>) -> Result<(), io::Error> {
+/// Where a program goes in the list.
+#[derive(Clone, Copy)]
+enum Put<'a> {
+    /// In front of all.
+    First,
+    InPlaceOf(BorrowedFd<'a>),
+    /// Directly behind the one of this id.
+    Behind(u32),
+}
+
+fn put(link: &Link, program: BorrowedFd<'_>, place: Put<'_>) -> Result<(), io::Error> {
+    let (flags, replace_fd, relative_id) = match place {
+        Put::First => (BPF_F_BEFORE, 0, 0),
+        Put::InPlaceOf(other) => (BPF_F_REPLACE, other.as_raw_fd(), 0),
+        Put::Behind(id) => (BPF_F_AFTER | BPF_F_ID, 0, id),
+    };
     let opts = bpf_prog_attach_opts {
         sz: size_of::<bpf_prog_attach_opts>() as libbpf_sys::size_t,
-        flags: if in_place_of.is_some() { BPF_F_REPLACE } else { BPF_F_BEFORE },
-        __bindgen_anon_1: bpf_prog_attach_opts__bindgen_ty_1 {
-            replace_fd: in_place_of.map_or(0, |fd| fd.as_raw_fd()),
-        },
+        flags,
+        __bindgen_anon_1: bpf_prog_attach_opts__bindgen_ty_1 { replace_fd },
+        relative_id,
         ..Default::default()
     };
     // SAFETY: `opts` is a whole structure whose size says so, and the descriptors are open.

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use nix::net::if_::if_nametoindex;
 use nix::unistd::User;
 
+use super::values::Interface;
 use crate::netns::Netns;
 use crate::state::in_first_mount_namespace;
 
@@ -19,18 +20,19 @@ const ROOT_ID: u64 = 1;
 /// What is known so far. Interfaces without a namespace are those of the thread that made it, and of its threads.
 #[derive(Debug, Default)]
 pub struct Names {
-    interfaces: Mutex<HashMap<String, (u32, u32)>>,
+    interfaces: Mutex<HashMap<String, Interface>>,
     cgroups: Mutex<HashMap<String, (u8, u64)>>,
     users: Mutex<HashMap<String, Option<u32>>>,
     mount: Mutex<Option<PathBuf>>,
 }
 
 impl Names {
-    /// Names whose meaning was found out before.
+    /// Names whose meaning was found out before; of two interfaces that had a name one after the other, the last counts.
     pub fn known(interfaces: &[(String, u32, u32)], cgroups: &[(String, u8, u64)]) -> Names {
         let names = Names::default();
         for (name, netns, index) in interfaces {
-            remember(&names.interfaces, name, || Ok((*netns, *index))).ok();
+            let known = Interface { name: name.as_str().into(), netns: *netns, index: *index };
+            names.interfaces.lock().unwrap_or_else(|e| e.into_inner()).insert(name.clone(), known);
         }
         for (path, level, id) in cgroups {
             remember(&names.cgroups, path, || Ok((*level, *id))).ok();
@@ -54,19 +56,24 @@ impl Names {
         netns.run(|| Ok(ask())).ok()
     }
 
-    /// The network namespace of an interface and its index there; 0 if there is no such interface.
+    /// The interface of that name, or of that name in a network namespace like `blue:eth0`. It is called by its
+    /// namespace too if that has a name, so that it is known whoever reads the policy, and wherever.
     ///
     /// # Errors
     /// The namespace does not exist or cannot be entered.
-    pub fn interface(&self, name: &str) -> Result<(u32, u32)> {
+    pub fn interface(&self, name: &str) -> Result<Interface> {
         remember(&self.interfaces, name, || {
             // A colon cannot be in the name of an interface.
-            let (netns, name) = match name.split_once(':') {
-                Some((netns, name)) => (Netns::open(netns)?, name),
-                None => (Netns::current()?, name),
+            let (netns, short, full) = match name.split_once(':') {
+                Some((netns, short)) => (Netns::open(netns)?, short, name.to_string()),
+                None => {
+                    let netns = Netns::current()?;
+                    let full = netns.given_name().map_or(name.to_string(), |netns| format!("{netns}:{name}"));
+                    (netns, name, full)
+                }
             };
-            let index = netns.run(|| Ok(if_nametoindex(name).unwrap_or(0)))?;
-            Ok((netns.inode(), index))
+            let index = netns.run(|| Ok(if_nametoindex(short).unwrap_or(0)))?;
+            Ok(Interface { name: full.into(), netns: netns.inode(), index })
         })
     }
 
@@ -140,16 +147,16 @@ fn is_there(index: u32) -> bool {
     !unsafe { libc::if_indextoname(index, name.as_mut_ptr()) }.is_null()
 }
 
-fn remember<T: Copy>(
+fn remember<T: Clone>(
     known: &Mutex<HashMap<String, T>>,
     name: &str,
     ask: impl FnOnce() -> Result<T>,
 ) -> Result<T> {
     if let Some(value) = known.lock().unwrap_or_else(|e| e.into_inner()).get(name) {
-        return Ok(*value);
+        return Ok(value.clone());
     }
     let value = ask()?;
-    known.lock().unwrap_or_else(|e| e.into_inner()).insert(name.to_string(), value);
+    known.lock().unwrap_or_else(|e| e.into_inner()).insert(name.to_string(), value.clone());
     Ok(value)
 }
 
@@ -160,8 +167,9 @@ mod tests {
     #[test]
     fn names_of_the_kernel_are_found() {
         let names = Names::default();
-        assert_eq!(names.interface("lo").unwrap(), (Netns::current().unwrap().inode(), 1));
-        assert_eq!(names.interface("nothing-such").unwrap().1, 0);
+        let lo = names.interface("lo").unwrap();
+        assert_eq!((lo.netns, lo.index), (Netns::current().unwrap().inode(), 1));
+        assert_eq!(names.interface("nothing-such").unwrap().index, 0);
         assert!(names.interface("no-such-netns:lo").is_err());
         let here = Netns::current().unwrap().inode();
         assert!(names.has_index(here, 1) && !names.has_index(here, 0x7fff_ffff));

@@ -136,7 +136,7 @@ pub fn load(
         default: policy.default.as_ref().map(Decision::to_string),
         highest,
         hits: policy.rules.iter().map(|rule| rule.name.to_string()).zip(hits).collect(),
-        ..Memory::of_names(policy)
+        ..Memory::of_names(policy)?
     };
     let number = before + 1;
     let installed = next
@@ -189,8 +189,11 @@ impl Memory {
         serde_json::from_str(&fs::read_to_string(json).ok()?).ok()
     }
 
-    /// What the names in a policy mean.
-    fn of_names(policy: &Policy) -> Memory {
+    /// What the names in a policy mean. Sorted, so that of interfaces with the same name the newest comes last.
+    ///
+    /// # Errors
+    /// A name has two meanings, of which only one could be remembered.
+    fn of_names(policy: &Policy) -> Result<Memory> {
         let mut memory = Memory::default();
         for condition in policy.rules.iter().flat_map(|rule| rule.conditions.iter()) {
             match &condition.values {
@@ -209,7 +212,14 @@ impl Memory {
         memory.interfaces.dedup();
         memory.cgroups.sort();
         memory.cgroups.dedup();
-        memory
+        if let Some(pair) = memory.interfaces.windows(2).find(|p| p[0].0 == p[1].0 && p[0].1 != p[1].1) {
+            bail!(
+                "remembering the policy: its rules mean '{}' in two network namespaces; give one of them a name \
+                 (`ip netns attach NAME PID`), and write the interface as NAME:{0}",
+                pair[0].0
+            );
+        }
+        Ok(memory)
     }
 
     fn write(&self, instance: &Instance, generation: u64, policy: &Policy) -> Result<()> {
@@ -223,7 +233,7 @@ impl Memory {
             fs::rename(&next, &json)?;
             Ok(())
         };
-        write().with_context(|| format!("writing {}", toml.display()))
+        write().with_context(|| format!("writing {}", state::shown(&toml).display()))
     }
 }
 
@@ -250,7 +260,7 @@ pub fn read(instance: &Instance, maps: &Maps) -> Result<Running> {
 
 fn remembered(instance: &Instance, generation: u64) -> Result<Running> {
     let (toml, json) = Memory::paths(instance, generation);
-    let missing = || format!("{} is gone or of another version", json.display());
+    let missing = || format!("{} is gone or of another version", state::shown(&json).display());
     let memory = Memory::read(instance, generation).with_context(missing)?;
     let text = fs::read_to_string(&toml)?;
     let names = Names::known(&memory.interfaces, &memory.cgroups);

@@ -109,6 +109,7 @@ fn with_root() -> Vec<Trial> {
             a_stream_follows_a_step_of_the_clock_within_two_seconds
             a_time_namespace_does_not_shift_the_clock;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
+            a_directory_that_is_full_is_named_and_the_policy_stays a_name_that_is_no_utf8_is_a_name
             a_relative_directory_is_below_the_current_one
             a_query_names_a_broken_instance a_query_finds_what_is_attached_without_its_state
             what_a_killed_attach_began_to_remember_is_no_policy;

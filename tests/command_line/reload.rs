@@ -79,29 +79,32 @@ pub fn watch_notices_every_way_of_changing_a_file() -> Result<()> {
     symlink("..data/p.toml", &path)?;
     let mut stream = stream(&world, &path, "--watch")?;
     expect(&world, "1")?;
-    let mut reloaded = |text: &str| -> Result<()> {
+    let reloaded = |stream: &mut Running, text: &str| -> Result<()> {
         stream.wait_for("the reload", |line| line.contains(&format!("stamp {}", text.repeat(16))))?;
         expect(&world, text)
     };
 
     symlink(data("data-2", &token("2"))?, dir.path().join("..next"))?;
     fs::rename(dir.path().join("..next"), dir.path().join("..data"))?;
-    reloaded("2")?;
+    reloaded(&mut stream, "2")?;
     // In place.
     fs::write(&path, token("3"))?;
-    reloaded("3")?;
+    reloaded(&mut stream, "3")?;
     // As an editor does it: a new file takes the name.
     write(dir.path(), "p.toml~", &token("4"))?;
     fs::rename(dir.path().join("p.toml~"), &path)?;
-    reloaded("4")?;
+    reloaded(&mut stream, "4")?;
     // Away for a while, and there again.
     fs::remove_file(&path)?;
+    let gone = format!("{} is gone; still in use: the policy as loaded before", path.display());
+    stream.wait_for("that it is gone", |line| line.contains(&gone))?;
+    expect(&world, "4")?;
     write(dir.path(), "p.toml", &token("5"))?;
-    reloaded("5")?;
+    reloaded(&mut stream, "5")?;
     // A file that it names.
     write(dir.path(), "list.txt", "192.0.2.1\n")?;
     fs::write(&path, token("6") + "[[rule]]\nname = 'l'\ndst = 'file:list.txt'\naction = 'skip'\n")?;
-    reloaded("6")?;
+    reloaded(&mut stream, "6")?;
     write(dir.path(), "list.txt", "10.77.0.2\n")?;
     wait_until("the list to be read", || {
         let syn = world.one_syn()?;

@@ -61,12 +61,13 @@ impl Said {
         Ok(said)
     }
 
-    /// Fails if something panicked.
+    /// Fails if something panicked, or was said for nobody.
     fn expect_calm(&self) -> Result<()> {
         for text in [&self.out, &self.err] {
             if let Some(word) = sign_of_panic(text) {
                 bail!("'{word}' in what it said: {self:#?}");
             }
+            ensure!(!text.contains("/proc/self/fd"), "a path that means nothing to others: {self:#?}");
         }
         // The exit code of a panic, whose message may have had nowhere to go.
         ensure!(self.code != Some(101), "it panicked without a word: {self:#?}");

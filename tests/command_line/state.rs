@@ -1,14 +1,20 @@
 //! A state directory that cannot be, or is not, what it should be.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapHandle, MapType};
+use nix::mount::{MntFlags, MsFlags};
+use nix::sys::signal::Signal;
 
-use crate::lab::NETOKEN;
+use crate::lab::{NETOKEN, Running};
 use crate::look::{expect_bare, expect_ours};
 use crate::said::said;
+use crate::support::ensure_eq;
 use crate::upgrade::{made, pin_instead};
 use crate::world::World;
 
@@ -35,6 +41,50 @@ pub fn a_relative_directory_is_below_the_current_one() -> Result<()> {
         expect_bare(&world.ns, "c0")?;
     }
     Ok(())
+}
+
+pub fn a_name_that_is_no_utf8_is_a_name() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    let dir = crate::rules::dir()?;
+    let path = dir.path().join(OsStr::from_bytes(b"b\xfcro.toml"));
+    fs::write(&path, "default = { action = 'stamp', token = '2222222222222222' }\n")?;
+    said(world.lab.netoken("policy load").arg(&path))?.code(0)?;
+    world.expect_token("2222222222222222", "the token")?;
+    let mut stream = Running::start(world.lab.netoken(&world.args("-i c0 --attach --policy")).arg(&path))?;
+    stream.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
+    stream.signal(Signal::SIGINT)?;
+    ensure_eq!(stream.end()?.0, Some(0), "exit code");
+    Ok(())
+}
+
+/// A file system that is small, until it is dropped.
+struct Small<'a>(&'a Path);
+
+impl Drop for Small<'_> {
+    fn drop(&mut self) {
+        nix::mount::umount2(self.0, MntFlags::MNT_DETACH).ok();
+    }
+}
+
+pub fn a_directory_that_is_full_is_named_and_the_policy_stays() -> Result<()> {
+    let world = World::new()?;
+    let dir = &world.lab.run;
+    nix::mount::mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))?;
+    let _small = Small(dir);
+    world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+    let rules: String = (0..2000)
+        .map(|n| format!("[[rule]]\nname = 'rule-{n}'\nport = {}\naction = 'skip'\n", n + 1))
+        .collect();
+    let elsewhere = crate::rules::dir()?;
+    let path = crate::rules::write(elsewhere.path(), "p.toml", &rules)?;
+    let shown = dir.join("default.policy/2.toml");
+    said(&mut world.lab.netoken(&format!("policy load {}", path.display())))?
+        .code(1)?
+        .err(&[&format!("writing {}", shown.display()), "No space left on device"])?;
+    world.expect_token("1111111111111111", "the token as before")?;
+    world.ok("-i c0 --destroy")?;
+    expect_bare(&world.ns, "c0")
 }
 
 /// What fails is a map, as a kernel that is really so old is not to be had. What the kernel says of its age it says

@@ -28,6 +28,7 @@ pub fn cases() -> Vec<Trial> {
         case("a cgroup that is made again is picked up by a reload", &with("findmnt"), made_again),
         case("what is forwarded or written raw matches no rule about its sender", &with("findmnt"), nobody),
         case("an interface is told from one with the same index elsewhere", &with("ip"), same_index),
+        case("rules for interfaces of one name in two namespaces stay apart", &with("ip"), same_name),
         case("a rule follows its interface when that is renamed", &with("ip"), renamed),
     ]
 }
@@ -247,6 +248,50 @@ fn same_index() -> Result<()> {
     let not = rule("not-one-", &format!("not_interface = '{}:{IN}'", world.server));
     load(&world, &not, &format!("--netns {}", world.client))?;
     check("not-one-", "nobody--")
+}
+
+/// Also over changes for which the policy is read again, by whoever is in which namespace.
+fn same_name() -> Result<()> {
+    let world = World::new(false)?;
+    let sides = [(&world.client, "client--"), (&world.server, "server--")];
+    let check = || -> Result<()> {
+        for (ns, token) in sides {
+            let addr = SocketAddr::new([127, 0, 0, 1].into(), 0);
+            let listener = Listener::open_with(&world.lab, ns, addr, |_| Ok(()))?;
+            let _open = connect(&world.lab, ns, listener.addr, crate::lab::PATIENCE)?;
+            let stamped = listener.accept()?.syn.check_stamped(token.as_bytes().try_into()?);
+            stamped.with_context(|| format!("on lo of {ns}"))?;
+        }
+        Ok(())
+    };
+    for (ns, _) in sides {
+        world.lab.ok(&format!("--netns {ns} --iface lo --attach --quiet"))?;
+    }
+    load(&world, &rule("client--", "interface = 'lo'"), &format!("--netns {}", world.client))?;
+    let add = |name: &str, condition: &str| {
+        world.lab.ok(&format!("policy add --name {name} {condition} --action stamp --token {name}"))
+    };
+    add("server--", &format!("--interface lo --netns {}", world.server))?;
+    check()?;
+    add("neither-", "--mark 7")?;
+    check()?;
+
+    let toml = world.lab.ok("policy show --toml")?;
+    for (ns, _) in sides {
+        ensure!(toml.contains(&format!("'{ns}:lo'")) || toml.contains(&format!("\"{ns}:lo\"")), "{toml}");
+    }
+    let path = world.lab.run.join("shown.toml");
+    fs::write(&path, toml)?;
+    let same = world.lab.ok(&format!("policy diff {}", path.display()))?;
+    ensure!(same.contains("no difference"), "{same}");
+    world.lab.ok(&format!("policy load {}", path.display()))?;
+    check()?;
+    // The host's own is another one.
+    fs::write(&path, format!("{NOBODY}{}", rule("client--", "interface = 'lo'")))?;
+    let other = world.lab.run(&format!("policy diff {}", path.display()))?;
+    let said = String::from_utf8(other.stdout)?;
+    ensure!(said.contains("- client--: ") && said.contains("+ client--: "), "{said}");
+    Ok(())
 }
 
 fn renamed() -> Result<()> {

@@ -177,7 +177,7 @@ pub fn query_counts_the_filters_that_run_before() -> Result<()> {
 pub fn tcx_programs_that_run_before_are_told() -> Result<()> {
     let world = World::new()?;
     let index = ifindex(&world, "c0")?;
-    let add = |place| tcx_link(index, place);
+    let add = |place| tcx_link(index, place, 0);
     let said = |args: &str| Ok::<_, anyhow::Error>(String::from_utf8(world.run(args)?.stderr)?);
     let rules = world.lab.run.with_extension("guard.toml");
     fs::write(
@@ -217,11 +217,16 @@ pub fn tcx_programs_that_run_before_are_told() -> Result<()> {
 
 /// Puts a program of somebody else behind those that are at tcx, in the namespace of the calling thread. It goes with what
 /// is returned.
-pub fn tcx_link(ifindex: i32, place: u32) -> Result<OwnedFd> {
+/// With `flags` 0 behind all.
+pub fn tcx_link(ifindex: i32, place: u32, flags: u32) -> Result<OwnedFd> {
     let program = load("other")?;
-    // SAFETY: the descriptor is open, and no options are given.
-    let link =
-        unsafe { libbpf_sys::bpf_link_create(program.as_fd().as_raw_fd(), ifindex, place, ptr::null()) };
+    let opts = libbpf_sys::bpf_link_create_opts {
+        sz: size_of::<libbpf_sys::bpf_link_create_opts>() as libbpf_sys::size_t,
+        flags,
+        ..Default::default()
+    };
+    // SAFETY: the descriptor is open, and `opts` is a whole structure whose size says so.
+    let link = unsafe { libbpf_sys::bpf_link_create(program.as_fd().as_raw_fd(), ifindex, place, &opts) };
     ensure!(link >= 0, "attaching at tcx: {}", std::io::Error::last_os_error());
     // SAFETY: it was made a line ago, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(link) })

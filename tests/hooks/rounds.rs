@@ -5,9 +5,10 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::MapCore;
-use netoken::hooks::clsact::{Hooks, Place, Qdisc};
+use netoken::hooks::clsact::{Hooks, Place};
 use netoken::hooks::link::find_link;
 use netoken::hooks::netlink::Side;
+use netoken::hooks::qdisc::Qdisc;
 use netoken::hooks::unused::remove_unused;
 use netoken::policy::Policy;
 use netoken::program::{Program, Settings};

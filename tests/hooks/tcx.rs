@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Result, ensure};
-use libbpf_sys::BPF_TCX_EGRESS;
+use libbpf_sys::{BPF_F_BEFORE, BPF_TCX_EGRESS};
 use netoken::hooks::netlink::Side;
 use netoken::hooks::tcx;
 use serde_json::Value;
@@ -30,9 +30,10 @@ fn hook(world: &World) -> Result<Value> {
     Ok(hooks[0].clone())
 }
 
-fn somebody_else(world: &World, iface: &str) -> Result<OwnedFd> {
+/// Behind all that is there; with BPF_F_BEFORE in front of it.
+fn somebody_else(world: &World, iface: &str, flags: u32) -> Result<OwnedFd> {
     let index = ifindex(world, iface)?;
-    world.lab.within(&world.ns, || tcx_link(index, BPF_TCX_EGRESS))
+    world.lab.within(&world.ns, || tcx_link(index, BPF_TCX_EGRESS, flags))
 }
 
 pub fn attaching_twice_keeps_the_hook_and_destroy_leaves_nothing() -> Result<()> {
@@ -68,7 +69,7 @@ pub fn attaching_twice_keeps_the_hook_and_destroy_leaves_nothing() -> Result<()>
 
 pub fn programs_of_others_stay_in_their_order_behind_ours() -> Result<()> {
     let world = World::new()?;
-    let _links = (somebody_else(&world, "c0")?, somebody_else(&world, "c0")?);
+    let _links = (somebody_else(&world, "c0", 0)?, somebody_else(&world, "c0", 0)?);
     let before = there(&world, "c0")?;
     ensure_eq!(before.len(), 2, "programs of others");
     for command in
@@ -124,7 +125,7 @@ pub fn a_second_interface_that_is_full_leaves_the_first_as_it_was() -> Result<()
     let place = |line: &str| line.split(" netoken").next().unwrap_or_default().to_string();
     let before = place(&ours(&world.ns, "c0")?[0]);
     // bpf_mprog_max() of include/linux/bpf_mprog.h.
-    let mut links: Vec<OwnedFd> = (0..63).map(|_| somebody_else(&world, "c1")).collect::<Result<_>>()?;
+    let mut links: Vec<OwnedFd> = (0..63).map(|_| somebody_else(&world, "c1", 0)).collect::<Result<_>>()?;
     let said = world.fails("-i c0 -i c1 --attach --quiet --hook tcx --token 1111111111111111")?;
     ensure!(said.contains("c1") && said.contains("no room for more"), "{said}");
     ensure_eq!(there(&world, "c0")?.len(), 0, "programs at tcx");
@@ -134,7 +135,12 @@ pub fn a_second_interface_that_is_full_leaves_the_first_as_it_was() -> Result<()
     // And back: from tcx.
     links.clear();
     world.ok("-i c0 --attach --quiet --hook tcx")?;
+    // Of others, on either side of it.
+    for flags in [0, BPF_F_BEFORE, BPF_F_BEFORE] {
+        links.push(somebody_else(&world, "c0", flags)?);
+    }
     let before = there(&world, "c0")?;
+    ensure_eq!(before.len(), 4, "programs at tcx");
     sh(&format!("tc -n {} qdisc add dev c1 ingress", world.ns))?;
     world.fails("-i c0 -i c1 --attach --quiet --hook clsact --token 1111111111111111")?;
     ensure_eq!(there(&world, "c0")?, before, "the program at tcx");

@@ -138,6 +138,29 @@ pub fn a_destroy_waits_for_one_who_looks() -> Result<()> {
     expect_no_state(&world.lab)
 }
 
+/// What it waits for may take long, and be for a person to end.
+pub fn a_command_that_waits_names_the_one_it_waits_for() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    let bpf = world.lab.run.join("bpf");
+    let look = File::open(&bpf)?;
+    let destroy = start(&world, "-i c0 --destroy")?;
+    wait_until("the pins to go", || Ok((!bpf.join("default").exists()).then_some(())))?;
+    let mut attach = Running::start(&mut world.lab.netoken(&world.args("-i c0 --attach --quiet")))?;
+    let waits = format!("waiting for process {} (", destroy.id());
+    attach.wait_for("whom it waits for", |line| {
+        line.contains(&waits) && line.contains("--destroy) to finish")
+    })?;
+    drop(look);
+    expect_all(vec![destroy])?;
+    ensure_eq!(attach.end()?.0, Some(0), "the exit code of the attach");
+    expect_ours(&world.ns, "c0", 1)?;
+    // Who has finished is not named.
+    ensure_eq!(std::fs::read_to_string(world.lab.run.join("lock"))?, "", "what the lock says");
+    world.ok("-i c0 --destroy")?;
+    expect_no_state(&world.lab)
+}
+
 pub fn two_instances_have_two_readers() -> Result<()> {
     let world = World::new()?;
     let first = stream(&world, "")?;

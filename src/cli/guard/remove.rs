@@ -6,8 +6,9 @@ use anyhow::Result;
 
 use super::{Record, print_json};
 use crate::cli::args::Scope;
-use crate::hooks::clsact::{Hooks, Qdisc};
+use crate::hooks::clsact::Hooks;
 use crate::hooks::netlink::{Netlink, Side};
+use crate::hooks::qdisc::Qdisc;
 use crate::hooks::unused::{remove_unused, used_where};
 use crate::hooks::xdp::take_xdp;
 use crate::privileges;

@@ -121,8 +121,8 @@ impl TestArgs {
         let interface = match &self.interface {
             None => (0, 0),
             Some(name) => match names.interface(name)? {
-                (_, 0) => bail!("looking for interface '{name}': there is none"),
-                found => found,
+                found if found.index == 0 => bail!("looking for interface '{name}': there is none"),
+                found => (found.netns, found.index),
             },
         };
         let mark: Mark = self.mark.parse().with_context(|| format!("--mark {}", self.mark))?;

@@ -146,11 +146,11 @@ impl FileReader<'_> {
         let mut good = !texts.is_empty();
         for (span, name) in texts {
             match self.reader.names.interface(&name) {
-                Ok((netns, index)) => {
-                    if index == 0 {
+                Ok(interface) => {
+                    if interface.index == 0 {
                         good &= self.missing(span, format!("there is no interface '{name}'"), known);
                     }
-                    list.push(Interface { name: name.into(), netns, index });
+                    list.push(interface);
                 }
                 Err(error) => good &= self.missing(span, format!("{error:#}"), known),
             }

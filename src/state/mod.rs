@@ -11,22 +11,25 @@
 //! Not /sys/fs/bpf, because `ip netns exec` mounts a new /sys. For the same reason the file system is mounted
 //! where the first process sees it, and reached through a descriptor that works in every mount namespace.
 
+mod locks;
+
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File, FileType, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::{self, File, FileType};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag, open};
+use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::statfs;
+
+pub use locks::{EventsOf, Lock, ReaderLock};
 
 use crate::pins::{Renewal, Wanted};
 use crate::program::Maps;
@@ -41,8 +44,6 @@ const IPROUTE2: [&str; 3] = ["tc", "ip", "xdp"];
 const OF_THE_KERNEL: [&str; 2] = ["maps.debug", "progs.debug"];
 /// How long others may take to close what they have open in the BPF file system.
 const BUSY: Duration = Duration::from_secs(3);
-/// What the name of a reader's file ends in.
-const READER: &str = "reader";
 /// `BPF_FS_MAGIC` of include/uapi/linux/magic.h.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
@@ -51,26 +52,6 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 pub struct State {
     path: PathBuf,
     dir: OwnedFd,
-}
-
-/// Held while something is changed, so that two commands cannot both find nothing and both attach.
-#[derive(Debug)]
-pub struct Lock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
-
-/// Whose events: each kind has a buffer of its own in an instance, and so a reader of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EventsOf {
-    /// What became of the SYNs that went out.
-    Stamp,
-    /// What was decided of the packets that came in.
-    Guard,
-}
-
-/// Held by the one process that reads the events of an instance.
-#[derive(Debug)]
-pub struct ReaderLock {
-    path: PathBuf,
-    _lock: Flock<File>,
 }
 
 /// One named set of maps.
@@ -154,62 +135,6 @@ impl State {
         PathBuf::from(format!("/proc/self/fd/{}", self.dir.as_raw_fd())).join(name)
     }
 
-    /// Waits until no other command changes anything. Nothing if the directory was removed meanwhile.
-    fn lock(&self) -> Result<Option<Lock>> {
-        let path = self.below("lock");
-        let file = match lock_file(&path, &self.path.join("lock")) {
-            Err(_) if !path.parent().is_some_and(|dir| fs::metadata(dir).is_ok_and(|m| m.nlink() > 0)) => {
-                return Ok(None);
-            }
-            other => other?,
-        };
-        let held = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(held) => held,
-            Err((file, _)) => {
-                note!("waiting for another netoken command to finish");
-                Flock::lock(file, FlockArg::LockExclusive)
-                    .map_err(|(_, errno)| anyhow!("locking {}/lock: {errno}", self.path.display()))?
-            }
-        };
-        Ok(same_file(&held, &path).then_some(Lock(held)))
-    }
-
-    /// Becomes the one reader of an instance's events of one kind.
-    ///
-    /// # Errors
-    /// Another process reads them; the message names it.
-    pub fn lock_reader(&self, instance: &Instance, of: EventsOf) -> Result<ReaderLock> {
-        let (kind, whose, instead) = match of {
-            EventsOf::Stamp => {
-                ("", "events", "stop that one, or attach with --quiet, or use another --instance")
-            }
-            EventsOf::Guard => (".guard", "guard's events", "stop that one"),
-        };
-        let name = format!("{}{kind}.{READER}", instance.name);
-        let path = self.below(&name);
-        loop {
-            let file = lock_file(&path, &self.path.join(&name))?;
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(mut held) if same_file(&held, &path) => {
-                    let command = std::env::args().collect::<Vec<_>>().join(" ");
-                    held.set_len(0)?;
-                    write!(held, "process {} ({command})", std::process::id())?;
-                    return Ok(ReaderLock { path, _lock: held });
-                }
-                Ok(_) => continue,
-                Err((mut file, _)) => {
-                    let mut holder = String::new();
-                    file.read_to_string(&mut holder).ok();
-                    bail!(
-                        "reading the {whose} of instance '{}': {} already reads them, and an event has one reader; {instead}",
-                        instance.name,
-                        if holder.is_empty() { "another process" } else { &holder }
-                    );
-                }
-            }
-        }
-    }
-
     /// The instance of that name, whether it exists or not.
     pub fn instance(&self, name: &str) -> Instance {
         Instance {
@@ -263,29 +188,6 @@ impl State {
             fs::remove_dir(&path).ok();
             Ok(())
         })
-    }
-}
-
-impl State {
-    /// A reader that was killed leaves its file, which would keep the directory.
-    fn remove_dead_readers(&self) {
-        for entry in fs::read_dir(self.below("")).into_iter().flatten().flatten() {
-            let path = entry.path();
-            if path.extension().is_none_or(|extension| extension != READER) {
-                continue;
-            }
-            let Ok(file) = File::open(&path) else { continue };
-            // Removed while it is held: one who waits for it sees that it is not the one with that name any more.
-            if let Ok(_held) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                fs::remove_file(&path).ok();
-            }
-        }
-    }
-}
-
-impl Drop for ReaderLock {
-    fn drop(&mut self) {
-        fs::remove_file(&self.path).ok();
     }
 }
 
@@ -371,6 +273,17 @@ pub(crate) fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// How a path of [`State::below`] is called outside of this process.
+pub fn shown(path: &Path) -> PathBuf {
+    let mut parts = path.components();
+    // /, proc, self, fd and the number.
+    let dir: PathBuf = parts.by_ref().take(5).collect();
+    match dir.starts_with("/proc/self/fd").then(|| fs::read_link(&dir)) {
+        Some(Ok(dir)) => dir.join(parts.as_path()),
+        _ => path.to_path_buf(),
+    }
+}
+
 /// Something that somebody else has pinned, at any depth. Directories and symbolic links hold nothing.
 fn foreign_pin(bpf: &Path) -> Option<PathBuf> {
     let of_the_kernel = |path: &Path| OF_THE_KERNEL.iter().any(|name| bpf.join(name) == path);
@@ -444,26 +357,6 @@ fn open_dir(path: &Path) -> Result<OwnedFd> {
 }
 
 /// `shown` is the same path as a person knows it.
-fn lock_file(path: &Path, shown: &Path) -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .with_context(|| {
-            format!("opening the lock {}; {DIR_VARIABLE} can name another place", shown.display())
-        })
-}
-
-fn same_file(held: &File, path: &Path) -> bool {
-    match (held.metadata(), fs::metadata(path)) {
-        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
-        _ => false,
-    }
-}
-
 fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|fs| fs.filesystem_type().0 == BPF_FS_MAGIC)
 }

@@ -1,0 +1,181 @@
+//! Who may change the state, and who reads the events of an instance. Each lock is a file that says who holds it, for
+//! whoever has to wait or is refused.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::fcntl::{Flock, FlockArg};
+
+use super::{DIR_VARIABLE, Instance, State};
+
+/// What the name of a reader's file ends in.
+const READER: &str = "reader";
+
+/// Held while something is changed, so that two commands cannot both find nothing and both attach.
+#[derive(Debug)]
+pub struct Lock(Flock<File>);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Or the next to wait would be told a process that has ended.
+        self.0.set_len(0).ok();
+    }
+}
+
+/// Whose events: each kind has a buffer of its own in an instance, and so a reader of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventsOf {
+    /// What became of the SYNs that went out.
+    Stamp,
+    /// What was decided of the packets that came in.
+    Guard,
+}
+
+/// Held by the one process that reads the events of an instance.
+#[derive(Debug)]
+pub struct ReaderLock {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl State {
+    /// Waits until no other command changes anything. Nothing if the directory was removed meanwhile.
+    pub(super) fn lock(&self) -> Result<Option<Lock>> {
+        let path = self.below("lock");
+        let file = match lock_file(&path, &self.path.join("lock")) {
+            Err(_) if !path.parent().is_some_and(|dir| fs::metadata(dir).is_ok_and(|m| m.nlink() > 0)) => {
+                return Ok(None);
+            }
+            other => other?,
+        };
+        let held = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => held,
+            Err((mut file, _)) => {
+                let holder = holder(&mut file).unwrap_or("another netoken command".to_string());
+                note!("waiting for {holder} to finish");
+                Flock::lock(file, FlockArg::LockExclusive)
+                    .map_err(|(_, errno)| anyhow!("locking {}/lock: {errno}", self.path.display()))?
+            }
+        };
+        if !same_file(&held, &path) {
+            return Ok(None);
+        }
+        let mut lock = Lock(held);
+        // Only a name for who waits.
+        sign(&mut lock.0).ok();
+        Ok(Some(lock))
+    }
+
+    /// Becomes the one reader of an instance's events of one kind.
+    ///
+    /// # Errors
+    /// Another process reads them; the message names it.
+    pub fn lock_reader(&self, instance: &Instance, of: EventsOf) -> Result<ReaderLock> {
+        let (kind, whose, instead) = match of {
+            EventsOf::Stamp => {
+                ("", "events", "stop that one, or attach with --quiet, or use another --instance")
+            }
+            EventsOf::Guard => (".guard", "guard's events", "stop that one"),
+        };
+        let name = format!("{}{kind}.{READER}", instance.name);
+        let path = self.below(&name);
+        loop {
+            let file = lock_file(&path, &self.path.join(&name))?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(mut held) if same_file(&held, &path) => {
+                    sign(&mut held)?;
+                    return Ok(ReaderLock { path, _lock: held });
+                }
+                Ok(_) => continue,
+                Err((mut file, _)) => {
+                    bail!(
+                        "reading the {whose} of instance '{}': {} already reads them, and an event has one reader; {instead}",
+                        instance.name,
+                        holder(&mut file).unwrap_or("another process".to_string())
+                    );
+                }
+            }
+        }
+    }
+
+    /// A reader that was killed leaves its file, which would keep the directory.
+    pub(super) fn remove_dead_readers(&self) {
+        for entry in fs::read_dir(self.below("")).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_none_or(|extension| extension != READER) {
+                continue;
+            }
+            let Ok(file) = File::open(&path) else { continue };
+            // Removed while it is held: one who waits for it sees that it is not the one with that name any more.
+            if let Ok(_held) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                fs::remove_file(&path).ok();
+            }
+        }
+    }
+}
+
+impl Drop for ReaderLock {
+    fn drop(&mut self) {
+        fs::remove_file(&self.path).ok();
+    }
+}
+
+fn lock_file(path: &Path, shown: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .with_context(|| {
+            format!("opening the lock {}; {DIR_VARIABLE} can name another place", shown.display())
+        })
+}
+
+/// Writes into a lock who holds it.
+fn sign(lock: &mut File) -> io::Result<()> {
+    let arguments: Vec<_> = std::env::args_os().map(|one| one.to_string_lossy().into_owned()).collect();
+    lock.set_len(0)?;
+    // Who waited has read what the one before wrote.
+    lock.rewind()?;
+    write!(lock, "process {} ({})", std::process::id(), arguments.join(" "))
+}
+
+/// Who holds a lock, if that is written in it.
+fn holder(lock: &mut File) -> Option<String> {
+    let mut holder = String::new();
+    lock.read_to_string(&mut holder).ok();
+    Some(holder).filter(|holder| !holder.is_empty())
+}
+
+fn same_file(held: &File, path: &Path) -> bool {
+    match (held.metadata(), fs::metadata(path)) {
+        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waited_signs_in_the_place_of_the_one_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        fs::write(
+            &path,
+            "process 1 (somebody with a long command line, longer than that of this test by far)",
+        )
+        .unwrap();
+        let mut file = lock_file(&path, &path).unwrap();
+        assert!(holder(&mut file).unwrap().starts_with("process 1 "));
+        sign(&mut file).unwrap();
+        let said = fs::read_to_string(&path).unwrap();
+        assert!(said.starts_with(&format!("process {} (", std::process::id())), "{said:?}");
+    }
+}
