@@ -122,7 +122,7 @@ impl Read for Pipe {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PIPE_PATIENCE_MS)? {
-            0 => Err(io::Error::other("it is a pipe into which nobody writes")),
+            0 => Err(io::Error::other("it is a pipe, and nothing came out of it for 5 s")),
             _ => self.0.read(buffer),
         }
     }
@@ -278,7 +278,7 @@ mod tests {
         let path = dir.path().join("pipe");
         mkfifo(&path, Mode::S_IRWXU).unwrap();
         let error = Files::default().read(&path).unwrap_err();
-        assert_eq!(error.to_string(), "it is a pipe into which nobody writes");
+        assert_eq!(error.to_string(), "it is a pipe, and nothing came out of it for 5 s");
     }
 
     #[test]

@@ -30,6 +30,7 @@ mod pins;
 pub mod policy;
 pub mod privileges;
 pub mod program;
+mod realtime;
 pub mod state;
 pub mod token;
 

@@ -243,10 +243,17 @@ impl Args {
 }
 
 impl Scope {
-    /// The interfaces that were named, among those that there are.
+    /// The interfaces that were named, among those that there are; each once, as one may have several names.
     pub fn find(&self, links: &[Link]) -> Result<Vec<Link>> {
         let netns = self.netns.as_deref().unwrap_or_default();
-        self.ifaces.iter().map(|name| find_link(links, name, netns).cloned()).collect()
+        let mut found: Vec<Link> = Vec::new();
+        for name in &self.ifaces {
+            let link = find_link(links, name, netns)?;
+            if !found.iter().any(|known| known.index == link.index) {
+                found.push(link.clone());
+            }
+        }
+        Ok(found)
     }
 
     /// Whether an instance is one of those that were asked for.

@@ -32,6 +32,7 @@ use crate::policy::read::Checked;
 use crate::policy::{Policy, running};
 use crate::privileges;
 use crate::program::{LinkHeader, Maps, Program, Settings};
+use crate::realtime;
 use crate::state::{self, EventsOf, Instance, Lock, ReaderLock, State};
 use crate::token::Token;
 
@@ -45,7 +46,9 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
             Some(Given::File(path, read_policy(&files, path, options.allow_missing, &progress)?))
         }
     };
-    privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
+    let doing = format!("attaching to {}", scope.ifaces.join(", "));
+    privileges::check(&doing)?;
+    realtime::check(&doing)?;
     let targets = targets(scope)?;
     let keys =
         keys_for(&scope.instance, given.as_ref().map(|given| given.policy().rings()).unwrap_or_default())

@@ -65,7 +65,9 @@ pub fn keys_for(instance: &str, rings: impl IntoIterator<Item = RingName>) -> Re
 impl KeyDir {
     /// Where the keys of an instance are, unless somebody says otherwise.
     pub fn of_instance(instance: &str) -> KeyDir {
-        let base = std::env::var_os(DIR_VARIABLE).map_or(PathBuf::from(DEFAULT_DIR), PathBuf::from);
+        // Set to nothing, as a unit file of systemd does it, it is not set.
+        let base = std::env::var_os(DIR_VARIABLE).filter(|dir| !dir.is_empty());
+        let base = base.map_or(PathBuf::from(DEFAULT_DIR), PathBuf::from);
         KeyDir { path: base.join(instance) }
     }
 

@@ -100,6 +100,24 @@ impl State {
         }
     }
 
+    /// The same for an instance that exists; nothing if it does not, or not any more.
+    ///
+    /// # Errors
+    /// The directory is there and cannot be used.
+    pub fn with_instance(name: &str) -> Result<Option<(State, Lock)>> {
+        let is_there = |state: &State| state.instance(name).exists();
+        if !State::find()?.is_some_and(|state| is_there(&state)) {
+            return Ok(None);
+        }
+        let (state, lock) = State::create()?;
+        if !is_there(&state) {
+            // It was destroyed while we waited, perhaps with all the rest.
+            state.remove_if_empty(lock)?;
+            return Ok(None);
+        }
+        Ok(Some((state, lock)))
+    }
+
     fn mount(&self) -> Result<()> {
         let bpf = self.path.join("bpf");
         in_first_mount_namespace(move || {

@@ -77,6 +77,7 @@ fn main() -> ExitCode {
             a_second_reader_is_told_who_the_first_is a_killed_reader_does_not_block_the_next
             a_killed_reader_leaves_nothing_behind_a_destroy a_destroy_waits_for_one_who_looks
             a_command_that_waits_names_the_one_it_waits_for
+            a_command_that_waited_for_a_destroy_makes_nothing_anew a_policy_that_somebody_reads_can_be_changed
             two_instances_have_two_readers a_reader_knows_interfaces_that_others_attached;
         crash: a_killed_attach_is_repaired_by_the_next a_killed_replacement_is_repaired_by_the_next
             a_killed_destroy_is_finished_by_the_next;

@@ -34,8 +34,11 @@ pub fn an_alternative_name_will_do() -> Result<()> {
     world.ok("-i uplink --attach --quiet")?;
     world.ok("-i c0 -i uplink --attach --quiet")?;
     expect_ours(&world.ns, "c0", 1)?;
-    world.ok("-i uplink --query")?;
-    world.ok("-i uplink --destroy")?;
+    // One interface, though it was named twice.
+    let out = world.ok("-i c0 -i uplink --query --json")?;
+    ensure_eq!(records(&out, "hook")?.len(), 1, "hooks of {out}");
+    let said = String::from_utf8(world.run("-i c0 -i uplink --destroy")?.stderr)?;
+    ensure!(!said.contains("not attached"), "{said}");
     expect_bare(&world.ns, "c0")?;
     // Such a name may be longer than one of an interface can be.
     sh(&format!("ip -n {} link property add dev c0 altname uplink-of-the-first-rack", world.ns))?;

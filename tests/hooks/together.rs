@@ -1,13 +1,14 @@
 //! Two commands at once, and two readers.
 
-use std::fs::File;
-use std::io::ErrorKind;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
 use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 
 use crate::lab::{PATIENCE, Running, wait_until};
@@ -156,9 +157,56 @@ pub fn a_command_that_waits_names_the_one_it_waits_for() -> Result<()> {
     ensure_eq!(attach.end()?.0, Some(0), "the exit code of the attach");
     expect_ours(&world.ns, "c0", 1)?;
     // Who has finished is not named.
-    ensure_eq!(std::fs::read_to_string(world.lab.run.join("lock"))?, "", "what the lock says");
+    ensure_eq!(fs::read_to_string(world.lab.run.join("lock"))?, "", "what the lock says");
     world.ok("-i c0 --destroy")?;
     expect_no_state(&world.lab)
+}
+
+/// What happens to the instance while a command waits for its turn is done by hand: a real destroy is too quick.
+pub fn a_command_that_waited_for_a_destroy_makes_nothing_anew() -> Result<()> {
+    let world = World::new()?;
+    let policy = world.lab.run.with_extension("policy.toml");
+    fs::write(&policy, "default = { action = 'skip' }\n")?;
+    for command in [format!("policy load {}", policy.display()), "guard --show".to_string()] {
+        world.ok("-i c0 --attach --quiet")?;
+        let lock = File::options().read(true).write(true).open(world.lab.run.join("lock"))?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+        let mut waits = Running::start(&mut world.lab.netoken(&command))?;
+        waits.wait_for("that it waits", |line| line.contains("waiting for another netoken command"))?;
+        fs::remove_dir_all(world.lab.run.join("bpf/default"))?;
+        fs::remove_dir_all(world.lab.run.join("default.policy"))?;
+        drop(lock);
+        let (code, said) = waits.end()?;
+        ensure_eq!(code, Some(1), "the exit code; it said {said:#?}");
+        ensure!(said.iter().any(|line| line.contains("there is no")), "{command}: {said:#?}");
+        expect_no_state(&world.lab)?;
+        world.ok("-i c0 --attach --quiet")?;
+        world.ok("-i c0 --destroy")?;
+    }
+    Ok(())
+}
+
+/// `policy show --toml | less` may last.
+pub fn a_policy_that_somebody_reads_can_be_changed() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    let policy = world.lab.run.with_extension("policy.toml");
+    let rules: String =
+        (1..4000).map(|n| format!("[[rule]]\nname = '{n}'\nport = {n}\naction = 'skip'\n")).collect();
+    fs::write(&policy, rules)?;
+    world.lab.ok(&format!("policy load {}", policy.display()))?;
+    let mut show = world.lab.netoken("policy show --toml").stdout(Stdio::piped()).spawn()?;
+    let mut out = show.stdout.take().context("its output")?;
+    let mut first = [0];
+    out.read_exact(&mut first)?;
+    // More than a pipe holds is still to come.
+    ensure!(show.try_wait()?.is_none(), "all of it has been read");
+    world.lab.ok("policy add --name more --mark 1 --action skip")?;
+    let mut rest = String::new();
+    out.read_to_string(&mut rest)?;
+    ensure!(rest.contains("name = \"3999\"") || rest.contains("name = '3999'"), "it was cut off");
+    ensure!(show.wait()?.success(), "it failed");
+    Ok(())
 }
 
 pub fn two_instances_have_two_readers() -> Result<()> {

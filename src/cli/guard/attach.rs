@@ -26,6 +26,7 @@ use crate::netns::Netns;
 use crate::pins::Renewal;
 use crate::privileges;
 use crate::program::{LinkHeader, Program};
+use crate::realtime;
 use crate::state::{self, Instance, Lock, State};
 
 /// What was done on one interface.
@@ -55,6 +56,7 @@ struct Job<'a> {
 pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> Result<()> {
     let doing = format!("attaching the guard to {}", scope.ifaces.join(", "));
     privileges::check(&doing)?;
+    realtime::check(&doing)?;
     let links = scope.find(&Netlink::connect()?.links()?)?;
     for link in &links {
         link_header(link)?;

@@ -22,15 +22,13 @@ const SHOWN_MAX: usize = 20;
 
 fn running(doing: &str, scope: &Scope) -> Result<Running> {
     privileges::check(doing)?;
-    let exists = State::find()?.is_some_and(|state| state.instance(&scope.instance).exists());
-    if !exists {
-        bail!(
+    let (state, _lock) = State::with_instance(&scope.instance)?.with_context(|| {
+        format!(
             "{doing}: there is no instance '{}'; attach its guard with: netoken guard {} --attach --rules FILE",
             scope.instance,
             scope.flags("NAME")
-        );
-    }
-    let (state, _lock) = State::create()?;
+        )
+    })?;
     let instance = state.instance(&scope.instance);
     if !instance.has_guard() {
         bail!("{doing}: instance '{}' has no guard", scope.instance);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
@@ -222,16 +222,14 @@ impl Common {
 
     /// The state, if the instance exists; nobody else changes it until the lock is dropped.
     fn open(&self) -> Result<(State, Lock)> {
-        let exists = State::find()?.is_some_and(|state| state.instance(&self.instance).exists());
-        if !exists {
-            bail!(
+        State::with_instance(&self.instance)?.with_context(|| {
+            format!(
                 "looking for the policy of instance '{}': there is no such instance; make one by attaching: netoken \
                  --iface NAME --attach --quiet{}",
                 self.instance,
                 instance_flag(&self.instance)
-            );
-        }
-        State::create()
+            )
+        })
     }
 }
 

@@ -53,7 +53,10 @@ pub(super) fn run(args: &ShowArgs) -> Result<()> {
     let maps = instance.maps()?;
     let running = running::read(&instance, &maps)?;
     if args.toml {
-        return write!(io::stdout(), "{}", to_toml(&running.policy)).context("writing to standard output");
+        let text = to_toml(&running.policy);
+        // Whoever reads may take their time, and nobody has to wait for that.
+        drop((maps, lock));
+        return io::stdout().write_all(text.as_bytes()).context("writing to standard output");
     }
     let numbers: Vec<u32> = [DEFAULT_HITS].into_iter().chain(running.hits.iter().copied()).collect();
     let hits = maps.hits(&numbers)?;
