@@ -12,6 +12,8 @@ const volatile struct netoken_config config = {
 	.option_kind = 253,
 };
 
+#define fault(step) ((config.faults & (step)) != 0)
+
 /* Brings into BTF, and so to Rust, the types that no map and no setting mentions by value. */
 const volatile struct {
 	enum netoken_size size;

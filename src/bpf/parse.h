@@ -9,6 +9,7 @@
 #ifndef NETOKEN_PARSE_H
 #define NETOKEN_PARSE_H
 
+#include "maps.h"
 #include "scratch.h"
 #include "types.h"
 #include "wire.h"
@@ -30,6 +31,8 @@ enum parsed {
 	PARSED_OTHER, /* not a SYN */
 	PARSED_SYN,
 	PARSED_SHORT, /* the linear part ends before the answer */
+	PARSED_CUT,   /* a SYN, but the linear part ends before its options do */
+	PARSED_STUCK, /* there is no memory to make the linear part longer */
 };
 
 /* Where a packet's headers are, as offsets from the start of the frame. */
@@ -230,10 +233,9 @@ static __always_inline enum parsed describe_syn(struct scratch *scratch, struct 
 		copy_mapped(flow->daddr, ip->daddr);
 	}
 	/* Where the packet itself ends too early its lengths lie, which is for the stamp to say. */
-	if (!copy_tcp(&scratch->old, tcp, end, tcp_len - TCP_HEADER_LEN) &&
-	    tcp_len >= TCP_HEADER_LEN && skb->len >= layers->l4_off + tcp_len)
-		return PARSED_SHORT;
-	return PARSED_SYN;
+	syn->is_cut = !copy_tcp(&scratch->old, tcp, end, tcp_len - TCP_HEADER_LEN) &&
+		      tcp_len >= TCP_HEADER_LEN && skb->len >= layers->l4_off + tcp_len;
+	return syn->is_cut ? PARSED_CUT : PARSED_SYN;
 }
 
 /* *`scratch` is where the SYN is described. */
@@ -281,8 +283,8 @@ static __always_inline enum parsed pull_and_parse(struct __sk_buff *skb, __u32 l
 
 	if (is_linear(skb))
 		return PARSED_OTHER; /* nothing more to see: too short to show a SYN flag */
-	if (bpf_skb_pull_data(skb, skb->len < pull_len ? skb->len : pull_len))
-		return PARSED_OTHER;
+	if (fault(FAULT_PULL) || bpf_skb_pull_data(skb, skb->len < pull_len ? skb->len : pull_len))
+		return PARSED_STUCK;
 	return parse_linear(skb, l2_len, &scratch);
 }
 
@@ -298,18 +300,29 @@ __noinline int pull_bare(struct __sk_buff *skb, __u32 pull_len)
 	return pull_and_parse(skb, 0, pull_len);
 }
 
+/* Goes on where `parsed` is no answer yet. */
+static __always_inline int look_further(struct __sk_buff *skb, __u32 l2_len, __u32 pull_len,
+					int parsed)
+{
+	int found;
+
+	if (parsed != PARSED_SHORT && parsed != PARSED_CUT)
+		return parsed;
+	found = l2_len ? pull_ethernet(skb, pull_len) : pull_bare(skb, pull_len);
+	if (found != PARSED_STUCK)
+		return found;
+	/* A SYN that is cut is one, and the scratch says of it what could be seen. */
+	return parsed == PARSED_CUT ? PARSED_SYN : PARSED_OTHER;
+}
+
 /* This CPU's scratch, which describes the SYN, or NULL if `skb` is none. */
 static __always_inline struct scratch *parse_syn(struct __sk_buff *skb, __u32 l2_len)
 {
 	struct scratch *scratch = NULL;
 	int parsed = parse_linear(skb, l2_len, &scratch);
 
-	if (parsed == PARSED_SHORT)
-		parsed = l2_len ? pull_ethernet(skb, PULL_LEN_BYTES)
-				: pull_bare(skb, PULL_LEN_BYTES);
-	if (parsed == PARSED_SHORT)
-		parsed = l2_len ? pull_ethernet(skb, PULL_LEN_MAX_BYTES)
-				: pull_bare(skb, PULL_LEN_MAX_BYTES);
+	parsed = look_further(skb, l2_len, PULL_LEN_BYTES, parsed);
+	parsed = look_further(skb, l2_len, PULL_LEN_MAX_BYTES, parsed);
 	if (parsed != PARSED_SYN)
 		return NULL;
 	return scratch ? scratch : this_scratch();

@@ -23,7 +23,8 @@ struct syn {
 	__u32 l4_off;
 	__u32 ip_len_bytes;  /* what the IP header claims, header included */
 	__u32 tcp_len_bytes; /* what the data offset claims */
-	__u32 is_fragment;
+	__u16 is_fragment;
+	__u16 is_cut; /* its options were not all in the linear part when they were copied */
 };
 
 /* A TCP header from the data offset to the end of the options: all of it that a stamp can change.

@@ -15,8 +15,6 @@
 /* 64 KiB, the largest IP packet */
 #define CHUNKS_MAX 32
 
-#define fault(step) ((config.faults & (step)) != 0)
-
 /*
  * Copies `len` bytes of the packet. Returns 0 if it could. Here and below not static, so that the
  * verifier looks at each once; and so they take no pointer but the context's.
@@ -233,6 +231,8 @@ stamp_syn(struct __sk_buff *skb, struct scratch *scratch, const __u8 *token, boo
 	if (tcp_len < TCP_HEADER_LEN || syn->l4_off + tcp_len > syn->l3_off + syn->ip_len_bytes ||
 	    syn->l3_off + syn->ip_len_bytes > skb->len)
 		return VERDICT_MALFORMED;
+	if (syn->is_cut)
+		return VERDICT_HELPER_FAILED;
 
 	if (is_plain_list(&scratch->old.rest, options_len)) {
 		options->end = options_len;

@@ -97,6 +97,7 @@ enum netoken_fault {
 	FAULT_CSUM_LENGTH = 1 << 4,
 	FAULT_CSUM_BYTES = 1 << 5,
 	FAULT_RESTORE = 1 << 6,
+	FAULT_PULL = 1 << 7,
 };
 
 struct netoken_config {

@@ -122,6 +122,7 @@ pub fn wrong_usage_is_exit_code_2() -> Result<()> {
         "key rotate edge --step back",
         "--query key list",
         "key list --query",
+        "policy test --dst 192.0.2.1 --port 443 --mark zz",
         "--nonsense",
     ] {
         let args: Vec<&str> = line.split_whitespace().collect();

@@ -96,7 +96,7 @@ fn with_a_kernel_sum() -> Vec<Trial> {
 fn with_long_packets() -> Vec<Trial> {
     cases![&[Need::Root, Need::Kernel(6, 19)];
         sizes: a_payload_of_several_pages_moves_whole a_payload_beyond_reason_is_stamped_or_left_alone
-            an_skb_in_fragments_is_stamped_as_well;
+            an_skb_in_fragments_is_stamped_as_well a_syn_that_cannot_be_brought_together_is_counted;
     ]
 }
 

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use netoken::program::{LinkHeader, Settings};
-use netoken::types::Verdict;
+use netoken::types::{Fault, Verdict};
 
 use crate::packet::{DEST_OPTS, HOP_BY_HOP, LINUX, MSS, Packet, ROUTING, STAMP, syn};
 use crate::run::{Bench, How, name};
@@ -165,6 +165,38 @@ pub fn an_skb_in_fragments_is_stamped_as_well() -> Result<()> {
         for linear in (54..=frame.len().min(packet.tcp_at() + 64)).chain([frame.len()]) {
             let how = How { linear: linear as u32, ..How::default() };
             bench.expect_how(&format!("{what}, {linear} linear bytes"), &frame, STAMPED, how)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether it is a SYN shows if its flags are there; with the rest missing for good, it leaves as it came.
+pub fn a_syn_that_cannot_be_brought_together_is_counted() -> Result<()> {
+    let settings = Settings { faults: Fault::FAULT_PULL.0, ..Settings::default() };
+    let mut bench = Bench::strict(settings)?;
+    for drops in [true, false] {
+        if !drops {
+            bench.set_policy("default = { action = 'stamp', token = 'a1b2c3d4e5f60718' }")?;
+        }
+        for (what, packet) in [
+            ("v4", syn().options(LINUX)),
+            ("v6", syn().v6().options(LINUX)),
+            ("qinq", syn().tag(0x88a8, 2).vlan(1).options(LINUX).payload(3000)),
+        ] {
+            let frame = packet.build();
+            let (flags_at, options_end) = (packet.tcp_at() + 16, packet.tcp_at() + 20 + LINUX.len());
+            for linear in 54..options_end {
+                let how = How { linear: linear as u32, ..How::default() };
+                let outcome = bench.run(&frame, how)?;
+                let verdict = (linear >= flags_at).then_some(Verdict::VERDICT_HELPER_FAILED);
+                ensure!(
+                    outcome.verdict == verdict && outcome.dropped == (drops && verdict.is_some()),
+                    "{what}, {linear} linear bytes: {} dropped: {}",
+                    name(outcome.verdict),
+                    outcome.dropped
+                );
+                ensure!(outcome.dropped || outcome.frame == frame, "{what}, {linear} linear bytes: changed");
+            }
         }
     }
     Ok(())

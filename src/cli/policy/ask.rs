@@ -54,7 +54,7 @@ pub(super) struct TestArgs {
 
     /// Mark of the skb
     #[arg(long, default_value = "0")]
-    mark: String,
+    mark: Mark,
 
     /// Interface that it leaves by [default: none that a rule names]
     #[arg(long, value_name = "NAME")]
@@ -125,7 +125,6 @@ impl TestArgs {
                 found => (found.netns, found.index),
             },
         };
-        let mark: Mark = self.mark.parse().with_context(|| format!("--mark {}", self.mark))?;
         let sender =
             (self.cgroup.is_some() || self.uid.is_some()).then(|| self.sender(&names)).transpose()?;
         Ok(Syn {
@@ -133,7 +132,7 @@ impl TestArgs {
             dst: self.dst,
             src_port: self.src_port,
             port: self.port,
-            mark: mark.value,
+            mark: self.mark.value,
             interface,
             sender,
         })
