@@ -89,6 +89,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         if had_policy {
             given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps, &progress))?;
         }
+        job.set_slots(&maps)?;
         Ok((stream, output, job.renewal.take().and_then(Renewal::finish)))
     });
     let (stream, mut output, taken_over) = match prepared {
@@ -216,7 +217,7 @@ struct Job<'a> {
     is_new: bool,
     keys: Option<&'a [Key]>,
     progress: &'a Progress,
-    /// Length of a slot in nanoseconds, before and now; 0 if there was none.
+    /// Length of a slot in nanoseconds, before and now.
     slots: (u64, u64),
     renewal: Option<Renewal>,
     /// The number of the policy that was remembered last, if the maps had none.
@@ -264,9 +265,8 @@ impl Job<'_> {
             let first = attached.is_none();
             if first {
                 self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
-                let before = clock::published(&program.maps.clock)?.slot_ns;
-                clock::publish(&program.maps.clock, self.options.slots)?;
-                self.slots = (before, clock::published(&program.maps.clock)?.slot_ns);
+                // Where nobody goes by others, what is attached begins with these.
+                clock::publish(&program.maps.clock, self.options.slots.filter(|_| self.is_new))?;
                 self.keys.map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
             }
             let mut running = program.maps.policy()?.is_some();
@@ -305,6 +305,14 @@ impl Job<'_> {
         }
         let attached = attached.context("there is no interface to attach to")?;
         Ok(Attached { reading, ..attached })
+    }
+
+    /// To be done when all else has worked: who makes and checks tokens already goes by these at once.
+    fn set_slots(&mut self, maps: &Maps) -> Result<()> {
+        let before = clock::published(&maps.clock)?.slot_ns;
+        clock::publish(&maps.clock, self.options.slots)?;
+        self.slots = (before, clock::published(&maps.clock)?.slot_ns);
+        Ok(())
     }
 
     /// Takes back what was done; returns the reason. Nothing half done stays behind, and what was there before
@@ -357,7 +365,7 @@ impl Job<'_> {
             notes.iter().for_each(|note| note!("{}: {note}", link.name));
         }
         let (before_s, now_s) = (self.slots.0 / 1_000_000_000, self.slots.1 / 1_000_000_000);
-        if before_s != 0 && before_s != now_s {
+        if before_s != now_s {
             note!(
                 "instance '{}': slots of keyed tokens have {now_s} s now, and had {before_s} s; who checks tokens has to agree",
                 self.instance.name

@@ -8,7 +8,7 @@ use super::rules::{NO_MARKS, load_keys, set_rules};
 use super::{GuardArgs, HookArg, RISK, Record, TO_THE_FRONT, hook_name, print_json};
 use crate::cli::args::Scope;
 use crate::cli::told::{Before, Said};
-use crate::clock;
+use crate::clock::{self, slots};
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
 use crate::guard::running::{self, Running};
@@ -27,6 +27,7 @@ use crate::pins::Renewal;
 use crate::privileges;
 use crate::program::{LinkHeader, Program};
 use crate::state::{self, Instance, Lock, State};
+use crate::token::keyed::Slots;
 
 /// What was done on one interface.
 enum Done {
@@ -46,8 +47,8 @@ struct Job<'a> {
     /// The number of the rules that were remembered last, if the maps had none.
     restored: Option<Option<u64>>,
     done: Vec<(Link, Done)>,
-    /// The rules that others were put into the place of.
-    before: Option<Running>,
+    /// The rules and slots that others were put into the place of, as far as there were any.
+    before: Option<(Option<Running>, Option<Slots>)>,
     /// What to say at the end.
     notes: Vec<String>,
 }
@@ -190,9 +191,9 @@ impl Job<'_> {
         }
         if let Some(rules) = rules {
             // What is not remembered any more cannot be put back, and is no reason to keep it.
-            let before = running::read(self.instance, maps).ok();
+            let before = (running::read(self.instance, maps).ok(), slots(&clock::published(&maps.clock)?));
             set_rules(self.instance, maps, rules, &self.args.source(), keys)?;
-            self.before = before;
+            self.before = Some(before);
             return Ok(());
         }
         keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
@@ -271,17 +272,23 @@ impl Job<'_> {
     /// Last things first.
     fn undo(&mut self, lock: &Lock) {
         self.undo_hooks(lock);
-        if let Some(before) = self.before.take() {
-            let put_back = GuardMaps::open(&self.instance.pins)
-                .and_then(|maps| set_rules(self.instance, &maps, &before.rules, &before.source, None));
-            if let Err(error) = put_back.context("putting back the rules that ran") {
-                note!("netoken: {error:#}");
-            }
+        if let Err(error) = self.put_back().context("putting back the rules that ran") {
+            note!("netoken: {error:#}");
         }
         drop(self.renewal.take());
         if let Some(number) = self.restored {
             state::forget_newer(&self.instance.guard_dir, number);
         }
+    }
+
+    /// The slots also where no rules ran: the stamp goes by them.
+    fn put_back(&mut self) -> Result<()> {
+        let Some((rules, slots)) = self.before.take() else { return Ok(()) };
+        let maps = GuardMaps::open(&self.instance.pins)?;
+        clock::publish(&maps.clock, slots)?;
+        rules.map_or(Ok(()), |Running { rules, source, .. }| {
+            running::load(self.instance, &maps, &rules, &source)
+        })
     }
 
     fn undo_hooks(&mut self, lock: &Lock) {
