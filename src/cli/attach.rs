@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
-use super::policy::{Progress, put as put_policy, read_by as read_policy};
+use super::policy::{Progress, load_keys, put as put_policy, read_by as read_policy};
 use super::reload::Reload;
 use super::signals::Signals;
 use super::told::{Before, RISK};
@@ -24,8 +24,7 @@ use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::hooks::tcx;
 use crate::hooks::unused::remove_unused;
-use crate::keys::Key;
-use crate::keys::file::keys_for;
+use crate::keys::file::{HeldKeys, keys_for};
 use crate::netns::{Netns, tool};
 use crate::pins::Renewal;
 use crate::policy::read::Checked;
@@ -47,9 +46,6 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     };
     privileges::check(&format!("attaching to {}", scope.ifaces.join(", ")))?;
     let targets = targets(scope)?;
-    let keys =
-        keys_for(&scope.instance, given.as_ref().map(|given| given.policy().rings()).unwrap_or_default())
-            .with_context(|| format!("attaching to {}", scope.ifaces.join(", ")))?;
 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
@@ -59,20 +55,25 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         state: &state,
         instance: &instance,
         is_new,
-        keys: keys.as_deref(),
+        keys: None,
         progress: &progress,
         slots: (0, 0),
         renewal: None,
         restored: None,
         done: Vec::new(),
     };
-    // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
-    let signals = if options.quiet {
-        Ok(Signals::default())
-    } else {
-        Signals::catch(matches!(given, Some(Given::File(..))))
-    };
-    let attached = signals.and_then(|signals| Ok((job.attach(&lock, &targets, given.as_ref())?, signals)));
+    let attached = (|| {
+        let rings = given.as_ref().map(|given| given.policy().rings()).unwrap_or_default();
+        job.keys = keys_for(&scope.instance, rings)
+            .with_context(|| format!("attaching to {}", scope.ifaces.join(", ")))?;
+        // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
+        let signals = if options.quiet {
+            Signals::default()
+        } else {
+            Signals::catch(matches!(given, Some(Given::File(..))))?
+        };
+        Ok((job.attach(&lock, &targets, given.as_ref())?, signals))
+    })();
     let (Attached { maps, reading, note, had_policy }, signals) = match attached {
         Ok(attached) => attached,
         Err(error) => return Err(job.give_up(lock, error)),
@@ -106,7 +107,6 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let told = job.tell(&mut output, &note).context("writing to standard output");
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
-    drop(keys);
     let Some(mut stream) = stream else {
         return told;
     };
@@ -116,6 +116,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
                 let progress = Progress::none();
                 let checked = read_policy(files, path, options.allow_missing, &progress)?;
                 let (_state, _lock) = State::create().context("loading the policy again")?;
+                load_keys(&instance, &maps, &checked.policy)?;
                 put_policy(&instance, &maps, &checked, path, &progress)?;
                 Ok(checked.policy.summary())
             };
@@ -215,7 +216,8 @@ struct Job<'a> {
     instance: &'a Instance,
     /// The instance was not there before.
     is_new: bool,
-    keys: Option<&'a [Key]>,
+    /// Until all is done: what a rotation gave to maps that an attach takes back would be lost with them.
+    keys: Option<HeldKeys>,
     progress: &'a Progress,
     /// Length of a slot in nanoseconds, before and now.
     slots: (u64, u64),
@@ -267,7 +269,7 @@ impl Job<'_> {
                 self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
                 // Where nobody goes by others, what is attached begins with these.
                 clock::publish(&program.maps.clock, self.options.slots.filter(|_| self.is_new))?;
-                self.keys.map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
+                self.keys.as_deref().map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
             }
             let mut running = program.maps.policy()?.is_some();
             if first && !running {

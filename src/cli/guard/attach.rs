@@ -21,7 +21,7 @@ use crate::hooks::unused::remove_unused;
 use crate::hooks::xdp::{
     Allowed, Mode, XdpAttachment, attach_xdp, attached_xdp, put_back_xdp, take_xdp, undo_xdp,
 };
-use crate::keys::Key;
+use crate::keys::file::HeldKeys;
 use crate::netns::Netns;
 use crate::pins::Renewal;
 use crate::privileges;
@@ -43,6 +43,8 @@ struct Job<'a> {
     instance: &'a Instance,
     /// The instance was not there before.
     is_new: bool,
+    /// Until all is done: what a rotation gave to maps that an attach takes back would be lost with them.
+    keys: Option<HeldKeys>,
     renewal: Option<Renewal>,
     /// The number of the rules that were remembered last, if the maps had none.
     restored: Option<Option<u64>>,
@@ -60,7 +62,6 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
     for link in &links {
         link_header(link)?;
     }
-    let keys = load_keys(&doing, &scope.instance, rules)?;
 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
@@ -70,13 +71,18 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
         state: &state,
         instance: &instance,
         is_new,
+        keys: None,
         renewal: None,
         restored: None,
         done: Vec::new(),
         before: None,
         notes: Vec::new(),
     };
-    if let Err(error) = job.attach_all(&lock, &links, rules, keys.as_deref()) {
+    let attached = (|| {
+        job.keys = load_keys(&doing, &scope.instance, rules)?;
+        job.attach_all(&lock, &links, rules)
+    })();
+    if let Err(error) = attached {
         job.undo(&lock);
         if is_new {
             remove_unused(&state, &lock, &instance.name).ok();
@@ -91,13 +97,7 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
 }
 
 impl Job<'_> {
-    fn attach_all(
-        &mut self,
-        lock: &Lock,
-        links: &[Link],
-        rules: Option<&Rules>,
-        keys: Option<&[Key]>,
-    ) -> Result<()> {
+    fn attach_all(&mut self, lock: &Lock, links: &[Link], rules: Option<&Rules>) -> Result<()> {
         let marks = rules.map_or_else(|| running::marks(self.instance), |rules| Ok(rules.marks()))?;
         if self.args.hook == HookArg::Xdp && marks {
             bail!("attaching the guard: {NO_MARKS}");
@@ -134,7 +134,7 @@ impl Job<'_> {
                 };
                 let program = GuardProgram::load(settings, Some(&self.instance.pins))?;
                 if !ready {
-                    self.prepare(&program.maps, rules, keys)?;
+                    self.prepare(&program.maps, rules)?;
                     ready = true;
                 }
                 match self.attach_one(lock, link, program, kind, why.take()) {
@@ -182,7 +182,7 @@ impl Job<'_> {
     }
 
     /// Rules come before the program: it must not see a packet without them.
-    fn prepare(&mut self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
+    fn prepare(&mut self, maps: &GuardMaps, rules: Option<&Rules>) -> Result<()> {
         self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
         clock::publish(&maps.clock, None)?;
         let has_rules = maps.table()?.is_some();
@@ -192,11 +192,11 @@ impl Job<'_> {
         if let Some(rules) = rules {
             // What is not remembered any more cannot be put back, and is no reason to keep it.
             let before = (running::read(self.instance, maps).ok(), slots(&clock::published(&maps.clock)?));
-            set_rules(self.instance, maps, rules, &self.args.source(), keys)?;
+            set_rules(self.instance, maps, rules, &self.args.source(), self.keys.as_deref())?;
             self.before = Some(before);
             return Ok(());
         }
-        keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
+        self.keys.as_deref().map_or(Ok(()), |keys| maps.keys.load(keys))?;
         if !has_rules && (self.is_new || running::restore(self.instance, maps)?.is_none()) {
             let why = match self.renewal.as_ref().is_some_and(|renewal| renewal.lacks("guard_rules")) {
                 true => "goes by rules of another version of netoken, of which nothing is remembered",
