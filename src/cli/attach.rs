@@ -321,6 +321,13 @@ impl Job<'_> {
     /// is kept.
     fn give_up(mut self, lock: Lock, reason: anyhow::Error) -> anyhow::Error {
         self.undo(&lock);
+        if self.restored.is_some() {
+            // Beside a guard the maps stay, and the next attach would go by a policy of which nothing is remembered.
+            let removed = self.instance.maps().and_then(|maps| maps.remove_policy());
+            if let Err(error) = removed {
+                note!("netoken: {error:#}");
+            }
+        }
         drop(self.renewal.take());
         if let Some(number) = self.restored {
             state::forget_newer(&self.instance.policy_dir, number);

@@ -103,6 +103,15 @@ impl Maps {
         Ok(())
     }
 
+    /// Takes the policy out of use: then there is none, as before the first one.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub(crate) fn remove_policy(&self) -> Result<()> {
+        inner::take(&self.policies, 0).context("taking the policy out of use")?;
+        [0, 1].into_iter().try_for_each(|slot| self.empty(slot))
+    }
+
     fn parts(&self) -> [Part<'_>; 3] {
         [
             Part { name: "policy_entries", outer: &self.policy_entries, kind: MapType::Hash, flags: 0 },

@@ -124,6 +124,32 @@ pub fn a_failed_attach_leaves_the_slots_as_they_were() -> Result<()> {
     Ok(())
 }
 
+/// The guard has made the maps, which stay.
+pub fn a_first_attach_that_fails_beside_a_guard_leaves_no_policy() -> Result<()> {
+    let world = World::new()?;
+    let path = world.lab.run.with_extension("guard.toml");
+    fs::write(
+        &path,
+        "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n",
+    )?;
+    let guard = |args: &str| world.lab.ok(&format!("guard --netns {} -i c0 {args}", world.ns));
+    guard(&format!("--attach --hook xdp --rules {}", path.display()))?;
+    sh(&format!("tc -n {} qdisc add dev c0 ingress", world.ns))?;
+    let said = world.fails("-i c0 --attach --quiet --token 1111111111111111")?;
+    ensure!(said.contains("ingress qdisc"), "{said}");
+    let shown = String::from_utf8(world.lab.run("policy show")?.stderr)?;
+    ensure!(shown.contains("has no policy"), "{shown}");
+    world.ok("--query")?;
+
+    sh(&format!("tc -n {} qdisc del dev c0 ingress", world.ns))?;
+    let said = String::from_utf8(world.run("-i c0 --attach --quiet")?.stderr)?;
+    ensure!(said.contains("with the default token"), "{said}");
+    world.expect_token("4e45544f4b454e31", "the token of the next attach")?;
+    world.ok("-i c0 --destroy")?;
+    guard("--destroy")?;
+    expect_no_state(&world.lab)
+}
+
 pub fn detach_keeps_policy_and_counters() -> Result<()> {
     let world = World::new()?;
     world.ok(&format!("-i c0 --attach --quiet --token {TOKEN}"))?;
