@@ -127,6 +127,12 @@ pub fn published(map: &MapHandle) -> Result<Clock> {
     Ok(clock)
 }
 
+/// How time is cut into slots by what is published; nothing if nothing ever was.
+pub fn slots(clock: &Clock) -> Option<Slots> {
+    let length_s = clock.slot_ns / NS_PER_S.unsigned_abs();
+    Slots::new(length_s as u32, clock.slots_behind, clock.slots_ahead).ok()
+}
+
 /// Publishes what the wall clock is now and, if they are given, how long slots are; what is not given stays, or
 /// becomes the default. True if anything had to be changed.
 ///

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
-use super::policy::{Progress, put as put_policy, read_by as read_policy};
+use super::policy::{Progress, load_keys, put as put_policy, read_by as read_policy};
 use super::reload::Reload;
 use super::signals::Signals;
 use super::told::{Before, RISK};
@@ -24,8 +24,7 @@ use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::hooks::tcx;
 use crate::hooks::unused::remove_unused;
-use crate::keys::Key;
-use crate::keys::file::keys_for;
+use crate::keys::file::{HeldKeys, keys_for};
 use crate::netns::{Netns, tool};
 use crate::pins::Renewal;
 use crate::policy::read::Checked;
@@ -50,9 +49,6 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     privileges::check(&doing)?;
     realtime::check(&doing)?;
     let targets = targets(scope)?;
-    let keys =
-        keys_for(&scope.instance, given.as_ref().map(|given| given.policy().rings()).unwrap_or_default())
-            .with_context(|| format!("attaching to {}", scope.ifaces.join(", ")))?;
 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
@@ -62,20 +58,25 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         state: &state,
         instance: &instance,
         is_new,
-        keys: keys.as_deref(),
+        keys: None,
         progress: &progress,
         slots: (0, 0),
         renewal: None,
         restored: None,
         done: Vec::new(),
     };
-    // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
-    let signals = if options.quiet {
-        Ok(Signals::default())
-    } else {
-        Signals::catch(matches!(given, Some(Given::File(..))))
-    };
-    let attached = signals.and_then(|signals| Ok((job.attach(&lock, &targets, given.as_ref())?, signals)));
+    let attached = (|| {
+        let rings = given.as_ref().map(|given| given.policy().rings()).unwrap_or_default();
+        job.keys = keys_for(&scope.instance, rings)
+            .with_context(|| format!("attaching to {}", scope.ifaces.join(", ")))?;
+        // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
+        let signals = if options.quiet {
+            Signals::default()
+        } else {
+            Signals::catch(matches!(given, Some(Given::File(..))))?
+        };
+        Ok((job.attach(&lock, &targets, given.as_ref())?, signals))
+    })();
     let (Attached { maps, reading, note, had_policy }, signals) = match attached {
         Ok(attached) => attached,
         Err(error) => return Err(job.give_up(lock, error)),
@@ -92,6 +93,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         if had_policy {
             given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps, &progress))?;
         }
+        job.set_slots(&maps)?;
         Ok((stream, output, job.renewal.take().and_then(Renewal::finish)))
     });
     let (stream, mut output, taken_over) = match prepared {
@@ -108,7 +110,6 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let told = job.tell(&mut output, &note).context("writing to standard output");
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
-    drop(keys);
     let Some(mut stream) = stream else {
         return told;
     };
@@ -118,6 +119,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
                 let progress = Progress::none();
                 let checked = read_policy(files, path, options.allow_missing, &progress)?;
                 let (_state, _lock) = State::create().context("loading the policy again")?;
+                load_keys(&instance, &maps, &checked.policy)?;
                 put_policy(&instance, &maps, &checked, path, &progress)?;
                 Ok(checked.policy.summary())
             };
@@ -217,9 +219,10 @@ struct Job<'a> {
     instance: &'a Instance,
     /// The instance was not there before.
     is_new: bool,
-    keys: Option<&'a [Key]>,
+    /// Until all is done: what a rotation gave to maps that an attach takes back would be lost with them.
+    keys: Option<HeldKeys>,
     progress: &'a Progress,
-    /// Length of a slot in nanoseconds, before and now; 0 if there was none.
+    /// Length of a slot in nanoseconds, before and now.
     slots: (u64, u64),
     renewal: Option<Renewal>,
     /// The number of the policy that was remembered last, if the maps had none.
@@ -267,10 +270,9 @@ impl Job<'_> {
             let first = attached.is_none();
             if first {
                 self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
-                let before = clock::published(&program.maps.clock)?.slot_ns;
-                clock::publish(&program.maps.clock, self.options.slots)?;
-                self.slots = (before, clock::published(&program.maps.clock)?.slot_ns);
-                self.keys.map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
+                // Where nobody goes by others, what is attached begins with these.
+                clock::publish(&program.maps.clock, self.options.slots.filter(|_| self.is_new))?;
+                self.keys.as_deref().map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
             }
             let mut running = program.maps.policy()?.is_some();
             if first && !running {
@@ -310,10 +312,25 @@ impl Job<'_> {
         Ok(Attached { reading, ..attached })
     }
 
+    /// To be done when all else has worked: who makes and checks tokens already goes by these at once.
+    fn set_slots(&mut self, maps: &Maps) -> Result<()> {
+        let before = clock::published(&maps.clock)?.slot_ns;
+        clock::publish(&maps.clock, self.options.slots)?;
+        self.slots = (before, clock::published(&maps.clock)?.slot_ns);
+        Ok(())
+    }
+
     /// Takes back what was done; returns the reason. Nothing half done stays behind, and what was there before
     /// is kept.
     fn give_up(mut self, lock: Lock, reason: anyhow::Error) -> anyhow::Error {
         self.undo(&lock);
+        if self.restored.is_some() {
+            // Beside a guard the maps stay, and the next attach would go by a policy of which nothing is remembered.
+            let removed = self.instance.maps().and_then(|maps| maps.remove_policy());
+            if let Err(error) = removed {
+                note!("netoken: {error:#}");
+            }
+        }
         drop(self.renewal.take());
         if let Some(number) = self.restored {
             state::forget_newer(&self.instance.policy_dir, number);
@@ -360,7 +377,7 @@ impl Job<'_> {
             notes.iter().for_each(|note| note!("{}: {note}", link.name));
         }
         let (before_s, now_s) = (self.slots.0 / 1_000_000_000, self.slots.1 / 1_000_000_000);
-        if before_s != 0 && before_s != now_s {
+        if before_s != now_s {
             note!(
                 "instance '{}': slots of keyed tokens have {now_s} s now, and had {before_s} s; who checks tokens has to agree",
                 self.instance.name

@@ -283,7 +283,9 @@ impl GuardMaps {
         let bytes = unsafe { plain::as_bytes(&table) };
         next.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("filling the table of rules")?;
         inner::put(&self.rules, 0, &next).context("putting the rules into use")?;
-        // Only now: the update has waited for those who still used them.
-        inner::take(&self.sources, running.into())
+        // Only now: the update has waited for those who still used them. Pages that stay take memory until rules of that
+        // generation come again, and are no failure of these, which are in use.
+        inner::take(&self.sources, running.into()).ok();
+        Ok(())
     }
 }

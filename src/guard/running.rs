@@ -25,7 +25,6 @@ use super::rules::Rules;
 use super::types::Size;
 use crate::clock;
 use crate::state::{self, Instance};
-use crate::token::keyed::Slots;
 
 /// Rules that are in use.
 #[derive(Debug)]
@@ -119,8 +118,7 @@ pub fn read(instance: &Instance, maps: &GuardMaps) -> Result<Running> {
         )
     };
     let (memory, mut rules) = remembered(instance, table.number).with_context(lost)?;
-    let now = clock::published(&maps.clock)?;
-    rules.slots = Slots::new((now.slot_ns / 1_000_000_000) as u32, now.slots_behind, now.slots_ahead).ok();
+    rules.slots = clock::slots(&clock::published(&maps.clock)?);
     let counters = GuardCounters::read(maps)?;
     let since = |counted: &Counted| {
         let now = counters.row(counted.row);

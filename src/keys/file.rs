@@ -14,6 +14,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::ops::Deref;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -28,6 +29,7 @@ use crate::state::instance_flag;
 /// Names another directory than /etc/netoken/keys.
 pub const DIR_VARIABLE: &str = "NETOKEN_KEYS";
 const DEFAULT_DIR: &str = "/etc/netoken/keys";
+const OPENING: &str = "opening the key directory";
 /// Longer than any key file, with comments.
 const FILE_LEN_MAX: usize = 4096;
 
@@ -37,20 +39,36 @@ pub struct KeyDir {
     path: PathBuf,
 }
 
-/// Held while keys are changed.
+/// Held while keys are changed. Who takes the lock of the state as well takes that first.
 #[derive(Debug)]
 pub struct KeyLock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
+
+/// Keys as their files have them. Who gives them to the kernel holds them until then, or would undo there what a command
+/// has changed meanwhile.
+#[derive(Debug)]
+pub struct HeldKeys {
+    keys: Vec<Key>,
+    _lock: KeyLock,
+}
+
+impl Deref for HeldKeys {
+    type Target = [Key];
+
+    fn deref(&self) -> &[Key] {
+        &self.keys
+    }
+}
 
 /// The keys of an instance, which must suffice to sign with these rings; nothing if it has no key directory.
 ///
 /// # Errors
 /// They cannot be read, or a ring has no key that signs.
-pub fn keys_for(instance: &str, rings: impl IntoIterator<Item = RingName>) -> Result<Option<Vec<Key>>> {
+pub fn keys_for(instance: &str, rings: impl IntoIterator<Item = RingName>) -> Result<Option<HeldKeys>> {
     super::guard_process()?;
     let dir = KeyDir::of_instance(instance);
-    let keys = dir.load()?;
+    let held = dir.hold()?;
     for ring in rings {
-        if super::signer(&keys, ring).is_none() {
+        if super::signer(held.as_deref().unwrap_or_default(), ring).is_none() {
             bail!(
                 "the policy makes tokens with key ring '{ring}', of which no key in {} signs; make one with: netoken \
                  key new {ring}{}",
@@ -59,7 +77,7 @@ pub fn keys_for(instance: &str, rings: impl IntoIterator<Item = RingName>) -> Re
             );
         }
     }
-    Ok(dir.exists().then_some(keys))
+    Ok(held)
 }
 
 impl KeyDir {
@@ -101,11 +119,30 @@ impl KeyDir {
             .mode(0o700)
             .create(&self.path)
             .map_err(|error| explain(error, "making the key directory", &self.path))?;
-        let dir = File::open(&self.path)
-            .map_err(|error| explain(error, "opening the key directory", &self.path))?;
-        let lock = Flock::lock(dir, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| anyhow!("locking the key directory {}: {errno}", self.path.display()))?;
-        Ok(KeyLock(lock))
+        let dir = File::open(&self.path).map_err(|error| explain(error, OPENING, &self.path))?;
+        self.lock_open(dir)
+    }
+
+    fn lock_open(&self, dir: File) -> Result<KeyLock> {
+        let shown = self.path.display();
+        let lock = Flock::lock(dir, FlockArg::LockExclusiveNonblock).or_else(|(dir, _)| {
+            note!("waiting for another netoken command to finish with the keys in {shown}");
+            Flock::lock(dir, FlockArg::LockExclusive)
+        });
+        lock.map(KeyLock).map_err(|(_, errno)| anyhow!("locking the key directory {shown}: {errno}"))
+    }
+
+    /// All keys, and keeps other commands from changing them; nothing if there is no such directory.
+    ///
+    /// # Errors
+    /// They cannot be locked or read.
+    pub fn hold(&self) -> Result<Option<HeldKeys>> {
+        let dir = match File::open(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(|error| explain(error, OPENING, &self.path))?,
+        };
+        let lock = self.lock_open(dir)?;
+        Ok(Some(HeldKeys { keys: self.load()?, _lock: lock }))
     }
 
     /// All keys, by id; no key if there is no such directory.

@@ -95,8 +95,21 @@ impl Maps {
         let bytes = unsafe { plain::as_bytes(&next) };
         generation.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("filling the generation")?;
         inner::put(&self.policies, 0, &generation).context("putting the policy into use")?;
-        // Only now: the update has waited for those who still used the other slot.
-        before.map_or(Ok(()), |before| self.empty(before.slot))
+        if let Some(before) = before {
+            // Only now: the update has waited for those who still used the other slot. What stays in it takes memory until
+            // the next load, and is no failure of this one, whose policy is in use.
+            self.empty(before.slot).ok();
+        }
+        Ok(())
+    }
+
+    /// Takes the policy out of use: then there is none, as before the first one.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub(crate) fn remove_policy(&self) -> Result<()> {
+        inner::take(&self.policies, 0).context("taking the policy out of use")?;
+        [0, 1].into_iter().try_for_each(|slot| self.empty(slot))
     }
 
     fn parts(&self) -> [Part<'_>; 3] {

@@ -5,6 +5,8 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use anyhow::{Context, Result, bail, ensure};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use netoken::keys::file::KeyDir;
 use serde_json::Value;
 
 use crate::lab::{Lab, Running, wait_until};
@@ -214,6 +216,60 @@ pub fn the_files_decide_what_the_kernel_knows() -> Result<()> {
     world.ok("-i c0 --attach --quiet")?;
     world.syns(1)?;
     ensure_eq!(counter(&world.lab, &world.ns, "default", "no_key")?, 2, "SYNs without a key");
+    Ok(())
+}
+
+/// The key that signs for the first ring, as the kernel knows it.
+fn signer(lab: &Lab) -> Result<u32> {
+    let rings = MapHandle::from_pinned_path(lab.run.join("bpf/default/rings"))?;
+    let ring = rings.lookup(&0u32.to_ne_bytes(), MapFlags::ANY)?.context("no ring")?;
+    let signer = ring.first_chunk().map(|first| u32::from_ne_bytes(*first));
+    signer.and_then(|signer| signer.checked_sub(1)).context("no key signs")
+}
+
+/// Lets the other one of two keys sign, as far as files go.
+fn swap(dir: &KeyDir) -> Result<()> {
+    for id in 0..2 {
+        let path = dir.file_of("edge".parse()?, id);
+        let text = fs::read_to_string(&path)?;
+        let (from, to) = ("state = \"signing\"", "state = \"verify-only\"");
+        let (from, to) = if text.contains(from) { (from, to) } else { (to, from) };
+        fs::write(&path, text.replace(from, to))?;
+    }
+    Ok(())
+}
+
+/// What they had read before would undo the rotation in the kernel, and with it bring back a key that was retired.
+pub fn who_gives_keys_to_the_kernel_waits_for_a_rotation() -> Result<()> {
+    let world = World::new()?;
+    let policy = write_policy(&world.lab)?;
+    world.lab.ok("key new edge")?;
+    world.lab.ok("key rotate edge")?;
+    let rules = world.lab.run.with_extension("guard.toml");
+    fs::write(&rules, "[[rule]]\nname = 'all'\ndst = '192.0.2.0/24'\nmode = 'observe'\nkeys = ['edge']\n")?;
+    let rules = rules.display();
+    let dir = KeyDir::at(world.lab.keys().join("default"));
+    let commands = [
+        world.args(&format!("-i c0 --attach --quiet --policy {policy}")),
+        world.args("-i c0 --attach --quiet"),
+        format!("policy load {policy}"),
+        "policy add --name web --port 80 --action skip".to_string(),
+        format!("guard --netns {} -i c0 --attach --hook tc --rules {rules}", world.ns),
+        format!("guard --netns {} -i c0 --attach --hook tc", world.ns),
+        format!("guard --load --rules {rules}"),
+    ];
+    for (number, args) in (1..).zip(commands) {
+        let lock = dir.lock()?;
+        let mut command = Running::start(&mut world.lab.netoken(&args))?;
+        command
+            .wait_for("it to wait", |line| line.contains("to finish with the keys in"))
+            .context(args.clone())?;
+        swap(&dir)?;
+        drop(lock);
+        let (code, lines) = command.end()?;
+        ensure_eq!(code, Some(0), "exit code of {args}: {lines:#?}");
+        ensure_eq!(signer(&world.lab)?, number % 2, "the key that signs after {args}");
+    }
     Ok(())
 }
 

@@ -104,7 +104,8 @@ fn with_root() -> Vec<Trial> {
             without_the_right_to_look_nothing_is_said_or_changed;
         keys: a_rotation_in_three_steps hints_name_the_instance adding_is_possible_whatever_is_due a_file_that_others_can_read_is_refused
             a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
-            the_files_decide_what_the_kernel_knows nobody_sees_a_secret
+            the_files_decide_what_the_kernel_knows
+            who_gives_keys_to_the_kernel_waits_for_a_rotation nobody_sees_a_secret
             slots_have_the_length_that_was_asked_for
             a_stream_follows_a_step_of_the_clock_within_two_seconds
             a_time_namespace_does_not_shift_the_clock;

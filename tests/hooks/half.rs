@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use crate::lab::wait_until;
 use crate::look::{
@@ -78,6 +79,75 @@ pub fn a_failed_attach_keeps_what_detach_kept() -> Result<()> {
     world.expect_token(TOKEN, "the token after a failed attach")?;
     ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 5, "the counter after a failed attach");
     Ok(())
+}
+
+/// Who makes tokens and who checks them go by the same slots.
+pub fn a_failed_attach_leaves_the_slots_as_they_were() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    // Beside it there is no room for clsact.
+    sh(&format!("tc -n {} qdisc add dev c1 ingress", world.ns))?;
+    let slot_s = || -> Result<Value> {
+        let clocks = records(&world.ok("--query --json")?, "clock")?;
+        Ok(clocks.first().context("no clock in the query")?["slot_s"].clone())
+    };
+    let path = world.lab.run.with_extension("guard.toml");
+    let guard = |ifaces: &str, slot_s: u32| {
+        let rule =
+            "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n";
+        fs::write(&path, format!("slots = {{ length = {slot_s} }}\n{rule}"))?;
+        let args = format!("{ifaces} --attach --hook tc --rules {}", path.display());
+        let output = world.lab.run(&format!("guard --netns {} {args}", world.ns))?;
+        let said = String::from_utf8(output.stderr)?;
+        ensure!(output.status.success() || said.contains("ingress qdisc"), "{said}");
+        Ok(output.status.success())
+    };
+    // Without a key nobody is shown a clock.
+    world.lab.ok("key new edge")?;
+
+    world.ok("-i c0 --attach --quiet")?;
+    world.fails("-i c0 -i c1 --attach --quiet --slot 32")?;
+    ensure_eq!(slot_s()?, 16, "slots after an attach of the stamp");
+    ensure!(!guard("-i c0 -i c1", 8)?, "the guard is on c1");
+    ensure_eq!(slot_s()?, 16, "slots after the first attach of the guard");
+    ensure!(guard("-i c0", 8)?, "the guard is not on c0");
+    ensure_eq!(slot_s()?, 8, "slots of the guard");
+    ensure!(!guard("-i c0 -i c1", 4)?, "the guard is on c1");
+    ensure_eq!(slot_s()?, 8, "slots after another attach of the guard");
+
+    world.ok("-i c0 --destroy")?;
+    world.fails("-i c0 -i c1 --attach --quiet --slot 32")?;
+    ensure_eq!(slot_s()?, 8, "slots after an attach of the stamp beside the guard");
+    let said = String::from_utf8(world.run("-i c0 --attach --quiet --slot 32")?.stderr)?;
+    ensure!(said.contains("have 32 s now, and had 8 s"), "{said}");
+    ensure_eq!(slot_s()?, 32, "slots at last");
+    Ok(())
+}
+
+/// The guard has made the maps, which stay.
+pub fn a_first_attach_that_fails_beside_a_guard_leaves_no_policy() -> Result<()> {
+    let world = World::new()?;
+    let path = world.lab.run.with_extension("guard.toml");
+    fs::write(
+        &path,
+        "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n",
+    )?;
+    let guard = |args: &str| world.lab.ok(&format!("guard --netns {} -i c0 {args}", world.ns));
+    guard(&format!("--attach --hook xdp --rules {}", path.display()))?;
+    sh(&format!("tc -n {} qdisc add dev c0 ingress", world.ns))?;
+    let said = world.fails("-i c0 --attach --quiet --token 1111111111111111")?;
+    ensure!(said.contains("ingress qdisc"), "{said}");
+    let shown = String::from_utf8(world.lab.run("policy show")?.stderr)?;
+    ensure!(shown.contains("has no policy"), "{shown}");
+    world.ok("--query")?;
+
+    sh(&format!("tc -n {} qdisc del dev c0 ingress", world.ns))?;
+    let said = String::from_utf8(world.run("-i c0 --attach --quiet")?.stderr)?;
+    ensure!(said.contains("with the default token"), "{said}");
+    world.expect_token("4e45544f4b454e31", "the token of the next attach")?;
+    world.ok("-i c0 --destroy")?;
+    guard("--destroy")?;
+    expect_no_state(&world.lab)
 }
 
 pub fn detach_keeps_policy_and_counters() -> Result<()> {

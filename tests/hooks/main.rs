@@ -66,7 +66,8 @@ fn main() -> ExitCode {
         half: a_missing_second_interface_leaves_nothing a_command_for_a_missing_interface_makes_no_state a_second_interface_that_refuses_leaves_nothing
             a_second_interface_that_refuses_leaves_the_first_as_it_was
             a_guard_that_cannot_move_everywhere_stays_where_it_was
-            a_failed_attach_keeps_what_detach_kept detach_keeps_policy_and_counters
+            a_failed_attach_keeps_what_detach_kept a_failed_attach_leaves_the_slots_as_they_were
+            a_first_attach_that_fails_beside_a_guard_leaves_no_policy detach_keeps_policy_and_counters
             the_last_destroy_removes_policy_and_counters
             a_destroy_says_if_the_other_program_uses_the_instance a_destroy_waits_for_nothing_that_is_attached_elsewhere destroy_without_an_interface_takes_all;
         changes: a_removed_interface_is_reported_and_ends_the_stream detach_on_exit_leaves_no_state_after_a_removal a_renamed_interface_is_reported_and_streams_on

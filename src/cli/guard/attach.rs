@@ -8,7 +8,7 @@ use super::rules::{NO_MARKS, load_keys, set_rules};
 use super::{GuardArgs, HookArg, RISK, Record, TO_THE_FRONT, hook_name, print_json};
 use crate::cli::args::Scope;
 use crate::cli::told::{Before, Said};
-use crate::clock;
+use crate::clock::{self, slots};
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
 use crate::guard::running::{self, Running};
@@ -21,13 +21,14 @@ use crate::hooks::unused::remove_unused;
 use crate::hooks::xdp::{
     Allowed, Mode, XdpAttachment, attach_xdp, attached_xdp, put_back_xdp, take_xdp, undo_xdp,
 };
-use crate::keys::Key;
+use crate::keys::file::HeldKeys;
 use crate::netns::Netns;
 use crate::pins::Renewal;
 use crate::privileges;
 use crate::program::{LinkHeader, Program};
 use crate::realtime;
 use crate::state::{self, Instance, Lock, State};
+use crate::token::keyed::Slots;
 
 /// What was done on one interface.
 enum Done {
@@ -43,12 +44,14 @@ struct Job<'a> {
     instance: &'a Instance,
     /// The instance was not there before.
     is_new: bool,
+    /// Until all is done: what a rotation gave to maps that an attach takes back would be lost with them.
+    keys: Option<HeldKeys>,
     renewal: Option<Renewal>,
     /// The number of the rules that were remembered last, if the maps had none.
     restored: Option<Option<u64>>,
     done: Vec<(Link, Done)>,
-    /// The rules that others were put into the place of.
-    before: Option<Running>,
+    /// The rules and slots that others were put into the place of, as far as there were any.
+    before: Option<(Option<Running>, Option<Slots>)>,
     /// What to say at the end.
     notes: Vec<String>,
 }
@@ -61,7 +64,6 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
     for link in &links {
         link_header(link)?;
     }
-    let keys = load_keys(&doing, &scope.instance, rules)?;
 
     let (state, lock) = State::create()?;
     let instance = state.instance(&scope.instance);
@@ -71,13 +73,18 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
         state: &state,
         instance: &instance,
         is_new,
+        keys: None,
         renewal: None,
         restored: None,
         done: Vec::new(),
         before: None,
         notes: Vec::new(),
     };
-    if let Err(error) = job.attach_all(&lock, &links, rules, keys.as_deref()) {
+    let attached = (|| {
+        job.keys = load_keys(&doing, &scope.instance, rules)?;
+        job.attach_all(&lock, &links, rules)
+    })();
+    if let Err(error) = attached {
         job.undo(&lock);
         if is_new {
             remove_unused(&state, &lock, &instance.name).ok();
@@ -92,13 +99,7 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
 }
 
 impl Job<'_> {
-    fn attach_all(
-        &mut self,
-        lock: &Lock,
-        links: &[Link],
-        rules: Option<&Rules>,
-        keys: Option<&[Key]>,
-    ) -> Result<()> {
+    fn attach_all(&mut self, lock: &Lock, links: &[Link], rules: Option<&Rules>) -> Result<()> {
         let marks = rules.map_or_else(|| running::marks(self.instance), |rules| Ok(rules.marks()))?;
         if self.args.hook == HookArg::Xdp && marks {
             bail!("attaching the guard: {NO_MARKS}");
@@ -135,7 +136,7 @@ impl Job<'_> {
                 };
                 let program = GuardProgram::load(settings, Some(&self.instance.pins))?;
                 if !ready {
-                    self.prepare(&program.maps, rules, keys)?;
+                    self.prepare(&program.maps, rules)?;
                     ready = true;
                 }
                 match self.attach_one(lock, link, program, kind, why.take()) {
@@ -183,7 +184,7 @@ impl Job<'_> {
     }
 
     /// Rules come before the program: it must not see a packet without them.
-    fn prepare(&mut self, maps: &GuardMaps, rules: Option<&Rules>, keys: Option<&[Key]>) -> Result<()> {
+    fn prepare(&mut self, maps: &GuardMaps, rules: Option<&Rules>) -> Result<()> {
         self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
         clock::publish(&maps.clock, None)?;
         let has_rules = maps.table()?.is_some();
@@ -192,12 +193,12 @@ impl Job<'_> {
         }
         if let Some(rules) = rules {
             // What is not remembered any more cannot be put back, and is no reason to keep it.
-            let before = running::read(self.instance, maps).ok();
-            set_rules(self.instance, maps, rules, &self.args.source(), keys)?;
-            self.before = before;
+            let before = (running::read(self.instance, maps).ok(), slots(&clock::published(&maps.clock)?));
+            set_rules(self.instance, maps, rules, &self.args.source(), self.keys.as_deref())?;
+            self.before = Some(before);
             return Ok(());
         }
-        keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
+        self.keys.as_deref().map_or(Ok(()), |keys| maps.keys.load(keys))?;
         if !has_rules && (self.is_new || running::restore(self.instance, maps)?.is_none()) {
             let why = match self.renewal.as_ref().is_some_and(|renewal| renewal.lacks("guard_rules")) {
                 true => "goes by rules of another version of netoken, of which nothing is remembered",
@@ -273,17 +274,23 @@ impl Job<'_> {
     /// Last things first.
     fn undo(&mut self, lock: &Lock) {
         self.undo_hooks(lock);
-        if let Some(before) = self.before.take() {
-            let put_back = GuardMaps::open(&self.instance.pins)
-                .and_then(|maps| set_rules(self.instance, &maps, &before.rules, &before.source, None));
-            if let Err(error) = put_back.context("putting back the rules that ran") {
-                note!("netoken: {error:#}");
-            }
+        if let Err(error) = self.put_back().context("putting back the rules that ran") {
+            note!("netoken: {error:#}");
         }
         drop(self.renewal.take());
         if let Some(number) = self.restored {
             state::forget_newer(&self.instance.guard_dir, number);
         }
+    }
+
+    /// The slots also where no rules ran: the stamp goes by them.
+    fn put_back(&mut self) -> Result<()> {
+        let Some((rules, slots)) = self.before.take() else { return Ok(()) };
+        let maps = GuardMaps::open(&self.instance.pins)?;
+        clock::publish(&maps.clock, slots)?;
+        rules.map_or(Ok(()), |Running { rules, source, .. }| {
+            running::load(self.instance, &maps, &rules, &source)
+        })
     }
 
     fn undo_hooks(&mut self, lock: &Lock) {

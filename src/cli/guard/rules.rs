@@ -10,16 +10,17 @@ use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
 use crate::guard::running;
 use crate::hooks::loaded::Role;
-use crate::keys::file::KeyDir;
+use crate::keys::file::{HeldKeys, KeyDir};
 use crate::keys::{self, Key};
 use crate::privileges;
 use crate::state::{Instance, State, instance_flag};
 
 /// The instance's keys, which must suffice for the rules; nothing if it has no key directory.
-pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> Result<Option<Vec<Key>>> {
+pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> Result<Option<HeldKeys>> {
     keys::guard_process()?;
     let dir = KeyDir::of_instance(instance);
-    let keys = dir.load()?;
+    let held = dir.hold()?;
+    let keys = held.as_deref().unwrap_or_default();
     for ring in rules.map(Rules::rings).unwrap_or_default() {
         if !keys.iter().any(|key| key.ring() == ring && key.is_live()) {
             bail!(
@@ -30,7 +31,7 @@ pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> R
             );
         }
     }
-    Ok(dir.exists().then_some(keys))
+    Ok(held)
 }
 
 /// Gives an instance its keys, its slots and its rules, which are from the file `source`.
@@ -66,9 +67,9 @@ pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
 pub(super) fn put(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
     let doing = format!("loading rules into instance '{}'", scope.instance);
     privileges::check(&doing)?;
-    let keys = load_keys(&doing, &scope.instance, Some(rules))?;
     let (state, lock) = State::create()?;
     let loaded = (|| {
+        let keys = load_keys(&doing, &scope.instance, Some(rules))?;
         let instance = state.instance(&scope.instance);
         let programs = of_instance(&state, &scope.instance)?;
         if programs.is_empty() {

@@ -116,7 +116,9 @@ fn load(args: &LoadArgs) -> Result<()> {
     privileges::check(&format!("loading the policy {}", args.file.display()))?;
     let (state, _lock) = args.common.open()?;
     let instance = state.instance(&args.common.instance);
-    let generation = put(&instance, &instance.maps()?, &checked, &args.file, &progress)?;
+    let maps = instance.maps()?;
+    load_keys(&instance, &maps, &checked.policy)?;
+    let generation = put(&instance, &maps, &checked, &args.file, &progress)?;
     let told = tell_loaded(&args.common, &state, &checked.policy, generation);
     // The process ends; to take a million rules apart before would take a person's time.
     std::mem::forget(checked);
@@ -143,7 +145,7 @@ fn tell_loaded(common: &Common, state: &State, policy: &Policy, generation: u64)
     outdated::tell(state, &common.instance, false)
 }
 
-/// Puts a policy that was read into use.
+/// Puts a policy that was read into use. The kernel has the keys that it makes tokens with.
 ///
 /// # Errors
 /// The running one is then unchanged.
@@ -154,7 +156,6 @@ pub(super) fn put(
     file: &Path,
     progress: &Progress,
 ) -> Result<u64> {
-    load_keys(instance, maps, &checked.policy)?;
     let source = std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
     let told = |doing: &str, done: usize, total: usize| progress.show(doing, done, total);
     let loaded = running::load(instance, maps, &checked.policy, &source.display().to_string(), Some(&told));
@@ -166,7 +167,10 @@ pub(super) fn put(
 }
 
 /// Gives the kernel the keys that a policy makes tokens with.
-fn load_keys(instance: &Instance, maps: &Maps, policy: &Policy) -> Result<()> {
+///
+/// # Errors
+/// A ring has no key that signs, or the kernel refused.
+pub(super) fn load_keys(instance: &Instance, maps: &Maps, policy: &Policy) -> Result<()> {
     let rings = policy.rings();
     if rings.is_empty() {
         return Ok(());
