@@ -14,7 +14,7 @@ use nix::sys::utsname::uname;
 use crate::kernel::Kernel;
 
 const OPTION: &str = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK";
-/// The oldest kernel to which stable releases have brought the choice.
+/// The oldest series of which newer stable releases may have the choice.
 const OLDEST: (u32, u32) = (6, 12);
 
 /// Fails on a kernel where two packets would mix.
