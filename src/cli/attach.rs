@@ -118,7 +118,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
                 put_policy(&instance, &maps, &checked, path, &progress)?;
                 Ok(checked.policy.summary())
             };
-            Some(Reload::new("policy", files, options.watch, &signals.reload, load))
+            Some(Reload::new("policy", files, options.watch, &signals, load))
         }
         _ => None,
     };

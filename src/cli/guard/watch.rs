@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -59,7 +58,7 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
                 put(scope, &rules, source)?;
                 Ok(rules.summary())
             };
-            Some(Reload::new("rules", files, true, &signals.reload, again))
+            Some(Reload::new("rules", files, true, &signals, again))
         }
     };
     let out = Columns::new(HEADS, WIDTHS, Arc::clone(&signals.stop))?;
@@ -72,7 +71,7 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
     let mut last = Instant::now();
     let mut attached = IsAttached(true);
     loop {
-        let ends = signals.stop.load(Ordering::Relaxed);
+        let ends = signals.is_stopped();
         reload.iter_mut().for_each(Reload::look);
         for seen in reader.read(if ends { Duration::ZERO } else { POLL })? {
             output.seen(&seen)?;
