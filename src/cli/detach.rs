@@ -42,25 +42,29 @@ pub(super) fn remove(scope: &Scope, ifaces: &[String], destroy: bool) -> Result<
     remove_from(scope, &links, destroy, false)
 }
 
-/// Does everything first, and then tells: that nobody can be told must not leave anything behind.
+/// Does everything first, and then tells: that nobody can be told must not leave anything behind. What was done is told
+/// before what failed.
 fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) -> Result<()> {
     // Also where there is no state: a filter whose state was lost is known by its program.
     let (state, lock) = State::create()?;
     let mut hooks = Egress::open(&state)?;
     let mut done = Vec::new();
     let had_state = state.instance(&scope.instance).exists();
-    for link in links {
-        let filters = hooks.detach(&lock, link, &scope.instance)?;
-        let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
-        if !only_news || filters > 0 || qdisc == Some(Qdisc::Removed) {
-            done.push(Removed { interface: link.name.clone(), filters, qdisc });
+    let removed = (|| {
+        for link in links {
+            let filters = hooks.detach(&lock, link, &scope.instance)?;
+            let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
+            if !only_news || filters > 0 || qdisc == Some(Qdisc::Removed) {
+                done.push(Removed { interface: link.name.clone(), filters, qdisc });
+            }
         }
-    }
-    let users = if destroy { remove_unused(&state, &lock, &scope.instance)? } else { HashSet::new() };
+        if destroy { remove_unused(&state, &lock, &scope.instance) } else { Ok(HashSet::new()) }
+    })();
     drop(hooks);
-    state.remove_if_empty(lock)?;
+    let emptied = if removed.is_ok() { state.remove_if_empty(lock) } else { Ok(()) };
 
-    tell(scope, &done).context("writing to standard output")?;
+    let told = tell(scope, &done).context("writing to standard output");
+    let users = removed?;
     if done.is_empty() && only_news && !scope.json {
         let also = if had_state && users.is_empty() { "; its policy and counters are removed" } else { "" };
         note!("instance '{}' is not attached to any interface here{also}", scope.instance);
@@ -72,7 +76,7 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
             used_where(&users, false)
         );
     }
-    Ok(())
+    emptied.and(told)
 }
 
 fn tell(scope: &Scope, done: &[Removed]) -> Result<()> {

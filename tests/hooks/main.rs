@@ -76,7 +76,7 @@ fn main() -> ExitCode {
         together: eight_attaches_at_once_leave_one_filter attaches_and_destroys_at_once_leave_one_state
             a_second_reader_is_told_who_the_first_is a_killed_reader_does_not_block_the_next
             a_killed_reader_leaves_nothing_behind_a_destroy a_destroy_waits_for_one_who_looks
-            a_command_that_waits_names_the_one_it_waits_for
+            what_was_removed_is_told_before_what_failed a_command_that_waits_names_the_one_it_waits_for
             two_instances_have_two_readers a_reader_knows_interfaces_that_others_attached;
         crash: a_killed_attach_is_repaired_by_the_next a_killed_replacement_is_repaired_by_the_next
             a_killed_destroy_is_finished_by_the_next;
