@@ -114,7 +114,8 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
             let load = |files: &Files| {
                 let progress = Progress::none();
                 let checked = read_policy(files, path, options.allow_missing, &progress)?;
-                let (_state, _lock) = State::create().context("loading the policy again")?;
+                let (_state, _lock) =
+                    State::create_unless(Some(&signals.stop)).context("loading the policy again")?;
                 put_policy(&instance, &maps, &checked, path, &progress)?;
                 Ok(checked.policy.summary())
             };

@@ -18,6 +18,7 @@ use std::fs::{self, File, FileType};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -74,6 +75,14 @@ impl State {
     /// # Errors
     /// It cannot be made or mounted; the message says what to do.
     pub fn create() -> Result<(State, Lock)> {
+        State::create_unless(None)
+    }
+
+    /// The same, for who handles signals: waits for other commands only until `stop` is set.
+    ///
+    /// # Errors
+    /// It cannot be made or mounted, or `stop` was set while another command held the lock.
+    pub fn create_unless(stop: Option<&AtomicBool>) -> Result<(State, Lock)> {
         loop {
             let path = dir_path();
             let made = path.clone();
@@ -88,7 +97,7 @@ impl State {
             let Some(dir) = dir else { continue };
             let state = State { path, dir };
             // Nothing if the command that we waited for has removed all of it.
-            if let Some(lock) = state.lock()? {
+            if let Some(lock) = state.lock(stop)? {
                 // Under the lock: two file systems on one directory would hide each other's pins.
                 if let Err(error) = state.mount() {
                     fs::remove_file(state.below("lock")).ok();

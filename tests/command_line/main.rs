@@ -95,7 +95,7 @@ fn with_root() -> Vec<Trial> {
         rules: the_example_can_be_used_as_it_says counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
             the_kernel_says_which_rule_decides_and_why the_stream_shows_rules_by_their_names;
         reload: sighup_loads_the_file_again watch_notices_every_way_of_changing_a_file
-            a_change_while_files_are_read_is_not_missed a_list_that_is_mended_is_noticed;
+            a_change_while_files_are_read_is_not_missed a_list_that_is_mended_is_noticed a_reload_that_waits_ends_with_a_signal;
         query: the_policy_and_what_programs_were_told_are_shown instances_without_filters_are_shown
             one_instance_can_be_asked_for an_instance_that_is_not_whole_does_not_hide_the_others
             an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told;

@@ -1,5 +1,7 @@
 //! `netoken guard --load`: gives an instance its keys, its slots and its rules.
 
+use std::sync::atomic::AtomicBool;
+
 use anyhow::{Result, bail};
 
 use super::{Record, of_instance, print_json};
@@ -47,9 +49,10 @@ pub(super) fn set_rules(
     clock::publish(&maps.clock, rules.slots).map(drop)
 }
 
-/// Puts rules, which are from the file `source`, into use where the guard is attached, and says so.
-pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
-    put(scope, rules, source)?;
+/// Puts rules, which are from the file `source`, into use where the guard is attached, and says so. Once `stop` is set it
+/// waits for no other command.
+pub(super) fn load(scope: &Scope, rules: &Rules, source: &str, stop: Option<&AtomicBool>) -> Result<()> {
+    put(scope, rules, source, stop)?;
     if scope.json {
         return print_json(&Record::GuardLoaded {
             instance: &scope.instance,
@@ -63,11 +66,11 @@ pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
 }
 
 /// The same without a word.
-pub(super) fn put(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
+pub(super) fn put(scope: &Scope, rules: &Rules, source: &str, stop: Option<&AtomicBool>) -> Result<()> {
     let doing = format!("loading rules into instance '{}'", scope.instance);
     privileges::check(&doing)?;
     let keys = load_keys(&doing, &scope.instance, Some(rules))?;
-    let (state, lock) = State::create()?;
+    let (state, lock) = State::create_unless(stop)?;
     let loaded = (|| {
         let instance = state.instance(&scope.instance);
         let programs = of_instance(&state, &scope.instance)?;

@@ -52,10 +52,11 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
     let mut reload = match given {
         None => None,
         Some((path, rules)) => {
-            load(scope, rules, source)?;
+            load(scope, rules, source, Some(&signals.stop))?;
+            let stop = &signals.stop;
             let again = move |files: &Files| {
                 let rules = Rules::read(path, files)?;
-                put(scope, &rules, source)?;
+                put(scope, &rules, source, Some(stop))?;
                 Ok(rules.summary())
             };
             Some(Reload::new("rules", files, true, &signals, again))
