@@ -7,12 +7,13 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::args::Scope;
+use crate::events::watch::Left;
 use crate::hooks::egress::Egress;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::hooks::qdisc::Qdisc;
 use crate::hooks::unused::{remove_unused, used_where};
 use crate::privileges;
-use crate::state::State;
+use crate::state::{Lock, State};
 
 /// What was done on one interface.
 #[derive(Serialize)]
@@ -32,22 +33,34 @@ pub(super) fn run(scope: &Scope, destroy: bool) -> Result<()> {
     privileges::check(&format!("detaching from {what}"))?;
     let links = Netlink::connect()?.links()?;
     let targets = if all { links } else { scope.find(&links)? };
-    remove_from(scope, &targets, destroy, all)
+    // Also where there is no state: a filter whose state was lost is known by its program.
+    let (state, lock) = State::create()?;
+    remove_from(scope, &state, lock, &targets, destroy, all)
 }
 
-/// Removes it from those of the interfaces that are still there, and tells.
-pub(super) fn remove(scope: &Scope, ifaces: &[String], destroy: bool) -> Result<()> {
+/// Removes what a stream leaves from those of its interfaces that are still there, and tells.
+pub(super) fn remove(scope: &Scope, left: &Left) -> Result<()> {
+    let (state, lock) = State::create()?;
+    if left.is_replaced_by(&state.instance(&scope.instance)) {
+        note!("instance '{}' was destroyed meanwhile; what is attached now stays", scope.instance);
+        return Ok(());
+    }
     let mut links = Netlink::connect()?.links()?;
-    links.retain(|link| ifaces.contains(&link.name));
-    remove_from(scope, &links, destroy, false)
+    links.retain(|link| left.links.iter().any(|left| left.name == link.name));
+    remove_from(scope, &state, lock, &links, true, false)
 }
 
 /// Does everything first, and then tells: that nobody can be told must not leave anything behind. What was done is told
 /// before what failed.
-fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) -> Result<()> {
-    // Also where there is no state: a filter whose state was lost is known by its program.
-    let (state, lock) = State::create()?;
-    let mut hooks = Egress::open(&state)?;
+fn remove_from(
+    scope: &Scope,
+    state: &State,
+    lock: Lock,
+    links: &[Link],
+    destroy: bool,
+    only_news: bool,
+) -> Result<()> {
+    let mut hooks = Egress::open(state)?;
     let mut done = Vec::new();
     let had_state = state.instance(&scope.instance).exists();
     let removed = (|| {
@@ -58,7 +71,7 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
                 done.push(Removed { interface: link.name.clone(), filters, qdisc });
             }
         }
-        if destroy { remove_unused(&state, &lock, &scope.instance) } else { Ok(HashSet::new()) }
+        if destroy { remove_unused(state, &lock, &scope.instance) } else { Ok(HashSet::new()) }
     })();
     drop(hooks);
     let emptied = if removed.is_ok() { state.remove_if_empty(lock) } else { Ok(()) };

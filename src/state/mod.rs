@@ -55,6 +55,10 @@ pub struct State {
     dir: OwnedFd,
 }
 
+/// Tells an instance from one of the same name that was destroyed before: the file of a pin, by device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity(u64, u64);
+
 /// One named set of maps.
 #[derive(Debug)]
 pub struct Instance {
@@ -204,6 +208,16 @@ impl Instance {
     /// Whether it has pins.
     pub fn exists(&self) -> bool {
         self.pins.join("counters").exists()
+    }
+
+    /// Which one of its name it is, for who reads its events; none if it is not there. Who destroys it and attaches again
+    /// makes other maps, of which nothing comes to who has the former ones open.
+    pub fn identity(&self, of: EventsOf) -> Option<Identity> {
+        let pin = match of {
+            EventsOf::Stamp => "events",
+            EventsOf::Guard => "guard_events",
+        };
+        fs::metadata(self.pins.join(pin)).ok().map(|pin| Identity(pin.dev(), pin.ino()))
     }
 
     /// Whether its directory is one of ours. An attach that was killed may have pinned nothing in it yet; a directory in

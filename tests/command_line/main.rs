@@ -114,7 +114,7 @@ fn with_root() -> Vec<Trial> {
             a_query_names_a_broken_instance a_query_finds_what_is_attached_without_its_state
             what_a_killed_attach_began_to_remember_is_no_policy;
         guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
-            a_destroyed_guard_ends_the_watch a_second_reader_is_told_who_the_first_is;
+            a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;
         upgrade: a_map_of_another_shape_is_replaced_and_the_loss_told
             counters_of_a_version_with_fewer_verdicts_are_carried_over

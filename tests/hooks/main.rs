@@ -72,7 +72,8 @@ fn main() -> ExitCode {
         changes: a_removed_interface_is_reported_and_ends_the_stream detach_on_exit_leaves_no_state_after_a_removal a_renamed_interface_is_reported_and_streams_on
             a_moved_interface_is_reported_and_ends_the_stream a_deleted_filter_is_reported_and_ends_the_stream
             a_deleted_qdisc_is_reported_and_ends_the_stream the_stream_goes_on_while_one_interface_is_left
-            changes_are_json_lines_too;
+            changes_are_json_lines_too another_instance_of_the_same_name_ends_the_stream_and_stays
+            a_reload_that_has_waited_leaves_another_instance_alone;
         together: eight_attaches_at_once_leave_one_filter attaches_and_destroys_at_once_leave_one_state
             a_second_reader_is_told_who_the_first_is a_killed_reader_does_not_block_the_next
             a_killed_reader_leaves_nothing_behind_a_destroy a_destroy_waits_for_one_who_looks

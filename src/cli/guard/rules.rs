@@ -15,7 +15,7 @@ use crate::hooks::loaded::Role;
 use crate::keys::file::KeyDir;
 use crate::keys::{self, Key};
 use crate::privileges;
-use crate::state::{Instance, State, instance_flag};
+use crate::state::{EventsOf, Identity, Instance, State, instance_flag};
 
 /// The instance's keys, which must suffice for the rules; nothing if it has no key directory.
 pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> Result<Option<Vec<Key>>> {
@@ -49,10 +49,17 @@ pub(super) fn set_rules(
     clock::publish(&maps.clock, rules.slots).map(drop)
 }
 
-/// Puts rules, which are from the file `source`, into use where the guard is attached, and says so. Once `stop` is set it
-/// waits for no other command.
-pub(super) fn load(scope: &Scope, rules: &Rules, source: &str, stop: Option<&AtomicBool>) -> Result<()> {
-    put(scope, rules, source, stop)?;
+/// What ends the loads of a process that lives on between them.
+pub(super) struct Ends<'a> {
+    /// It is set by signals.
+    pub stop: &'a AtomicBool,
+    /// Another instance of the same name is none of its business.
+    pub identity: Option<Identity>,
+}
+
+/// Puts rules, which are from the file `source`, into use where the guard is attached, and says so.
+pub(super) fn load(scope: &Scope, rules: &Rules, source: &str, ends: Option<&Ends<'_>>) -> Result<()> {
+    put(scope, rules, source, ends)?;
     if scope.json {
         return print_json(&Record::GuardLoaded {
             instance: &scope.instance,
@@ -66,13 +73,16 @@ pub(super) fn load(scope: &Scope, rules: &Rules, source: &str, stop: Option<&Ato
 }
 
 /// The same without a word.
-pub(super) fn put(scope: &Scope, rules: &Rules, source: &str, stop: Option<&AtomicBool>) -> Result<()> {
+pub(super) fn put(scope: &Scope, rules: &Rules, source: &str, ends: Option<&Ends<'_>>) -> Result<()> {
     let doing = format!("loading rules into instance '{}'", scope.instance);
     privileges::check(&doing)?;
     let keys = load_keys(&doing, &scope.instance, Some(rules))?;
-    let (state, lock) = State::create_unless(stop)?;
+    let (state, lock) = State::create_unless(ends.map(|ends| ends.stop))?;
     let loaded = (|| {
         let instance = state.instance(&scope.instance);
+        if ends.is_some_and(|ends| ends.identity != instance.identity(EventsOf::Guard)) {
+            bail!("{doing}: it was destroyed");
+        }
         let programs = of_instance(&state, &scope.instance)?;
         if programs.is_empty() {
             bail!(
