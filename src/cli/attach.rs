@@ -197,7 +197,8 @@ fn leave(scope: &Scope, options: &AttachOptions, instance: &Instance, left: &Lef
     if left.is_replaced_by(instance) {
         return Ok(());
     }
-    for Link { name, .. } in &left.links {
+    for watched in &left.links {
+        let name = &watched.link.name;
         note!("still attached to {name}; remove it with: netoken {} --destroy", scope.flags(name));
     }
     Ok(())

@@ -163,3 +163,23 @@ pub fn a_reload_that_has_waited_leaves_another_instance_alone() -> Result<()> {
     ensure_eq!(stream.end()?.0, Some(1), "the exit code");
     expect_stays(&world)
 }
+
+/// After its last look: a reload waits for the lock, and a signal ends that.
+pub fn an_interface_that_is_renamed_at_last_is_detached_on_exit() -> Result<()> {
+    let world = World::new()?;
+    let path = world.lab.run.with_extension("policy.toml");
+    std::fs::write(&path, "default = { action = 'stamp', token = '1111111111111111' }\n")?;
+    let mut stream = stream(&world, &format!("-i c0 --detach-on-exit --policy {}", path.display()))?;
+    let lock = world.lab.hold_lock()?;
+    stream.signal(Signal::SIGHUP)?;
+    stream.wait_for("that it waits", |line| line.contains("waiting for"))?;
+    world.lab.rename(&world.ns, "c0", "uplink7")?;
+    stream.signal(Signal::SIGTERM)?;
+    stream.wait_for("the end of the reload", |line| line.contains("stopped while waiting for"))?;
+    drop(lock);
+    let (code, lines) = stream.end()?;
+    ensure_eq!(code, Some(0), "the exit code; it said {lines:#?}");
+    ensure!(lines.iter().any(|line| line.contains("uplink7: filter removed")), "{lines:#?}");
+    expect_ours(&world.ns, "uplink7", 0)?;
+    expect_no_state(&world.lab)
+}
