@@ -112,6 +112,11 @@ impl Netns {
         names().into_iter().find(|name| inode(&Path::new(NAMED).join(name)).ok() == Some(self.inode()))
     }
 
+    /// How `--netns` can be told it: by the name that `ip netns` gave it, or else by the path that led to it.
+    pub fn called(&self) -> String {
+        self.given_name().unwrap_or_else(|| self.name.clone())
+    }
+
     /// Moves the calling thread into it.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ use crate::events::reader::Reader;
 use crate::events::rules::RuleNames;
 use crate::events::show::{Output, Record};
 use crate::events::stream::{self, End};
-use crate::events::watch::Watch;
+use crate::events::watch::{Left, Watch};
 use crate::files::Files;
 use crate::hooks::egress::{Done, Egress};
 use crate::hooks::link::link_header;
@@ -113,17 +113,24 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let Some(mut stream) = stream else {
         return told;
     };
+    let identity = stream.watch.identity();
     let mut reload = match &given {
         Some(Given::File(path, _)) => {
             let load = |files: &Files| {
                 let progress = Progress::none();
                 let checked = read_policy(files, path, options.allow_missing, &progress)?;
-                let (_state, _lock) = State::create().context("loading the policy again")?;
+                let doing = "loading the policy again";
+                let (state, lock) = State::create_unless(Some(&signals.stop)).context(doing)?;
+                if instance.identity(EventsOf::Stamp) != identity {
+                    // What there was to lock may have been made for that alone.
+                    state.remove_if_empty(lock)?;
+                    bail!("{doing}: instance '{}' was destroyed", instance.name);
+                }
                 load_keys(&instance, &maps, &checked.policy)?;
                 put_policy(&instance, &maps, &checked, path, &progress)?;
                 Ok(checked.policy.summary())
             };
-            Some(Reload::new("policy", files, options.watch, &signals.reload, load))
+            Some(Reload::new("policy", files, options.watch, &signals, load))
         }
         _ => None,
     };
@@ -134,12 +141,14 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     };
     let end =
         stream::run(&maps, &mut stream.reader, &mut output, &mut stream.watch, &signals.stop, &mut each_look);
-    let left: Vec<String> = stream.watch.links().iter().map(|link| link.name.clone()).collect();
-    drop((stream, reading));
-    leave(scope, options, &left)?;
+    let Stream { reader, watch } = stream;
+    let left = watch.end();
+    drop((reader, reading));
+    leave(scope, options, &instance, &left)?;
     match end? {
         End::Asked => Ok(()),
-        End::NothingLeft => bail!("streaming: no interface is left that netoken is attached to"),
+        End::NothingLeft => bail!("streaming: no interface is left here that netoken is attached to"),
+        End::Destroyed => bail!("streaming: instance '{}' was destroyed", instance.name),
     }
 }
 
@@ -153,11 +162,11 @@ struct Stream<'a> {
 impl<'a> Stream<'a> {
     fn prepare(
         state: &'a State,
-        instance: &Instance,
+        instance: &'a Instance,
         maps: &'a Maps,
         links: Vec<Link>,
     ) -> Result<Stream<'a>> {
-        let watch = Watch::start(state, &instance.name, links)?;
+        let watch = Watch::start(state, instance, links)?;
         Ok(Stream { reader: Reader::open(maps)?, watch })
     }
 }
@@ -186,11 +195,15 @@ impl Given<'_> {
 }
 
 /// Removes all of it, or says how to.
-fn leave(scope: &Scope, options: &AttachOptions, left: &[String]) -> Result<()> {
+fn leave(scope: &Scope, options: &AttachOptions, instance: &Instance, left: &Left) -> Result<()> {
     if options.detach_on_exit {
-        return detach::remove(scope, left, true);
+        return detach::remove(scope, left);
     }
-    for name in left {
+    if left.is_replaced_by(instance) {
+        return Ok(());
+    }
+    for watched in &left.links {
+        let name = &watched.link.name;
         note!("still attached to {name}; remove it with: netoken {} --destroy", scope.flags(name));
     }
     Ok(())

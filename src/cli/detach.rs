@@ -7,18 +7,24 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::args::Scope;
+use crate::events::watch::Left;
 use crate::hooks::egress::Egress;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::hooks::qdisc::Qdisc;
+use crate::hooks::tcx;
 use crate::hooks::unused::{remove_unused, used_where};
+use crate::netns::Netns;
 use crate::privileges;
-use crate::state::State;
+use crate::state::{Lock, State};
 
 /// What was done on one interface.
 #[derive(Serialize)]
 #[serde(tag = "type", rename = "removed")]
 struct Removed {
     interface: String,
+    /// The network namespace that it has moved to, if it has.
+    #[serde(skip)]
+    netns: Option<String>,
     /// How many filters of ours were removed.
     filters: usize,
     /// Only with `--destroy`: what became of the clsact qdisc.
@@ -32,35 +38,73 @@ pub(super) fn run(scope: &Scope, destroy: bool) -> Result<()> {
     privileges::check(&format!("detaching from {what}"))?;
     let links = Netlink::connect()?.links()?;
     let targets = if all { links } else { scope.find(&links)? };
-    remove_from(scope, &targets, destroy, all)
-}
-
-/// Removes it from those of the interfaces that are still there, and tells.
-pub(super) fn remove(scope: &Scope, ifaces: &[String], destroy: bool) -> Result<()> {
-    let mut links = Netlink::connect()?.links()?;
-    links.retain(|link| ifaces.contains(&link.name));
-    remove_from(scope, &links, destroy, false)
-}
-
-/// Does everything first, and then tells: that nobody can be told must not leave anything behind.
-fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) -> Result<()> {
     // Also where there is no state: a filter whose state was lost is known by its program.
     let (state, lock) = State::create()?;
-    let mut hooks = Egress::open(&state)?;
-    let mut done = Vec::new();
-    let had_state = state.instance(&scope.instance).exists();
-    for link in links {
-        let filters = hooks.detach(&lock, link, &scope.instance)?;
-        let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
-        if !only_news || filters > 0 || qdisc == Some(Qdisc::Removed) {
-            done.push(Removed { interface: link.name.clone(), filters, qdisc });
+    remove_from(scope, &state, lock, targets.into_iter().map(Target::here).collect(), destroy, all)
+}
+
+/// An interface, and its network namespace if that is another one.
+struct Target {
+    netns: Option<Netns>,
+    link: Link,
+}
+
+impl Target {
+    fn here(link: Link) -> Target {
+        Target { netns: None, link }
+    }
+}
+
+/// Removes what a stream leaves, wherever it is by now, and tells.
+pub(super) fn remove(scope: &Scope, left: &Left) -> Result<()> {
+    let (state, lock) = State::create()?;
+    if left.is_replaced_by(&state.instance(&scope.instance)) {
+        note!("instance '{}' was destroyed meanwhile; what is attached now stays", scope.instance);
+        return Ok(());
+    }
+    // A name may be another one since the last look.
+    let present = Netlink::connect()?.links()?;
+    let here = |index: u32| present.iter().find(|link| link.index == index);
+    let (mut targets, mut elsewhere) = (Vec::new(), left.moved.clone());
+    for watched in &left.links {
+        match here(watched.link.index) {
+            Some(link) => targets.push(Target::here(link.clone())),
+            None => elsewhere.extend(watched.at_tcx),
         }
     }
-    let users = if destroy { remove_unused(&state, &lock, &scope.instance)? } else { HashSet::new() };
-    drop(hooks);
-    state.remove_if_empty(lock)?;
+    let moved = elsewhere.into_iter().filter_map(tcx::whereabouts);
+    targets.extend(moved.map(|(netns, link)| Target { netns: Some(netns), link }));
+    remove_from(scope, &state, lock, targets, true, false)
+}
 
-    tell(scope, &done).context("writing to standard output")?;
+/// Does everything first, and then tells: that nobody can be told must not leave anything behind. What was done is told
+/// before what failed.
+fn remove_from(
+    scope: &Scope,
+    state: &State,
+    lock: Lock,
+    targets: Vec<Target>,
+    destroy: bool,
+    only_news: bool,
+) -> Result<()> {
+    let mut done = Vec::new();
+    let had_state = state.instance(&scope.instance).exists();
+    let removed = (|| {
+        for target in targets {
+            let removed = match &target.netns {
+                None => take_away(scope, state, &lock, &target, destroy),
+                Some(netns) => netns.run(|| take_away(scope, state, &lock, &target, destroy)),
+            }?;
+            if !only_news || removed.filters > 0 || removed.qdisc == Some(Qdisc::Removed) {
+                done.push(removed);
+            }
+        }
+        if destroy { remove_unused(state, &lock, &scope.instance) } else { Ok(HashSet::new()) }
+    })();
+    let emptied = if removed.is_ok() { state.remove_if_empty(lock) } else { Ok(()) };
+
+    let told = tell(scope, &done).context("writing to standard output");
+    let users = removed?;
     if done.is_empty() && only_news && !scope.json {
         let also = if had_state && users.is_empty() { "; its policy and counters are removed" } else { "" };
         note!("instance '{}' is not attached to any interface here{also}", scope.instance);
@@ -72,7 +116,16 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
             used_where(&users, false)
         );
     }
-    Ok(())
+    emptied.and(told)
+}
+
+/// In the network namespace of the calling thread.
+fn take_away(scope: &Scope, state: &State, lock: &Lock, target: &Target, destroy: bool) -> Result<Removed> {
+    let mut hooks = Egress::open(state)?;
+    let filters = hooks.detach(lock, &target.link, &scope.instance)?;
+    let qdisc = if destroy { Some(hooks.destroy_clsact(lock, &target.link)?) } else { None };
+    let netns = target.netns.as_ref().map(Netns::called);
+    Ok(Removed { interface: target.link.name.clone(), netns, filters, qdisc })
 }
 
 fn tell(scope: &Scope, done: &[Removed]) -> Result<()> {
@@ -87,7 +140,9 @@ fn tell(scope: &Scope, done: &[Removed]) -> Result<()> {
             1 => "filter removed".to_string(),
             n => format!("{n} filters removed"),
         };
-        note!("{}: {filter}{}", removed.interface, Qdisc::as_clause(removed.qdisc));
+        let netns =
+            removed.netns.as_ref().map_or(String::new(), |netns| format!(" in network namespace {netns}"));
+        note!("{}{netns}: {filter}{}", removed.interface, Qdisc::as_clause(removed.qdisc));
     }
     Ok(out.flush()?)
 }

@@ -1,11 +1,12 @@
 //! Loads the file of a streaming process again: on SIGHUP and, if that is asked for, when it changes. A file that is wrong
 //! is told and changes nothing.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+use super::signals::Signals;
 use crate::files::{Files, Stamp};
 
 /// How often files are looked at. A look follows names and links anew, so it does not matter how a file is replaced:
@@ -20,7 +21,7 @@ pub(super) struct Reload<'a, L> {
     files: Files,
     /// A change is enough.
     watch: bool,
-    asked: &'a AtomicBool,
+    signals: &'a Signals,
     /// At the last look. A file that still changes is not read.
     seen: Vec<Option<Stamp>>,
     next_look: Instant,
@@ -31,20 +32,22 @@ pub(super) struct Reload<'a, L> {
 impl<'a, L: FnMut(&Files) -> Result<String>> Reload<'a, L> {
     /// For a file that is in use, and was read by way of `files`. `load` reads it, puts it into use, and says what that is
     /// in one line.
-    pub fn new(what: &'static str, files: Files, watch: bool, asked: &'a AtomicBool, load: L) -> Self {
+    pub fn new(what: &'static str, files: Files, watch: bool, signals: &'a Signals, load: L) -> Self {
         let seen = files.as_read();
-        Reload { what, load, files, watch, asked, seen, next_look: Instant::now() + PAUSE, is_gone: false }
+        Reload { what, load, files, watch, signals, seen, next_look: Instant::now() + PAUSE, is_gone: false }
     }
 
     /// Loads it again if that is asked for or due.
     pub fn look(&mut self) {
-        let asked = self.asked.swap(false, Ordering::Relaxed);
+        let asked = self.signals.reload.swap(false, Ordering::Relaxed);
         if !asked && !self.has_changed() {
             return;
         }
         let files = Files::default();
         match (self.load)(&files) {
             Ok(summary) => note!("{} loaded again: {summary}", self.what),
+            // There is no load after this one.
+            Err(error) if self.signals.is_stopped() => note!("netoken: {error:#}"),
             Err(error) => {
                 let error = format!("{error:#}");
                 // In one piece: nobody else's line comes between them.
@@ -57,9 +60,12 @@ impl<'a, L: FnMut(&Files) -> Result<String>> Reload<'a, L> {
 
     /// What a person needs to know after a load that failed. Not every reason is in a file that is watched.
     fn what_now(&self) -> String {
-        let then = if self.watch { ", save the file, or" } else { "" };
-        let id = std::process::id();
-        format!("still in use: the {} as loaded before; when this is mended{then}: kill -HUP {id}", self.what)
+        let save = if self.watch { ", save the file" } else { "" };
+        let signal = match self.signals.hears_hangup {
+            true => format!("{}: kill -HUP {}", if self.watch { ", or" } else { "" }, std::process::id()),
+            false => String::new(),
+        };
+        format!("still in use: the {} as loaded before; when this is mended{save}{signal}", self.what)
     }
 
     fn has_changed(&mut self) -> bool {

@@ -1,28 +1,52 @@
 //! What other processes tell one that streams.
 
+use std::mem::MaybeUninit;
+use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGHUP, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 /// Set by signals.
 #[derive(Default)]
 pub(super) struct Signals {
     pub stop: Arc<AtomicBool>,
     pub reload: Arc<AtomicBool>,
+    /// SIGHUP is not ignored.
+    pub hears_hangup: bool,
 }
 
 impl Signals {
-    /// Without a file that could be loaded again, SIGHUP ends the stream: the terminal is gone.
+    /// Without a file that could be loaded again, SIGHUP ends the stream: the terminal is gone. What the parent had set to
+    /// be ignored stays so: `nohup` does that for SIGHUP, and a script for SIGINT of what it starts in the background.
     pub fn catch(has_file: bool) -> Result<Signals> {
-        let signals = Signals::default();
-        let hangup = if has_file { &signals.reload } else { &signals.stop };
-        for (signal, flag) in [(SIGTERM, &signals.stop), (SIGHUP, hangup)] {
-            signal_hook::flag::register(signal, Arc::clone(flag)).context("preparing for signals")?;
+        let signals = Signals { hears_hangup: !is_ignored(SIGHUP), ..Signals::default() };
+        let register = |signal, flag: &Arc<AtomicBool>| {
+            signal_hook::flag::register(signal, Arc::clone(flag)).context("preparing for signals")
+        };
+        register(SIGTERM, &signals.stop)?;
+        if signals.hears_hangup {
+            register(SIGHUP, if has_file { &signals.reload } else { &signals.stop })?;
         }
-        let stop = Arc::clone(&signals.stop);
-        ctrlc::set_handler(move || stop.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
+        if !is_ignored(SIGINT) {
+            let stop = Arc::clone(&signals.stop);
+            ctrlc::set_handler(move || stop.store(true, Ordering::Relaxed))
+                .context("preparing for Ctrl-C")?;
+        }
         Ok(signals)
     }
+
+    /// Whether it was told to stop.
+    pub fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+fn is_ignored(signal: libc::c_int) -> bool {
+    let mut now = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: a null pointer changes nothing, and the other one is valid for the call.
+    let result = unsafe { libc::sigaction(signal, ptr::null(), now.as_mut_ptr()) };
+    // SAFETY: all zeros are a valid value, and the call writes none that is not.
+    result == 0 && unsafe { now.assume_init() }.sa_sigaction == libc::SIG_IGN
 }

@@ -29,6 +29,8 @@ pub enum End {
     Asked,
     /// No interface is left to stamp on.
     NothingLeft,
+    /// Somebody has destroyed the instance, and perhaps attached another one of that name.
+    Destroyed,
 }
 
 /// Streams until the end; `each_look` is called between two looks at the buffer.
@@ -74,11 +76,14 @@ impl Stream<'_> {
             self.events(reader, output, LOOK)?;
             // The wall clock may have been set.
             clock::publish(&self.maps.clock, None)?;
-            each_look()?;
             report_changes(output, watch)?;
-            if watch.links().is_empty() {
+            if !watch.has_links() {
                 break End::NothingLeft;
             }
+            if watch.is_destroyed() {
+                break End::Destroyed;
+            }
+            each_look()?;
             if Instant::now() >= self.next_totals {
                 self.next_totals = Instant::now() + TOTALS;
                 self.totals(reader, output)?;

@@ -166,15 +166,17 @@ impl<'a> Egress<'a> {
         self.clsact.links()
     }
 
-    /// Where a stamp of an instance is on the way out, or one whose instance is gone; none if there is none.
+    /// Where a stamp of an instance is on the way out, or one whose instance is gone, and the id of its program; none if
+    /// there is none.
     ///
     /// # Errors
     /// The kernel refused to list them.
-    pub fn hook_of(&mut self, link: &Link, instance: &str) -> Result<Option<Hook>> {
-        if !self.at_tcx(link, instance)?.is_empty() {
-            return Ok(Some(Hook::Tcx));
+    pub fn stamp_of(&mut self, link: &Link, instance: &str) -> Result<Option<(Hook, u32)>> {
+        if let Some(ours) = self.at_tcx(link, instance)?.first() {
+            return Ok(Some((Hook::Tcx, ours.program)));
         }
-        Ok((!self.clsact.attached(link, instance)?.is_empty()).then_some(Hook::Clsact))
+        let filters = self.clsact.attached(link, instance)?;
+        Ok(filters.first().map(|ours| (Hook::Clsact, ours.program)))
     }
 
     /// What is known of the programs that a new one of an instance takes the place of: its own, and those whose instance

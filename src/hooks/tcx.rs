@@ -14,8 +14,9 @@ use libbpf_sys::{
 };
 
 use super::loaded::{Loaded, Role};
-use super::netlink::{Link, Side};
+use super::netlink::{Link, Netlink, Side};
 use crate::kernel::Kernel;
+use crate::netns::Netns;
 use crate::state::Lock;
 
 /// bpf_mprog_max() of include/linux/bpf_mprog.h.
@@ -107,6 +108,25 @@ pub fn attached_tcx(ifindex: u32, programs: &HashMap<u32, Loaded>) -> Result<Vec
         behind = Some(program);
     }
     Ok(found)
+}
+
+/// Where a program is on the way out, in whatever network namespace can be found: it moves there with its interface.
+pub fn whereabouts(program: u32) -> Option<(Netns, Link)> {
+    Netns::everywhere().into_iter().find_map(|netns| {
+        // One that is gone a moment later holds nothing of ours any more.
+        let link = netns.run(|| link_with(program)).ok().flatten()?;
+        Some((netns, link))
+    })
+}
+
+/// The same in this network namespace.
+fn link_with(program: u32) -> Result<Option<Link>> {
+    for link in Netlink::connect()?.links()? {
+        if ids(link.index, Side::Egress)?.contains(&program) {
+            return Ok(Some(link));
+        }
+    }
+    Ok(None)
 }
 
 /// How many programs of others are on one side.

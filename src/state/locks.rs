@@ -5,14 +5,20 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{DIR_VARIABLE, Instance, State};
 
 /// What the name of a reader's file ends in.
 const READER: &str = "reader";
+/// How late one who waits for the lock may notice that it is to stop.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Held while something is changed, so that two commands cannot both find nothing and both attach.
 #[derive(Debug)]
@@ -42,8 +48,8 @@ pub struct ReaderLock {
 }
 
 impl State {
-    /// Waits until no other command changes anything. Nothing if the directory was removed meanwhile.
-    pub(super) fn lock(&self) -> Result<Option<Lock>> {
+    /// Waits until no other command changes anything, or `stop` is set. Nothing if the directory was removed meanwhile.
+    pub(super) fn lock(&self, stop: Option<&AtomicBool>) -> Result<Option<Lock>> {
         let path = self.below("lock");
         let file = match lock_file(&path, &self.path.join("lock")) {
             Err(_) if !path.parent().is_some_and(|dir| fs::metadata(dir).is_ok_and(|m| m.nlink() > 0)) => {
@@ -56,8 +62,7 @@ impl State {
             Err((mut file, _)) => {
                 let holder = holder(&mut file).unwrap_or("another netoken command".to_string());
                 note!("waiting for {holder} to finish");
-                Flock::lock(file, FlockArg::LockExclusive)
-                    .map_err(|(_, errno)| anyhow!("locking {}/lock: {errno}", self.path.display()))?
+                self.wait(file, stop, &holder)?
             }
         };
         if !same_file(&held, &path) {
@@ -67,6 +72,23 @@ impl State {
         // Only a name for who waits.
         sign(&mut lock.0).ok();
         Ok(Some(lock))
+    }
+
+    fn wait(&self, mut file: File, stop: Option<&AtomicBool>, holder: &str) -> Result<Flock<File>> {
+        let failed = |errno: Errno| anyhow!("locking {}/lock: {errno}", self.path.display());
+        let Some(stop) = stop else {
+            return Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno));
+        };
+        // A signal that is handled does not end a wait in the kernel: the handlers ask for it to go on.
+        while !stop.load(Ordering::Relaxed) {
+            thread::sleep(LOOK);
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(held) => return Ok(held),
+                Err((same, Errno::EWOULDBLOCK)) => file = same,
+                Err((_, errno)) => return Err(failed(errno)),
+            }
+        }
+        bail!("stopped while waiting for {holder} to finish")
     }
 
     /// Becomes the one reader of an instance's events of one kind.

@@ -18,6 +18,7 @@ use std::fs::{self, File, FileType};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,10 @@ pub struct State {
     dir: OwnedFd,
 }
 
+/// Tells an instance from one of the same name that was destroyed before: the file of a pin, by device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity(u64, u64);
+
 /// One named set of maps.
 #[derive(Debug)]
 pub struct Instance {
@@ -74,6 +79,14 @@ impl State {
     /// # Errors
     /// It cannot be made or mounted; the message says what to do.
     pub fn create() -> Result<(State, Lock)> {
+        State::create_unless(None)
+    }
+
+    /// The same, for who handles signals: waits for other commands only until `stop` is set.
+    ///
+    /// # Errors
+    /// It cannot be made or mounted, or `stop` was set while another command held the lock.
+    pub fn create_unless(stop: Option<&AtomicBool>) -> Result<(State, Lock)> {
         loop {
             let path = dir_path();
             let made = path.clone();
@@ -88,7 +101,7 @@ impl State {
             let Some(dir) = dir else { continue };
             let state = State { path, dir };
             // Nothing if the command that we waited for has removed all of it.
-            if let Some(lock) = state.lock()? {
+            if let Some(lock) = state.lock(stop)? {
                 // Under the lock: two file systems on one directory would hide each other's pins.
                 if let Err(error) = state.mount() {
                     fs::remove_file(state.below("lock")).ok();
@@ -213,6 +226,16 @@ impl Instance {
     /// Whether it has pins.
     pub fn exists(&self) -> bool {
         self.pins.join("counters").exists()
+    }
+
+    /// Which one of its name it is, for who reads its events; none if it is not there. Who destroys it and attaches again
+    /// makes other maps, of which nothing comes to who has the former ones open.
+    pub fn identity(&self, of: EventsOf) -> Option<Identity> {
+        let pin = match of {
+            EventsOf::Stamp => "events",
+            EventsOf::Guard => "guard_events",
+        };
+        fs::metadata(self.pins.join(pin)).ok().map(|pin| Identity(pin.dev(), pin.ino()))
     }
 
     /// Whether its directory is one of ours. An attach that was killed may have pinned nothing in it yet; a directory in

@@ -116,6 +116,40 @@ pub fn a_destroyed_guard_ends_the_watch() -> Result<()> {
     Ok(())
 }
 
+/// Also if that happens while a reload waits for who does it.
+pub fn a_watch_leaves_the_rules_of_another_guard_alone() -> Result<()> {
+    for waits in [false, true] {
+        let world = guarded()?;
+        let (rules, others) =
+            (world.lab.run.with_extension("guard.toml"), world.lab.run.with_extension("good.toml"));
+        fs::write(&others, RULES.replace("'all'", "'others'"))?;
+        let args = format!("guard --watch --rules {}", rules.display());
+        let mut watch = Running::start(&mut world.lab.netoken(&args))?;
+        watch.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
+        if waits {
+            let _lock = world.lab.hold_lock()?;
+            watch.signal(Signal::SIGHUP)?;
+            watch.wait_for("that it waits", |line| line.contains("waiting for"))?;
+            watch.signal(Signal::SIGSTOP)?;
+        } else {
+            watch.signal(Signal::SIGSTOP)?;
+            watch.signal(Signal::SIGHUP)?;
+        }
+        world.lab.ok(&format!("guard {} --destroy", place(&world)))?;
+        world.lab.ok(&format!("guard {} --attach --rules {}", place(&world), others.display()))?;
+        watch.signal(Signal::SIGCONT)?;
+        let (code, lines) = watch.end()?;
+        let last = lines.last().context("nothing was said")?;
+        ensure!(
+            code == Some(1) && last.contains("instance 'default': it was destroyed"),
+            "{code:?} {lines:#?}"
+        );
+        let shown = world.lab.ok("guard --show")?;
+        ensure!(shown.contains("others"), "{shown}");
+    }
+    Ok(())
+}
+
 /// Its events are not those of the stamp, which have a reader of their own.
 pub fn a_second_reader_is_told_who_the_first_is() -> Result<()> {
     let world = guarded()?;

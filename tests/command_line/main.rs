@@ -95,7 +95,7 @@ fn with_root() -> Vec<Trial> {
         rules: the_example_can_be_used_as_it_says counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
             the_kernel_says_which_rule_decides_and_why the_stream_shows_rules_by_their_names;
         reload: sighup_loads_the_file_again watch_notices_every_way_of_changing_a_file
-            a_change_while_files_are_read_is_not_missed a_list_that_is_mended_is_noticed;
+            a_change_while_files_are_read_is_not_missed a_list_that_is_mended_is_noticed a_reload_that_waits_ends_with_a_signal;
         query: the_policy_and_what_programs_were_told_are_shown instances_without_filters_are_shown
             one_instance_can_be_asked_for an_instance_that_is_not_whole_does_not_hide_the_others
             an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told;
@@ -115,7 +115,7 @@ fn with_root() -> Vec<Trial> {
             a_query_names_a_broken_instance a_query_finds_what_is_attached_without_its_state
             what_a_killed_attach_began_to_remember_is_no_policy;
         guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
-            a_destroyed_guard_ends_the_watch a_second_reader_is_told_who_the_first_is;
+            a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;
         upgrade: a_map_of_another_shape_is_replaced_and_the_loss_told
             counters_of_a_version_with_fewer_verdicts_are_carried_over
@@ -126,7 +126,7 @@ fn with_root() -> Vec<Trial> {
             tokens_that_another_version_has_seen_are_forgotten_and_that_is_told;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
-        stream: ctrl_c_and_sigterm_end_it_in_peace detach_on_exit_removes_everything
+        stream: ctrl_c_and_sigterm_end_it_in_peace signals_that_the_parent_ignores_stay_ignored detach_on_exit_removes_everything
             a_signal_during_the_attach_detaches_on_exit an_output_that_nobody_reads_does_not_keep_it_alive
             detach_on_exit_leaves_what_others_use a_sample_counts_all_and_shows_some
             every_syn_is_shown_once the_columns_stand_under_their_heads what_is_counted_is_shown_before_the_count;

@@ -196,3 +196,30 @@ pub fn a_list_that_is_mended_is_noticed() -> Result<()> {
     stream.wait_for("the reload", |line| line.contains("policy loaded again: 1 rule"))?;
     expect(&world, "2")
 }
+
+/// For another command, which may take long.
+pub fn a_reload_that_waits_ends_with_a_signal() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    let path = write(dir.path(), "p.toml", &token("1"))?;
+    let rules = "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n";
+    let rules = write(dir.path(), "guard.toml", rules)?.display().to_string();
+    world.lab.ok(&format!("guard --netns {} -i c0 --attach --rules {rules}", world.ns))?;
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let stream = stream(&world, &path, "")?;
+        let mut watch = Running::start(&mut world.lab.netoken(&format!("guard --watch --rules {rules}")))?;
+        watch.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
+        for mut process in [stream, watch] {
+            let lock = world.lab.hold_lock()?;
+            process.signal(Signal::SIGHUP)?;
+            process.wait_for("that it waits", |line| line.contains("waiting for"))?;
+            process.signal(signal)?;
+            let (code, lines) = process.end()?;
+            drop(lock);
+            ensure_eq!(code, Some(0), "exit code: {lines:#?}");
+            let has = |word: &str| lines.iter().any(|line| line.contains(word));
+            ensure!(has("stopped while waiting for") && !has("when this is mended"), "{lines:#?}");
+        }
+    }
+    expect(&world, "1")
+}

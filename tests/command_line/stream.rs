@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 
 use crate::lab::{NETOKEN, Running, wait_until};
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours, ours};
+use crate::rules::{dir, write};
 use crate::said::sign_of_panic;
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -54,6 +55,37 @@ pub fn ctrl_c_and_sigterm_end_it_in_peace() -> Result<()> {
     world.lab.ok(&format!("--iface c0 --netns {} --destroy", world.ns))?;
     expect_bare(&world.ns, "c0")?;
     expect_no_state(&world.lab)
+}
+
+/// `nohup` has it ignore SIGHUP, and a script SIGINT for what it starts in the background.
+pub fn signals_that_the_parent_ignores_stay_ignored() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    let path = write(dir.path(), "p.toml", "default = { action = 'stamp', token = '1111111111111111' }\n")?;
+    let file = format!(" --watch --policy {}", path.display());
+    for flags in ["", &file] {
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' HUP INT; exec \"$@\"", "sh", NETOKEN]);
+        command.args(world.args(&format!("-i c0 --attach{flags}")).split_whitespace());
+        let mut stream = Running::start(command.env("NETOKEN_RUN", &world.lab.run))?;
+        stream.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
+        for signal in [Signal::SIGHUP, Signal::SIGINT] {
+            stream.signal(signal)?;
+            // Longer than a signal takes to be noticed.
+            thread::sleep(Duration::from_millis(300));
+            ensure!(stream.child.try_wait()?.is_none(), "{signal} has ended it: {:#?}", stream.seen);
+        }
+        world.syns(1)?;
+        stream.wait_for("a SYN", |line| line.contains("10.77.0.2:9"))?;
+        if !flags.is_empty() {
+            // What is no way to load it again is not named as one.
+            write(dir.path(), "p.toml", "defalt = 1\n")?;
+            stream.wait_for("what to do", |line| line.ends_with("when this is mended, save the file"))?;
+        }
+        let lines = end(stream, Signal::SIGTERM)?;
+        ensure!(!lines.iter().any(|line| line.contains("loaded again")), "{lines:#?}");
+    }
+    Ok(())
 }
 
 pub fn detach_on_exit_removes_everything() -> Result<()> {

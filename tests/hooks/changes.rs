@@ -1,6 +1,7 @@
 //! What happens to an interface while somebody watches the stream.
 
 use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
 
 use crate::lab::Running;
 use crate::look::{expect_no_state, expect_ours, records};
@@ -76,7 +77,7 @@ pub fn a_renamed_interface_is_reported_and_streams_on() -> Result<()> {
     stream
         .wait_for("a SYN under the new name", |line| line.contains("uplink7") && line.contains("stamped"))?;
     world.ok("-i uplink7 --query")?;
-    stream.signal(nix::sys::signal::Signal::SIGINT)?;
+    stream.signal(Signal::SIGINT)?;
     let (code, lines) = stream.end()?;
     ensure_eq!(code, Some(0), "the exit code; it said {lines:#?}");
     ensure!(lines.iter().any(|line| line.contains("still attached to uplink7")), "{lines:#?}");
@@ -107,4 +108,78 @@ pub fn changes_are_json_lines_too() -> Result<()> {
     let last = events.last().is_some_and(|event| event["interface"].is_string() && event["event"] == "gone");
     ensure!(last, "{out:#?}");
     Ok(())
+}
+
+/// What comes back under the same name has other maps, of which nothing comes to who has the former ones open.
+pub fn another_instance_of_the_same_name_ends_the_stream_and_stays() -> Result<()> {
+    for flags in ["", "--detach-on-exit"] {
+        let world = World::new()?;
+        let path = world.lab.run.with_extension("policy.toml");
+        let policy = |token: &str| format!("default = {{ action = 'stamp', token = '{token}' }}\n");
+        std::fs::write(&path, policy("1111111111111111"))?;
+        let mut stream = stream(&world, &format!("-i c0 --policy {} --watch {flags}", path.display()))?;
+        stream.signal(Signal::SIGSTOP)?;
+        world.ok("-i c0 --destroy")?;
+        world.ok("-i c0 --attach --quiet --token 2222222222222222")?;
+        std::fs::write(&path, policy("3333333333333333"))?;
+        stream.signal(Signal::SIGCONT)?;
+        stream.wait_for("why it ends", |line| line.contains("instance 'default' was destroyed"))?;
+        let (code, lines) = stream.end()?;
+        ensure_eq!(code, Some(1), "the exit code; it said {lines:#?}");
+        ensure!(!lines.iter().any(|line| line.contains("loaded again")), "{lines:#?}");
+        ensure!(!lines.iter().any(|line| line.contains("still attached")), "{lines:#?}");
+        expect_stays(&world)?;
+    }
+    Ok(())
+}
+
+/// The new instance is as it was attached.
+fn expect_stays(world: &World) -> Result<()> {
+    expect_ours(&world.ns, "c0", 1)?;
+    world.expect_token("2222222222222222", "the token of the new instance")?;
+    let shown = world.lab.ok("policy show")?;
+    ensure!(shown.contains("2222222222222222"), "{shown}");
+    world.ok("-i c0 --destroy")?;
+    expect_no_state(&world.lab)
+}
+
+/// The same if that happens while a reload waits for who does it.
+pub fn a_reload_that_has_waited_leaves_another_instance_alone() -> Result<()> {
+    let world = World::new()?;
+    let path = world.lab.run.with_extension("policy.toml");
+    std::fs::write(&path, "default = { action = 'stamp', token = '1111111111111111' }\n")?;
+    let mut stream = stream(&world, &format!("-i c0 --policy {}", path.display()))?;
+    let lock = world.lab.hold_lock()?;
+    stream.signal(Signal::SIGHUP)?;
+    stream.wait_for("that it waits", |line| line.contains("waiting for"))?;
+    stream.signal(Signal::SIGSTOP)?;
+    drop(lock);
+    world.ok("-i c0 --destroy")?;
+    world.ok("-i c0 --attach --quiet --token 2222222222222222")?;
+    stream.signal(Signal::SIGCONT)?;
+    stream.wait_for("what became of the reload", |line| {
+        line.contains("loading the policy again: instance 'default' was destroyed")
+    })?;
+    ensure_eq!(stream.end()?.0, Some(1), "the exit code");
+    expect_stays(&world)
+}
+
+/// After its last look: a reload waits for the lock, and a signal ends that.
+pub fn an_interface_that_is_renamed_at_last_is_detached_on_exit() -> Result<()> {
+    let world = World::new()?;
+    let path = world.lab.run.with_extension("policy.toml");
+    std::fs::write(&path, "default = { action = 'stamp', token = '1111111111111111' }\n")?;
+    let mut stream = stream(&world, &format!("-i c0 --detach-on-exit --policy {}", path.display()))?;
+    let lock = world.lab.hold_lock()?;
+    stream.signal(Signal::SIGHUP)?;
+    stream.wait_for("that it waits", |line| line.contains("waiting for"))?;
+    world.lab.rename(&world.ns, "c0", "uplink7")?;
+    stream.signal(Signal::SIGTERM)?;
+    stream.wait_for("the end of the reload", |line| line.contains("stopped while waiting for"))?;
+    drop(lock);
+    let (code, lines) = stream.end()?;
+    ensure_eq!(code, Some(0), "the exit code; it said {lines:#?}");
+    ensure!(lines.iter().any(|line| line.contains("uplink7: filter removed")), "{lines:#?}");
+    expect_ours(&world.ns, "uplink7", 0)?;
+    expect_no_state(&world.lab)
 }

@@ -73,11 +73,13 @@ fn main() -> ExitCode {
         changes: a_removed_interface_is_reported_and_ends_the_stream detach_on_exit_leaves_no_state_after_a_removal a_renamed_interface_is_reported_and_streams_on
             a_moved_interface_is_reported_and_ends_the_stream a_deleted_filter_is_reported_and_ends_the_stream
             a_deleted_qdisc_is_reported_and_ends_the_stream the_stream_goes_on_while_one_interface_is_left
-            changes_are_json_lines_too;
+            changes_are_json_lines_too another_instance_of_the_same_name_ends_the_stream_and_stays
+            a_reload_that_has_waited_leaves_another_instance_alone
+            an_interface_that_is_renamed_at_last_is_detached_on_exit;
         together: eight_attaches_at_once_leave_one_filter attaches_and_destroys_at_once_leave_one_state
             a_second_reader_is_told_who_the_first_is a_killed_reader_does_not_block_the_next
             a_killed_reader_leaves_nothing_behind_a_destroy a_destroy_waits_for_one_who_looks
-            a_command_that_waits_names_the_one_it_waits_for
+            what_was_removed_is_told_before_what_failed a_command_that_waits_names_the_one_it_waits_for
             a_command_that_waited_for_a_destroy_makes_nothing_anew a_policy_that_somebody_reads_can_be_changed
             two_instances_have_two_readers a_reader_knows_interfaces_that_others_attached;
         crash: a_killed_attach_is_repaired_by_the_next a_killed_replacement_is_repaired_by_the_next
@@ -90,7 +92,8 @@ fn main() -> ExitCode {
             programs_of_others_stay_in_their_order_behind_ours
             it_moves_between_clsact_and_tcx_and_no_syn_passes_unstamped moving_leaves_a_clsact_of_others
             a_second_interface_that_is_full_leaves_the_first_as_it_was two_instances_can_be_at_two_hooks
-            a_program_that_somebody_removes_is_reported;
+            a_program_that_somebody_removes_is_reported
+            a_program_that_moves_with_its_interface_is_reported a_program_that_has_moved_is_detached_on_exit;
     ]);
     let is_old = netoken::kernel::Kernel::probe().version() < Some((6, 6));
     cases.push(support::case(

@@ -2,10 +2,11 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use libbpf_sys::{BPF_F_BEFORE, BPF_TCX_EGRESS};
 use netoken::hooks::netlink::Side;
 use netoken::hooks::tcx;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::foreign::{ifindex, tcx_link};
@@ -189,6 +190,78 @@ pub fn a_program_that_somebody_removes_is_reported() -> Result<()> {
     })?;
     ensure_eq!(stream.end()?.0, Some(1), "exit code with nothing left");
     world.ok("-i c0 --destroy")?;
+    expect_no_state(&world.lab)
+}
+
+/// Starts a stream and moves its interface away; returns where that is now.
+fn moved_away(world: &mut World, flags: &str) -> Result<(Running, String)> {
+    let args = world.args(&format!("-i c0 --attach --hook tcx {flags}"));
+    let mut stream = Running::start(&mut world.lab.netoken(&args))?;
+    stream.wait_for("the attach", |line| line.contains("attached"))?;
+    world.syns(1)?;
+    stream.wait_for("a SYN", |line| line.contains("stamped") && line.contains("10.77.0.2"))?;
+    let elsewhere = world.lab.netns("elsewhere")?;
+    sh(&format!("ip -n {} link set c0 netns {elsewhere}", world.ns))?;
+    Ok((stream, elsewhere))
+}
+
+pub fn a_program_that_moves_with_its_interface_is_reported() -> Result<()> {
+    let mut world = World::new()?;
+    let (mut stream, elsewhere) = moved_away(&mut world, "")?;
+    let said = stream.wait_for("a word about it", |line| {
+        line.contains(&format!("c0: moved to network namespace {elsewhere}, where our program goes on"))
+    })?;
+    let (code, lines) = stream.end()?;
+    ensure_eq!(code, Some(1), "exit code with nothing left here; it said {lines:#?}");
+    let index = world.lab.within(&elsewhere, || Ok(nix::net::if_::if_nametoindex("c0")?))?;
+    let there = || world.lab.within(&elsewhere, || tcx::ids(index, Side::Egress));
+    ensure_eq!(there()?.len(), 1, "programs at tcx where it is now");
+    // The advice is good.
+    let (_, advice) = said.split_once("netoken ").context("no advice")?;
+    world.lab.ok(advice)?;
+    ensure_eq!(there()?.len(), 0, "programs at tcx where it is now");
+    expect_no_state(&world.lab)?;
+
+    let mut world = World::new()?;
+    let (mut stream, elsewhere) = moved_away(&mut world, "--json")?;
+    let line = stream.wait_for("the same as JSON", |line| line.contains("interface\",\"interface"))?;
+    let change: Value = serde_json::from_str(&line)?;
+    ensure!(change["event"] == "moved" && change["netns"] == elsewhere.as_str(), "{change}");
+    ensure!(change["interface"] == "c0" && change["new_name"] == "c0", "{change}");
+    world.lab.ok(&format!("--netns {elsewhere} --destroy")).map(drop)
+}
+
+pub fn a_program_that_has_moved_is_detached_on_exit() -> Result<()> {
+    let mut world = World::new()?;
+    let (stream, elsewhere) = moved_away(&mut world, "--detach-on-exit")?;
+    expect_detached_there(&world, stream, &elsewhere, 1)?;
+
+    // After its last look: a reload waits for the lock, and a signal ends that.
+    let mut world = World::new()?;
+    let path = world.lab.run.with_extension("policy.toml");
+    std::fs::write(&path, "default = { action = 'stamp', token = '1111111111111111' }\n")?;
+    let args = format!("-i c0 --attach --hook tcx --detach-on-exit --policy {}", path.display());
+    let mut stream = Running::start(&mut world.lab.netoken(&world.args(&args)))?;
+    stream.wait_for("the heads", |line| line.contains("VERDICT"))?;
+    let lock = world.lab.hold_lock()?;
+    stream.signal(Signal::SIGHUP)?;
+    stream.wait_for("that it waits", |line| line.contains("waiting for"))?;
+    let elsewhere = world.lab.netns("elsewhere")?;
+    sh(&format!("ip -n {} link set c0 netns {elsewhere}", world.ns))?;
+    stream.signal(Signal::SIGTERM)?;
+    stream.wait_for("the end of the reload", |line| line.contains("stopped while waiting for"))?;
+    drop(lock);
+    expect_detached_there(&world, stream, &elsewhere, 0)
+}
+
+fn expect_detached_there(world: &World, stream: Running, elsewhere: &str, expected: i32) -> Result<()> {
+    let (code, lines) = stream.end()?;
+    ensure_eq!(code, Some(expected), "exit code; it said {lines:#?}");
+    let told = format!("c0 in network namespace {elsewhere}: filter removed");
+    ensure!(lines.iter().any(|line| line.contains(&told)), "'{told}' expected: {lines:#?}");
+    let index = world.lab.within(elsewhere, || Ok(nix::net::if_::if_nametoindex("c0")?))?;
+    let there = world.lab.within(elsewhere, || tcx::ids(index, Side::Egress))?;
+    ensure_eq!(there.len(), 0, "programs at tcx where it is now");
     expect_no_state(&world.lab)
 }
 

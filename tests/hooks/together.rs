@@ -12,7 +12,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 
 use crate::lab::{PATIENCE, Running, wait_until};
-use crate::look::{expect_bare, expect_no_state, expect_ours};
+use crate::look::{expect_bare, expect_no_state, expect_ours, records};
 use crate::support::ensure_eq;
 use crate::world::World;
 
@@ -136,6 +136,36 @@ pub fn a_destroy_waits_for_one_who_looks() -> Result<()> {
     drop(look);
     expect_all(vec![destroy])?;
     expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
+/// Who keeps the file system busy for longer than a command waits.
+pub fn what_was_removed_is_told_before_what_failed() -> Result<()> {
+    let world = World::new()?;
+    let rules = world.lab.run.with_extension("guard.toml");
+    std::fs::write(
+        &rules,
+        "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n",
+    )?;
+    let guard = format!("guard --netns {} -i c0", world.ns);
+    for (attach, destroy, kind) in [
+        (world.args("-i c0 --attach --quiet"), world.args("-i c0 --destroy --json"), Some("removed")),
+        (format!("{guard} --attach --rules {}", rules.display()), format!("{guard} --destroy"), None),
+    ] {
+        world.lab.ok(&attach)?;
+        let look = File::open(world.lab.run.join("bpf"))?;
+        let output = world.lab.run(&destroy)?;
+        drop(look);
+        let (out, said) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
+        ensure_eq!(output.status.code(), Some(1), "the exit code of {destroy}: {said}");
+        ensure!(said.ends_with("all else is done\n") && said.contains("unmounting"), "{said}");
+        match kind {
+            Some(kind) => ensure_eq!(records(&out, kind)?.len(), 1, "records of {kind} in {out}"),
+            None => ensure!(said.starts_with("c0: guard removed"), "{said}"),
+        }
+        expect_bare(&world.ns, "c0")?;
+    }
+    world.ok("-i c0 --destroy")?;
     expect_no_state(&world.lab)
 }
 

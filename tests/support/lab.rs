@@ -1,6 +1,7 @@
 //! A laboratory: network namespaces, veth pairs and a state directory of its own for one case. Everything is
 //! gone when it is dropped. `scripts/test` removes what a killed run left behind, by NETOKEN_TEST_ID.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{Flock, FlockArg};
 
 /// The program under test, as cargo built it.
 pub const NETOKEN: &str = env!("CARGO_BIN_EXE_netoken");
@@ -133,6 +135,13 @@ impl Lab {
             bail!("netoken {args}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
         }
         Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Holds the lock of the state, as a command does that changes something.
+    #[allow(dead_code)]
+    pub fn hold_lock(&self) -> Result<Flock<File>> {
+        let file = File::open(self.run.join("lock"))?;
+        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("locking the state")
     }
 
     /// Does something in a namespace, on a thread of its own. Sockets made there stay there.

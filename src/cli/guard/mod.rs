@@ -321,7 +321,7 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
         return attach::attach(&args, &scope, rules.as_ref());
     }
     if let (true, Some(rules)) = (args.load, &rules) {
-        return rules::load(&scope, rules, &args.source());
+        return rules::load(&scope, rules, &args.source(), None);
     }
     if args.show {
         return show::show(&scope, args.toml);

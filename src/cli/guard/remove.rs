@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::{Record, print_json};
 use crate::cli::args::Scope;
 use crate::hooks::clsact::Hooks;
-use crate::hooks::netlink::{Netlink, Side};
+use crate::hooks::netlink::{Link, Netlink, Side};
 use crate::hooks::qdisc::Qdisc;
 use crate::hooks::unused::{remove_unused, used_where};
 use crate::hooks::xdp::take_xdp;
@@ -25,26 +25,23 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
     let mut hooks = Hooks::open(&state, Side::Ingress)?;
     let mut done = Vec::new();
     let had_state = state.instance(&scope.instance).exists();
-    for link in &links {
-        let programs = hooks.detach(&lock, link, &scope.instance)?
-            + usize::from(take_xdp(&state, &lock, link, &scope.instance)?.is_some());
-        let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
-        if !all || programs > 0 || qdisc == Some(Qdisc::Removed) {
-            done.push((link, programs, qdisc));
+    let removed = (|| {
+        for link in &links {
+            let programs = hooks.detach(&lock, link, &scope.instance)?
+                + usize::from(take_xdp(&state, &lock, link, &scope.instance)?.is_some());
+            let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
+            if !all || programs > 0 || qdisc == Some(Qdisc::Removed) {
+                done.push((link, programs, qdisc));
+            }
         }
-    }
-    let users = if destroy { remove_unused(&state, &lock, &scope.instance)? } else { HashSet::new() };
+        if destroy { remove_unused(&state, &lock, &scope.instance) } else { Ok(HashSet::new()) }
+    })();
     drop(hooks);
-    state.remove_if_empty(lock)?;
+    let emptied = if removed.is_ok() { state.remove_if_empty(lock) } else { Ok(()) };
 
-    for (link, programs, qdisc) in &done {
-        if scope.json {
-            print_json(&Record::GuardRemoved { interface: &link.name, programs: *programs, qdisc: *qdisc })?;
-            continue;
-        }
-        let what = if *programs > 0 { "guard removed" } else { "the guard was not attached" };
-        note!("{}: {what}{}", link.name, Qdisc::as_clause(*qdisc));
-    }
+    // What was done is told before what failed.
+    let told = tell(scope, &done);
+    let users = removed?;
     if done.is_empty() && all && !scope.json {
         let also = if had_state && users.is_empty() { "; its rules and counters are removed" } else { "" };
         note!("the guard of instance '{}' is not attached to any interface here{also}", scope.instance);
@@ -55,6 +52,19 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
             scope.instance,
             used_where(&users, true)
         );
+    }
+    emptied.and(told)
+}
+
+/// Interfaces with how many programs were removed, and what became of the qdisc.
+fn tell(scope: &Scope, done: &[(&Link, usize, Option<Qdisc>)]) -> Result<()> {
+    for (link, programs, qdisc) in done {
+        if scope.json {
+            print_json(&Record::GuardRemoved { interface: &link.name, programs: *programs, qdisc: *qdisc })?;
+            continue;
+        }
+        let what = if *programs > 0 { "guard removed" } else { "the guard was not attached" };
+        note!("{}: {what}{}", link.name, Qdisc::as_clause(*qdisc));
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! `netoken guard --load`: gives an instance its keys, its slots and its rules.
 
+use std::sync::atomic::AtomicBool;
+
 use anyhow::{Result, bail};
 
 use super::{Record, of_instance, print_json};
@@ -13,7 +15,7 @@ use crate::hooks::loaded::Role;
 use crate::keys::file::{HeldKeys, KeyDir};
 use crate::keys::{self, Key};
 use crate::privileges;
-use crate::state::{Instance, State, instance_flag};
+use crate::state::{EventsOf, Identity, Instance, State, instance_flag};
 
 /// The instance's keys, which must suffice for the rules; nothing if it has no key directory.
 pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> Result<Option<HeldKeys>> {
@@ -48,9 +50,17 @@ pub(super) fn set_rules(
     clock::publish(&maps.clock, rules.slots).map(drop)
 }
 
+/// What ends the loads of a process that lives on between them.
+pub(super) struct Ends<'a> {
+    /// It is set by signals.
+    pub stop: &'a AtomicBool,
+    /// Another instance of the same name is none of its business.
+    pub identity: Option<Identity>,
+}
+
 /// Puts rules, which are from the file `source`, into use where the guard is attached, and says so.
-pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
-    put(scope, rules, source)?;
+pub(super) fn load(scope: &Scope, rules: &Rules, source: &str, ends: Option<&Ends<'_>>) -> Result<()> {
+    put(scope, rules, source, ends)?;
     if scope.json {
         return print_json(&Record::GuardLoaded {
             instance: &scope.instance,
@@ -64,13 +74,16 @@ pub(super) fn load(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
 }
 
 /// The same without a word.
-pub(super) fn put(scope: &Scope, rules: &Rules, source: &str) -> Result<()> {
+pub(super) fn put(scope: &Scope, rules: &Rules, source: &str, ends: Option<&Ends<'_>>) -> Result<()> {
     let doing = format!("loading rules into instance '{}'", scope.instance);
     privileges::check(&doing)?;
-    let (state, lock) = State::create()?;
+    let (state, lock) = State::create_unless(ends.map(|ends| ends.stop))?;
     let loaded = (|| {
         let keys = load_keys(&doing, &scope.instance, Some(rules))?;
         let instance = state.instance(&scope.instance);
+        if ends.is_some_and(|ends| ends.identity != instance.identity(EventsOf::Guard)) {
+            bail!("{doing}: it was destroyed");
+        }
         let programs = of_instance(&state, &scope.instance)?;
         if programs.is_empty() {
             bail!(

@@ -1,16 +1,13 @@
 //! `netoken guard --watch`: what comes in, as it comes.
 
-use std::fs;
 use std::net::SocketAddr;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::rules::{load, put};
+use super::rules::{Ends, load, put};
 use super::{Record, of_instance};
 use crate::cli::args::Scope;
 use crate::cli::blocked::{alert_line, alert_record};
@@ -43,23 +40,25 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
     if of_instance(&state, &scope.instance)?.is_empty() {
         bail!("{doing}: it is not attached anywhere");
     }
+    // First of all: if it goes meanwhile, that is noticed.
+    let identity = instance.identity(EventsOf::Guard);
     let maps = GuardMaps::open(&instance.pins)?;
-    let events = instance.pins.join("guard_events");
-    let pin = fs::metadata(&events).with_context(|| doing.clone())?.ino();
     let _reading = state.lock_reader(&instance, EventsOf::Guard)?;
     let signals = Signals::catch(given.is_some())?;
+    let ends = Ends { stop: &signals.stop, identity };
     let mut reader = Reader::open(&maps)?;
     // Last of all, so that what cannot be watched keeps the rules that it has.
     let mut reload = match given {
         None => None,
         Some((path, rules)) => {
-            load(scope, rules, source)?;
+            load(scope, rules, source, Some(&ends))?;
+            let ends = &ends;
             let again = move |files: &Files| {
                 let rules = Rules::read(path, files)?;
-                put(scope, &rules, source)?;
+                put(scope, &rules, source, Some(ends))?;
                 Ok(rules.summary())
             };
-            Some(Reload::new("rules", files, true, &signals.reload, again))
+            Some(Reload::new("rules", files, true, &signals, again))
         }
     };
     let out = Columns::new(HEADS, WIDTHS, Arc::clone(&signals.stop))?;
@@ -72,15 +71,14 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
     let mut last = Instant::now();
     let mut attached = IsAttached(true);
     loop {
-        let ends = signals.stop.load(Ordering::Relaxed);
-        reload.iter_mut().for_each(Reload::look);
-        for seen in reader.read(if ends { Duration::ZERO } else { POLL })? {
+        let is_last = signals.is_stopped();
+        for seen in reader.read(if is_last { Duration::ZERO } else { POLL })? {
             output.seen(&seen)?;
         }
         for alert in reader.alerts() {
             output.alert(&alert)?;
         }
-        if ends || last.elapsed() >= PERIOD {
+        if is_last || last.elapsed() >= PERIOD {
             last = Instant::now();
             attached.look(&state, &scope.instance)?;
             let now = GuardCounters::read(&maps)?;
@@ -90,13 +88,13 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
             }
         }
         output.flush()?;
-        if ends {
+        if is_last {
             return Ok(());
         }
-        // Whoever attaches it again makes other maps, of which nothing comes in here.
-        if fs::metadata(&events).ok().map(|pin| pin.ino()) != Some(pin) {
+        if instance.identity(EventsOf::Guard) != identity {
             bail!("{doing}: it was destroyed");
         }
+        reload.iter_mut().for_each(Reload::look);
     }
 }
 
