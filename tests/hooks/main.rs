@@ -13,6 +13,7 @@ mod half;
 mod lab;
 mod look;
 mod marks;
+mod names;
 mod netns;
 mod place;
 mod replace;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
             another_handle_stays_within_the_priority a_taken_place_is_an_error_that_says_so the_default_is_in_front_of_what_is_there
             the_default_is_in_front_of_a_low_priority_too
             a_place_that_cannot_be_is_wrong_usage a_guard_that_marks_goes_where_there_are_marks;
+        names: names_that_are_no_text_hinder_no_command;
         half: a_missing_second_interface_leaves_nothing a_command_for_a_missing_interface_makes_no_state a_second_interface_that_refuses_leaves_nothing
             a_second_interface_that_refuses_leaves_the_first_as_it_was
             a_guard_that_cannot_move_everywhere_stays_where_it_was
