@@ -62,12 +62,14 @@ pub fn attached(
     side: Side,
     programs: &HashMap<u32, Loaded>,
 ) -> Result<Vec<Attached>> {
-    if !netlink.clsacts()?.contains(&ifindex) {
+    let filters = netlink.filters(ifindex, side)?;
+    // Most interfaces have none, and no qdisc for them.
+    if filters.is_empty() {
         return Ok(Vec::new());
     }
     let mut found = Vec::new();
     let (mut before, tcx_before) = (0, tcx::foreign(ifindex, side, programs)?);
-    for filter in netlink.filters(ifindex, side)? {
+    for filter in filters {
         let ours = filter.program.and_then(|id| Some((id, programs.get(&id)?)));
         match ours.filter(|(_, loaded)| loaded.role == side.role()) {
             Some((program, loaded)) => {
@@ -236,7 +238,7 @@ impl<'a> Hooks<'a> {
     /// The priority in front of every filter that is there; none if there are none, which lets the kernel choose. Its
     /// own choice is in front of those that it placed itself, but behind those with a priority below 32768.
     fn front(&mut self, link: &Link) -> Result<Option<u16>> {
-        if !self.netlink.clsacts()?.contains(&link.index) {
+        if !self.netlink.has_clsact(link.index)? {
             return Ok(None);
         }
         let filters = self.netlink.filters(link.index, self.side)?;
@@ -341,7 +343,7 @@ impl<'a> Hooks<'a> {
     /// # Errors
     /// The kernel refused.
     pub fn destroy_clsact(&mut self, _lock: &Lock, link: &Link) -> Result<Qdisc> {
-        if !self.netlink.clsacts()?.contains(&link.index) {
+        if !self.netlink.has_clsact(link.index)? {
             return Ok(Qdisc::Absent);
         }
         let mut chains = self.netlink.chains(link.index, Side::Egress)?;
@@ -363,7 +365,7 @@ impl<'a> Hooks<'a> {
     }
 
     fn make_clsact(&mut self, link: &Link) -> Result<bool> {
-        if self.netlink.clsacts()?.contains(&link.index) {
+        if self.netlink.has_clsact(link.index)? {
             return Ok(false);
         }
         let doing = format!("making a clsact qdisc on {}", link.name);
@@ -371,7 +373,7 @@ impl<'a> Hooks<'a> {
             Ok(()) => Ok(true),
             // Somebody was faster, or there is the older kind of qdisc, which has no egress.
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                if self.netlink.clsacts()?.contains(&link.index) {
+                if self.netlink.has_clsact(link.index)? {
                     return Ok(false);
                 }
                 bail!(

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkHeader,
     NetlinkMessage, NetlinkPayload,
@@ -99,13 +99,24 @@ impl Netlink {
         self.dump(request, libc::RTM_NEWLINK, replies::link).context("listing the interfaces")
     }
 
-    /// The indexes of all interfaces that have a clsact qdisc.
+    /// Whether an interface has a clsact qdisc. It is asked for that one: in a list of all, which the kernel continues by
+    /// position, one is passed over if another in front of it goes meanwhile.
+    ///
+    /// Where there is one, the kernel tells all who want notices of qdiscs. So this is for commands; a stream that looks by
+    /// it would give itself notice.
     ///
     /// # Errors
     /// The kernel answered with an error.
-    pub fn clsacts(&mut self) -> Result<Vec<u32>> {
-        let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
-        self.dump(request, libc::RTM_NEWQDISC, replies::clsact).context("listing the qdiscs")
+    pub fn has_clsact(&mut self, ifindex: u32) -> Result<bool> {
+        let doing = || format!("asking for the clsact qdisc of interface {ifindex}");
+        let request = RouteNetlinkMessage::GetQueueDiscipline(clsact_message(ifindex));
+        match self.change(vec![(request, 0)]).with_context(doing)?.as_slice() {
+            [None] => Ok(true),
+            // There is none, or one of another kind; or the interface has gone.
+            [Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)] => Ok(false),
+            [Some(error)] => Err(io::Error::from_raw_os_error(*error)).with_context(doing),
+            _ => Err(anyhow!("the kernel did not answer").context(doing())),
+        }
     }
 
     /// The filters on one side of an interface's clsact qdisc, in the order in which they run; none without a qdisc. Of an

@@ -109,13 +109,6 @@ pub(super) fn filter(payload: &[u8]) -> Option<Filter> {
     })
 }
 
-/// The interface of a clsact qdisc, in a message about a qdisc.
-pub(super) fn clsact(payload: &[u8]) -> Option<u32> {
-    let header = TcHeader::parse(payload).ok()?;
-    let kind = attribute(payload.get(header.buffer_len()..)?, libc::TCA_KIND).map(text)?;
-    (kind == "clsact").then_some(header.index.cast_unsigned())
-}
-
 /// The number in a message about a chain.
 pub(super) fn chain(payload: &[u8]) -> Option<u32> {
     let header = TcHeader::parse(payload).ok()?;

@@ -13,6 +13,7 @@ mod half;
 mod lab;
 mod look;
 mod marks;
+mod meanwhile;
 mod names;
 mod netns;
 mod place;
@@ -65,6 +66,8 @@ fn main() -> ExitCode {
             the_default_is_in_front_of_a_low_priority_too
             a_place_that_cannot_be_is_wrong_usage a_guard_that_marks_goes_where_there_are_marks;
         names: names_that_are_no_text_hinder_no_command;
+        meanwhile: a_look_finds_what_is_there_while_interfaces_go clsact_is_told_from_what_else_may_be_there
+            who_looks_gives_nobody_notice;
         half: a_missing_second_interface_leaves_nothing a_command_for_a_missing_interface_makes_no_state a_second_interface_that_refuses_leaves_nothing
             a_second_interface_that_refuses_leaves_the_first_as_it_was
             a_guard_that_cannot_move_everywhere_stays_where_it_was
