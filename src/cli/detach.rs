@@ -47,21 +47,29 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
     // Also where there is no state: a filter whose state was lost is known by its program.
     let (state, lock) = State::create()?;
     let mut hooks = Egress::open(&state)?;
-    let mut done = Vec::new();
+    let (mut done, mut failed) = (Vec::new(), Vec::new());
     let had_state = state.instance(&scope.instance).exists();
     for link in links {
-        let filters = hooks.detach(&lock, link, &scope.instance)?;
-        let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
-        if !only_news || filters > 0 || qdisc == Some(Qdisc::Removed) {
-            done.push(Removed { interface: link.name.clone(), filters, qdisc });
+        let mut remove = || {
+            let filters = hooks.detach(&lock, link, &scope.instance)?;
+            let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
+            Ok(Removed { interface: link.name.clone(), filters, qdisc })
+        };
+        match remove() {
+            Ok(removed) => done.push(removed),
+            // That one stays is no reason for the others to stay.
+            Err(error) => failed.push(error),
         }
+    }
+    if only_news {
+        done.retain(|removed| removed.filters > 0 || removed.qdisc == Some(Qdisc::Removed));
     }
     let users = if destroy { remove_unused(&state, &lock, &scope.instance)? } else { HashSet::new() };
     drop(hooks);
     state.remove_if_empty(lock)?;
 
     tell(scope, &done).context("writing to standard output")?;
-    if done.is_empty() && only_news && !scope.json {
+    if done.is_empty() && failed.is_empty() && only_news && !scope.json {
         let also = if had_state && users.is_empty() { "; its policy and counters are removed" } else { "" };
         note!("instance '{}' is not attached to any interface here{also}", scope.instance);
     }
@@ -72,7 +80,15 @@ fn remove_from(scope: &Scope, links: &[Link], destroy: bool, only_news: bool) ->
             used_where(&users, false)
         );
     }
-    Ok(())
+    first_of(failed)
+}
+
+/// The first of what failed on several interfaces; the others are told.
+pub(super) fn first_of(failed: Vec<anyhow::Error>) -> Result<()> {
+    let mut failed = failed.into_iter();
+    let first = failed.next();
+    failed.for_each(|error| note!("netoken: {error:#}"));
+    first.map_or(Ok(()), Err)
 }
 
 fn tell(scope: &Scope, done: &[Removed]) -> Result<()> {

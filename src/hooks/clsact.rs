@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use anyhow::{Context, Result, anyhow, bail};
 use libbpf_rs::{TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook};
 
-use super::loaded::{Loaded, Role, loaded_programs};
+use super::loaded::{Loaded, Role, keep, loaded_programs};
 use super::netlink::{Filter, Link, Netlink, Side};
 use super::qdisc::Qdisc;
 use super::tcx;
@@ -397,9 +397,16 @@ impl<'a> Hooks<'a> {
         let mut hook = TcHook::new(self.netns.as_fd());
         hook.ifindex(link.index.cast_signed()).attach_point(TC_INGRESS | TC_EGRESS);
         let (removed, said) = messages(|| hook.destroy());
-        removed.with_context(|| format!("removing the clsact qdisc of {}{}", link.name, kernel_said(&said)))
+        let Err(error) = removed else { return Ok(()) };
+        // As with a filter.
+        if self.netlink.has_clsact(link.index).is_ok_and(|has| !has) {
+            return Ok(());
+        }
+        let what = format!("removing the clsact qdisc of {}{}", link.name, kernel_said(&said));
+        Err(error).context(what)
     }
 
+    /// One that was listed a moment ago.
     fn remove_filter(&mut self, link: &Link, filter: &Filter) -> Result<()> {
         let mut hook = TcHook::new(self.netns.as_fd());
         hook.ifindex(link.index.cast_signed())
@@ -407,7 +414,13 @@ impl<'a> Hooks<'a> {
             .priority(filter.priority.into())
             .handle(filter.handle);
         let (removed, said) = messages(|| hook.detach());
-        removed.with_context(|| {
+        let Err(error) = removed else { return Ok(()) };
+        // What has just gone, alone or with the qdisc or the interface, is removed. The kernel has a number for each, and
+        // uses them for other reasons too; so what counts is what is there.
+        if self.netlink.filters(link.index, self.side).is_ok_and(|there| !there.contains(filter)) {
+            return Ok(());
+        }
+        Err(error).with_context(|| {
             format!(
                 "removing our filter (priority {}, handle {:#x}) from {}{}",
                 filter.priority,
@@ -458,13 +471,10 @@ impl Attachment {
     }
 }
 
-/// Keeps the programs of filters loaded.
+/// Keeps the programs of filters loaded; of those that are still there.
 fn hold_programs(filters: &[Attached]) -> Result<Vec<(Filter, OwnedFd)>> {
-    let hold = |ours: &Attached| {
-        let fd = libbpf_rs::Program::fd_from_id(ours.program).context("keeping the running program")?;
-        Ok((ours.filter.clone(), fd))
-    };
-    filters.iter().map(hold).collect()
+    let hold = |ours: &Attached| Ok(keep(ours.program)?.map(|program| (ours.filter.clone(), program)));
+    filters.iter().filter_map(|ours| hold(ours).transpose()).collect()
 }
 
 /// The kernel's own explanation, which libbpf prints, if there was one.

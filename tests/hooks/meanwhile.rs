@@ -1,16 +1,21 @@
-//! What goes while somebody looks.
+//! What goes while somebody looks at it or removes it.
 
+use std::collections::HashMap;
+use std::os::fd::AsFd;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
+use libbpf_rs::{TC_EGRESS, TcHook};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use netoken::hooks::clsact::attached;
 use netoken::hooks::loaded::loaded_by;
 use netoken::hooks::netlink::{Netlink, Side};
+use netoken::hooks::xdp::attached_xdp;
 
 use crate::foreign::ifindex;
-use crate::lab::ip;
+use crate::lab::{Running, ip, wait_until};
+use crate::look::{expect_bare, expect_no_state, expect_ours, records};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
@@ -19,6 +24,9 @@ const RTNLGRP_TC: u32 = 4;
 
 /// So many that the kernel lists them in many pieces.
 const INTERFACES: usize = 100;
+
+/// So many that they take a while to be removed one by one.
+const FILTERS: u32 = 1000;
 
 pub fn a_look_finds_what_is_there_while_interfaces_go() -> Result<()> {
     let world = World::new()?;
@@ -46,6 +54,50 @@ pub fn a_look_finds_what_is_there_while_interfaces_go() -> Result<()> {
     })?;
     ensure!(looks > 10, "{looks} looks in all");
     Ok(())
+}
+
+/// Of one interface, by whatever takes it away; what is on the other is removed and told all the same.
+pub fn what_goes_while_it_is_removed_is_gone() -> Result<()> {
+    for (tool, command) in
+        [("tc", "filter del dev c0 egress"), ("tc", "qdisc del dev c0 clsact"), ("ip", "link del c0")]
+    {
+        goes_while_it_is_removed(tool, command).with_context(|| format!("{tool} {command}"))?;
+    }
+    Ok(())
+}
+
+fn goes_while_it_is_removed(tool: &str, command: &str) -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok("-i c0 -i c1 --attach --quiet")?;
+    let index = ifindex(&world, "c0")?;
+    let hooks = records(&world.ok("-i c0 --query --json")?, "hook")?;
+    let id = hooks[0]["program"].as_u64().context("no program")?;
+    world.lab.within(&world.ns, || {
+        let program = libbpf_rs::Program::fd_from_id(id as u32)?;
+        for handle in 1..=FILTERS {
+            let mut hook = TcHook::new(program.as_fd());
+            hook.ifindex(index).attach_point(TC_EGRESS).priority(7).handle(handle).attach()?;
+        }
+        Ok(())
+    })?;
+    let count = || {
+        world
+            .lab
+            .within(&world.ns, || Ok(Netlink::connect()?.filters(index.cast_unsigned(), Side::Egress)?.len()))
+    };
+    let all = count()?;
+    let destroy = Running::start(&mut world.lab.netoken(&world.args("--destroy")))?;
+    let left = wait_until("the first to be removed", || Ok(Some(count()?).filter(|left| *left < all)))?;
+    ensure!(left > 0, "all were removed at once");
+    sh(&format!("{tool} -n {} {command}", world.ns))?;
+
+    let (code, lines) = destroy.end()?;
+    ensure_eq!(code, Some(0), "the exit code; it said {lines:#?}");
+    ensure!(lines.iter().any(|line| line.starts_with("c1: filter removed")), "{lines:#?}");
+    expect_ours(&world.ns, "c1", 0)?;
+    expect_bare(&world.ns, "c1")?;
+    expect_no_state(&world.lab)
 }
 
 pub fn clsact_is_told_from_what_else_may_be_there() -> Result<()> {
@@ -76,6 +128,7 @@ pub fn clsact_is_told_from_what_else_may_be_there() -> Result<()> {
         let mut netlink = Netlink::connect()?;
         ensure_eq!(netlink.filters(index, Side::Egress)?.len(), 0, "filters");
         ensure_eq!(netlink.chains(index, Side::Egress)?.len(), 0, "chains");
+        ensure!(attached_xdp(index, &HashMap::new())?.is_none(), "a program at XDP");
         Ok(())
     })
 }

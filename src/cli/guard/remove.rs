@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use super::{Record, print_json};
 use crate::cli::args::Scope;
+use crate::cli::detach::first_of;
 use crate::hooks::clsact::Hooks;
 use crate::hooks::netlink::{Netlink, Side};
 use crate::hooks::qdisc::Qdisc;
@@ -23,15 +24,23 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
     let links = if all { links } else { scope.find(&links)? };
     let (state, lock) = State::create()?;
     let mut hooks = Hooks::open(&state, Side::Ingress)?;
-    let mut done = Vec::new();
+    let (mut done, mut failed) = (Vec::new(), Vec::new());
     let had_state = state.instance(&scope.instance).exists();
     for link in &links {
-        let programs = hooks.detach(&lock, link, &scope.instance)?
-            + usize::from(take_xdp(&state, &lock, link, &scope.instance)?.is_some());
-        let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
-        if !all || programs > 0 || qdisc == Some(Qdisc::Removed) {
-            done.push((link, programs, qdisc));
+        let mut remove = || {
+            let programs = hooks.detach(&lock, link, &scope.instance)?
+                + usize::from(take_xdp(&state, &lock, link, &scope.instance)?.is_some());
+            let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
+            Ok((link, programs, qdisc))
+        };
+        match remove() {
+            Ok(removed) => done.push(removed),
+            // That one stays is no reason for the others to stay.
+            Err(error) => failed.push(error),
         }
+    }
+    if all {
+        done.retain(|(_, programs, qdisc)| *programs > 0 || *qdisc == Some(Qdisc::Removed));
     }
     let users = if destroy { remove_unused(&state, &lock, &scope.instance)? } else { HashSet::new() };
     drop(hooks);
@@ -45,7 +54,7 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
         let what = if *programs > 0 { "guard removed" } else { "the guard was not attached" };
         note!("{}: {what}{}", link.name, Qdisc::as_clause(*qdisc));
     }
-    if done.is_empty() && all && !scope.json {
+    if done.is_empty() && failed.is_empty() && all && !scope.json {
         let also = if had_state && users.is_empty() { "; its rules and counters are removed" } else { "" };
         note!("the guard of instance '{}' is not attached to any interface here{also}", scope.instance);
     }
@@ -56,5 +65,5 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
             used_where(&users, true)
         );
     }
-    Ok(())
+    first_of(failed)
 }
