@@ -180,7 +180,7 @@ impl<'a> Hooks<'a> {
     ) -> Result<Attachment> {
         let front = if place.priority.is_none() { self.front(link)? } else { None };
         let made_qdisc = self.make_clsact(link)?;
-        let attached = self.attach_filter(link, instance, program, place, front);
+        let attached = self.attach_filter(lock, link, instance, program, place, front);
         if attached.is_err() && made_qdisc {
             // Unless somebody uses it already.
             self.destroy_clsact(lock, link).ok();
@@ -191,6 +191,7 @@ impl<'a> Hooks<'a> {
     /// The same on a clsact qdisc that is there.
     fn attach_filter(
         &mut self,
+        lock: &Lock,
         link: &Link,
         instance: &str,
         program: BorrowedFd<'_>,
@@ -227,12 +228,15 @@ impl<'a> Hooks<'a> {
             kind: "bpf".to_string(),
             program: None,
         };
+        let new = (filter.priority, filter.handle);
+        let attachment = Attachment { filter, previous, made_qdisc: false, tcx_before };
         // The new one works; the ones that it did not take the place of go.
-        let same = |other: &Filter| (other.priority, other.handle) == (filter.priority, filter.handle);
-        for old in ours.iter().filter(|old| !same(&old.filter)) {
-            self.remove_filter(link, &old.filter)?;
+        let mut old = ours.iter().map(|ours| &ours.filter).filter(|old| (old.priority, old.handle) != new);
+        if let Err(error) = old.try_for_each(|old| self.remove_filter(link, old)) {
+            self.undo(lock, link, instance, &attachment)?;
+            return Err(error);
         }
-        Ok(Attachment { filter, previous, made_qdisc: false, tcx_before })
+        Ok(attachment)
     }
 
     /// The priority in front of every filter that is there; none if there are none, which lets the kernel choose. Its
@@ -281,8 +285,10 @@ impl<'a> Hooks<'a> {
     }
 
     /// Puts filters of ours into their places, whatever of ours is there.
-    fn put(&self, link: &Link, filters: &[(Filter, OwnedFd)]) -> Result<()> {
-        for (filter, program) in filters {
+    fn put(&mut self, link: &Link, filters: &[(Filter, OwnedFd)]) -> Result<()> {
+        let there = self.netlink.filters(link.index, self.side)?;
+        // One that never left may be one that the kernel does not let us replace.
+        for (filter, program) in filters.iter().filter(|(filter, _)| !there.contains(filter)) {
             let mut hook = TcHook::new(program.as_fd());
             hook.ifindex(link.index.cast_signed())
                 .attach_point(self.side.point())

@@ -227,14 +227,18 @@ pub fn tcx_programs_that_run_before_are_told() -> Result<()> {
 /// is returned.
 /// With `flags` 0 behind all.
 pub fn tcx_link(ifindex: i32, place: u32, flags: u32) -> Result<OwnedFd> {
-    let program = load("other")?;
+    tcx_link_of(load("other")?.as_fd(), ifindex, place, flags)
+}
+
+/// The same with that program.
+pub fn tcx_link_of(program: BorrowedFd<'_>, ifindex: i32, place: u32, flags: u32) -> Result<OwnedFd> {
     let opts = libbpf_sys::bpf_link_create_opts {
         sz: size_of::<libbpf_sys::bpf_link_create_opts>() as libbpf_sys::size_t,
         flags,
         ..Default::default()
     };
     // SAFETY: the descriptor is open, and `opts` is a whole structure whose size says so.
-    let link = unsafe { libbpf_sys::bpf_link_create(program.as_fd().as_raw_fd(), ifindex, place, &opts) };
+    let link = unsafe { libbpf_sys::bpf_link_create(program.as_raw_fd(), ifindex, place, &opts) };
     ensure!(link >= 0, "attaching at tcx: {}", std::io::Error::last_os_error());
     // SAFETY: it was made a line ago, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(link) })

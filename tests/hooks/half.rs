@@ -158,6 +158,22 @@ pub fn a_destroy_says_if_the_other_program_uses_the_instance() -> Result<()> {
     expect_no_state(&world.lab)
 }
 
+/// One for a protocol of its own, which has another place in the kernel.
+pub fn an_attach_that_cannot_remove_the_old_one_changes_nothing() -> Result<()> {
+    let world = World::new()?;
+    world.ok(&format!("-i c0 --attach --quiet --priority 10 --handle 3 --token {TOKEN}"))?;
+    add_for_ip(&world)?;
+    let before = filters(&world.ns, "c0", "egress")?;
+    ensure_eq!(before.len(), 2, "filters in {before:#?}");
+    for place in ["--priority 50", "--priority 10 --handle 9", ""] {
+        let said = world.fails(&format!("-i c0 --attach --quiet {place}"))?;
+        ensure!(said.contains("removing our filter (priority 20"), "'{place}': {said}");
+        ensure_eq!(filters(&world.ns, "c0", "egress")?, before, "the filters after '{place}'");
+    }
+    world.expect_token(TOKEN, "the token as before")?;
+    Ok(())
+}
+
 pub fn an_interface_that_refuses_keeps_nothing_on_the_others() -> Result<()> {
     let world = World::new()?;
     world.second_cable()?;

@@ -72,7 +72,7 @@ fn main() -> ExitCode {
         half: a_missing_second_interface_leaves_nothing a_command_for_a_missing_interface_makes_no_state a_second_interface_that_refuses_leaves_nothing
             a_second_interface_that_refuses_leaves_the_first_as_it_was
             a_guard_that_cannot_move_everywhere_stays_where_it_was
-            an_interface_that_refuses_keeps_nothing_on_the_others
+            an_attach_that_cannot_remove_the_old_one_changes_nothing an_interface_that_refuses_keeps_nothing_on_the_others
             a_failed_attach_keeps_what_detach_kept detach_keeps_policy_and_counters
             the_last_destroy_removes_policy_and_counters
             a_destroy_says_if_the_other_program_uses_the_instance a_destroy_waits_for_nothing_that_is_attached_elsewhere destroy_without_an_interface_takes_all;
@@ -95,7 +95,7 @@ fn main() -> ExitCode {
             programs_of_others_stay_in_their_order_behind_ours
             it_moves_between_clsact_and_tcx_and_no_syn_passes_unstamped moving_leaves_a_clsact_of_others
             a_second_interface_that_is_full_leaves_the_first_as_it_was
-            two_instances_can_be_at_two_hooks
+            an_attach_that_cannot_remove_another_of_ours_changes_nothing two_instances_can_be_at_two_hooks
             a_program_that_somebody_removes_is_reported;
     ]);
     let is_old = netoken::kernel::Kernel::probe().version() < Some((6, 6));
