@@ -144,6 +144,32 @@ impl Netns {
     }
 }
 
+/// Looks into each of them. What fails in one is told, and hides nothing of the others.
+///
+/// # Errors
+/// It failed everywhere; so also where there is but one.
+pub fn look_into<T>(places: &[Netns], mut look: impl FnMut(&Netns) -> Result<Vec<T>>) -> Result<Vec<T>> {
+    let (mut found, mut failed) = (Vec::new(), Vec::new());
+    for netns in places {
+        match netns.run(|| look(netns)) {
+            Ok(here) => found.extend(here),
+            Err(error) => failed.push((netns, error)),
+        }
+    }
+    let is_everywhere = failed.len() == places.len();
+    for (netns, error) in failed {
+        if is_everywhere {
+            return Err(error);
+        }
+        let place = match netns.name.as_str() {
+            "" => "this network namespace".to_string(),
+            name => format!("network namespace '{name}'"),
+        };
+        note!("netoken: what is in {place} is not known: {error:#}");
+    }
+    Ok(found)
+}
+
 /// How the namespace is called that [`enter`] has entered.
 static ENTERED: OnceLock<String> = OnceLock::new();
 
@@ -182,6 +208,23 @@ fn names() -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_fails_in_one_namespace_hides_nothing_of_the_others() {
+        let places = [Netns::current().unwrap(), Netns::current().unwrap(), Netns::current().unwrap()];
+        let look = |fail: &[usize]| {
+            let mut at = 0;
+            look_into(&places, |_| {
+                at += 1;
+                if fail.contains(&at) { bail!("failure {at}") } else { Ok(vec![at, 10 * at]) }
+            })
+        };
+        assert_eq!(look(&[]).unwrap(), [1, 10, 2, 20, 3, 30]);
+        assert_eq!(look(&[2]).unwrap(), [1, 10, 3, 30]);
+        assert_eq!(look(&[1, 2, 3]).unwrap_err().to_string(), "failure 1");
+        let one = look_into(&places[..1], |_| -> Result<Vec<u8>> { bail!("the only one") });
+        assert_eq!(one.unwrap_err().to_string(), "the only one");
+    }
 
     #[test]
     fn tools_are_called_for_the_same_namespace() {

@@ -87,25 +87,31 @@ fn remove_from(
     destroy: bool,
     only_news: bool,
 ) -> Result<()> {
-    let mut done = Vec::new();
+    let (mut done, mut failed) = (Vec::new(), Vec::new());
     let had_state = state.instance(&scope.instance).exists();
-    let removed = (|| {
-        for target in targets {
-            let removed = match &target.netns {
-                None => take_away(scope, state, &lock, &target, destroy),
-                Some(netns) => netns.run(|| take_away(scope, state, &lock, &target, destroy)),
-            }?;
-            if !only_news || removed.filters > 0 || removed.qdisc == Some(Qdisc::Removed) {
-                done.push(removed);
-            }
+    for target in targets {
+        let removed = match &target.netns {
+            None => take_away(scope, state, &lock, &target, destroy),
+            Some(netns) => netns.run(|| take_away(scope, state, &lock, &target, destroy)),
+        };
+        match removed {
+            Ok(removed) => done.push(removed),
+            // That one stays is no reason for the others to stay.
+            Err(error) => failed.push(error),
         }
-        if destroy { remove_unused(state, &lock, &scope.instance) } else { Ok(HashSet::new()) }
-    })();
-    let emptied = if removed.is_ok() { state.remove_if_empty(lock) } else { Ok(()) };
+    }
+    if only_news {
+        done.retain(|removed| removed.filters > 0 || removed.qdisc == Some(Qdisc::Removed));
+    }
+    let unused = if destroy { remove_unused(state, &lock, &scope.instance) } else { Ok(HashSet::new()) };
+    let users = unused.unwrap_or_else(|error| {
+        failed.push(error);
+        HashSet::new()
+    });
+    failed.extend(state.remove_if_empty(lock).err());
 
     let told = tell(scope, &done).context("writing to standard output");
-    let users = removed?;
-    if done.is_empty() && only_news && !scope.json {
+    if done.is_empty() && failed.is_empty() && only_news && !scope.json {
         let also = if had_state && users.is_empty() { "; its policy and counters are removed" } else { "" };
         note!("instance '{}' is not attached to any interface here{also}", scope.instance);
     }
@@ -116,7 +122,15 @@ fn remove_from(
             used_where(&users, false)
         );
     }
-    emptied.and(told)
+    first_of(failed).and(told)
+}
+
+/// The first of what failed; the rest is told.
+pub(super) fn first_of(failed: Vec<anyhow::Error>) -> Result<()> {
+    let mut failed = failed.into_iter();
+    let first = failed.next();
+    failed.for_each(|error| note!("netoken: {error:#}"));
+    first.map_or(Ok(()), Err)
 }
 
 /// In the network namespace of the calling thread.

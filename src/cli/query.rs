@@ -19,7 +19,7 @@ use crate::hooks::egress::{self, Stamp, stamps};
 use crate::hooks::loaded::loaded_by;
 use crate::hooks::netlink::Netlink;
 use crate::kernel::Kernel;
-use crate::netns::Netns;
+use crate::netns::{Netns, look_into};
 use crate::policy::running::{self, Outline};
 use crate::privileges;
 use crate::program::Maps;
@@ -176,26 +176,21 @@ fn find(scope: &Scope, instances: &[Instance]) -> Result<Vec<Hook>> {
         SystemTime::now() - clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
     let named = scope.netns.as_deref().unwrap_or_default();
 
-    let mut hooks = Vec::new();
-    for netns in places {
-        let name = if netns.name.is_empty() { named.to_string() } else { netns.name.clone() };
-        let inode = netns.inode();
-        hooks.extend(netns.run(|| {
-            let mut netlink = Netlink::connect()?;
-            let mut links = netlink.links()?;
-            if !scope.ifaces.is_empty() {
-                links = scope.find(&links)?;
-            }
-            let mut found = Vec::new();
-            for link in links {
-                let mut ours = stamps(&mut netlink, link.index, &programs)?;
-                ours.retain(|ours| scope.wants(ours.loaded.instance.as_deref()));
-                found.extend(ours.into_iter().map(|ours| hook(&name, inode, &link.name, ours, boot)));
-            }
-            Ok(found)
-        })?);
-    }
-    Ok(hooks)
+    look_into(&places, |netns| {
+        let name = if netns.name.is_empty() { named } else { &netns.name };
+        let mut netlink = Netlink::connect()?;
+        let mut links = netlink.links()?;
+        if !scope.ifaces.is_empty() {
+            links = scope.find(&links)?;
+        }
+        let mut found = Vec::new();
+        for link in links {
+            let mut ours = stamps(&mut netlink, link.index, &programs)?;
+            ours.retain(|ours| scope.wants(ours.loaded.instance.as_deref()));
+            found.extend(ours.into_iter().map(|ours| hook(name, netns.inode(), &link.name, ours, boot)));
+        }
+        Ok(found)
+    })
 }
 
 fn hook(netns: &str, netns_inode: u32, interface: &str, ours: Stamp, boot: SystemTime) -> Hook {

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use anyhow::{Context, Result, anyhow, bail};
 use libbpf_rs::{TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook};
 
-use super::loaded::{Loaded, Role, loaded_programs};
+use super::loaded::{Loaded, Role, keep, loaded_programs};
 use super::netlink::{Filter, Link, Netlink, Side};
 use super::qdisc::Qdisc;
 use super::tcx;
@@ -62,12 +62,14 @@ pub fn attached(
     side: Side,
     programs: &HashMap<u32, Loaded>,
 ) -> Result<Vec<Attached>> {
-    if !netlink.clsacts()?.contains(&ifindex) {
+    let filters = netlink.filters(ifindex, side)?;
+    // Most interfaces have none, and no qdisc for them.
+    if filters.is_empty() {
         return Ok(Vec::new());
     }
     let mut found = Vec::new();
     let (mut before, tcx_before) = (0, tcx::foreign(ifindex, side, programs)?);
-    for filter in netlink.filters(ifindex, side)? {
+    for filter in filters {
         let ours = filter.program.and_then(|id| Some((id, programs.get(&id)?)));
         match ours.filter(|(_, loaded)| loaded.role == side.role()) {
             Some((program, loaded)) => {
@@ -178,7 +180,7 @@ impl<'a> Hooks<'a> {
     ) -> Result<Attachment> {
         let front = if place.priority.is_none() { self.front(link)? } else { None };
         let made_qdisc = self.make_clsact(link)?;
-        let attached = self.attach_filter(link, instance, program, place, front);
+        let attached = self.attach_filter(lock, link, instance, program, place, front);
         if attached.is_err() && made_qdisc {
             // Unless somebody uses it already.
             self.destroy_clsact(lock, link).ok();
@@ -189,6 +191,7 @@ impl<'a> Hooks<'a> {
     /// The same on a clsact qdisc that is there.
     fn attach_filter(
         &mut self,
+        lock: &Lock,
         link: &Link,
         instance: &str,
         program: BorrowedFd<'_>,
@@ -225,18 +228,21 @@ impl<'a> Hooks<'a> {
             kind: "bpf".to_string(),
             program: None,
         };
+        let new = (filter.priority, filter.handle);
+        let attachment = Attachment { filter, previous, made_qdisc: false, tcx_before };
         // The new one works; the ones that it did not take the place of go.
-        let same = |other: &Filter| (other.priority, other.handle) == (filter.priority, filter.handle);
-        for old in ours.iter().filter(|old| !same(&old.filter)) {
-            self.remove_filter(link, &old.filter)?;
+        let mut old = ours.iter().map(|ours| &ours.filter).filter(|old| (old.priority, old.handle) != new);
+        if let Err(error) = old.try_for_each(|old| self.remove_filter(link, old)) {
+            self.undo(lock, link, instance, &attachment)?;
+            return Err(error);
         }
-        Ok(Attachment { filter, previous, made_qdisc: false, tcx_before })
+        Ok(attachment)
     }
 
     /// The priority in front of every filter that is there; none if there are none, which lets the kernel choose. Its
     /// own choice is in front of those that it placed itself, but behind those with a priority below 32768.
     fn front(&mut self, link: &Link) -> Result<Option<u16>> {
-        if !self.netlink.clsacts()?.contains(&link.index) {
+        if !self.netlink.has_clsact(link.index)? {
             return Ok(None);
         }
         let filters = self.netlink.filters(link.index, self.side)?;
@@ -279,8 +285,10 @@ impl<'a> Hooks<'a> {
     }
 
     /// Puts filters of ours into their places, whatever of ours is there.
-    fn put(&self, link: &Link, filters: &[(Filter, OwnedFd)]) -> Result<()> {
-        for (filter, program) in filters {
+    fn put(&mut self, link: &Link, filters: &[(Filter, OwnedFd)]) -> Result<()> {
+        let there = self.netlink.filters(link.index, self.side)?;
+        // One that never left may be one that the kernel does not let us replace.
+        for (filter, program) in filters.iter().filter(|(filter, _)| !there.contains(filter)) {
             let mut hook = TcHook::new(program.as_fd());
             hook.ifindex(link.index.cast_signed())
                 .attach_point(self.side.point())
@@ -341,7 +349,7 @@ impl<'a> Hooks<'a> {
     /// # Errors
     /// The kernel refused.
     pub fn destroy_clsact(&mut self, _lock: &Lock, link: &Link) -> Result<Qdisc> {
-        if !self.netlink.clsacts()?.contains(&link.index) {
+        if !self.netlink.has_clsact(link.index)? {
             return Ok(Qdisc::Absent);
         }
         let mut chains = self.netlink.chains(link.index, Side::Egress)?;
@@ -363,7 +371,7 @@ impl<'a> Hooks<'a> {
     }
 
     fn make_clsact(&mut self, link: &Link) -> Result<bool> {
-        if self.netlink.clsacts()?.contains(&link.index) {
+        if self.netlink.has_clsact(link.index)? {
             return Ok(false);
         }
         let doing = format!("making a clsact qdisc on {}", link.name);
@@ -371,7 +379,7 @@ impl<'a> Hooks<'a> {
             Ok(()) => Ok(true),
             // Somebody was faster, or there is the older kind of qdisc, which has no egress.
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                if self.netlink.clsacts()?.contains(&link.index) {
+                if self.netlink.has_clsact(link.index)? {
                     return Ok(false);
                 }
                 bail!(
@@ -395,9 +403,16 @@ impl<'a> Hooks<'a> {
         let mut hook = TcHook::new(self.netns.as_fd());
         hook.ifindex(link.index.cast_signed()).attach_point(TC_INGRESS | TC_EGRESS);
         let (removed, said) = messages(|| hook.destroy());
-        removed.with_context(|| format!("removing the clsact qdisc of {}{}", link.name, kernel_said(&said)))
+        let Err(error) = removed else { return Ok(()) };
+        // As with a filter.
+        if self.netlink.has_clsact(link.index).is_ok_and(|has| !has) {
+            return Ok(());
+        }
+        let what = format!("removing the clsact qdisc of {}{}", link.name, kernel_said(&said));
+        Err(error).context(what)
     }
 
+    /// One that was listed a moment ago.
     fn remove_filter(&mut self, link: &Link, filter: &Filter) -> Result<()> {
         let mut hook = TcHook::new(self.netns.as_fd());
         hook.ifindex(link.index.cast_signed())
@@ -405,7 +420,13 @@ impl<'a> Hooks<'a> {
             .priority(filter.priority.into())
             .handle(filter.handle);
         let (removed, said) = messages(|| hook.detach());
-        removed.with_context(|| {
+        let Err(error) = removed else { return Ok(()) };
+        // What has just gone, alone or with the qdisc or the interface, is removed. The kernel has a number for each, and
+        // uses them for other reasons too; so what counts is what is there.
+        if self.netlink.filters(link.index, self.side).is_ok_and(|there| !there.contains(filter)) {
+            return Ok(());
+        }
+        Err(error).with_context(|| {
             format!(
                 "removing our filter (priority {}, handle {:#x}) from {}{}",
                 filter.priority,
@@ -456,13 +477,10 @@ impl Attachment {
     }
 }
 
-/// Keeps the programs of filters loaded.
+/// Keeps the programs of filters loaded; of those that are still there.
 fn hold_programs(filters: &[Attached]) -> Result<Vec<(Filter, OwnedFd)>> {
-    let hold = |ours: &Attached| {
-        let fd = libbpf_rs::Program::fd_from_id(ours.program).context("keeping the running program")?;
-        Ok((ours.filter.clone(), fd))
-    };
-    filters.iter().map(hold).collect()
+    let hold = |ours: &Attached| Ok(keep(ours.program)?.map(|program| (ours.filter.clone(), program)));
+    filters.iter().filter_map(|ours| hold(ours).transpose()).collect()
 }
 
 /// The kernel's own explanation, which libbpf prints, if there was one.

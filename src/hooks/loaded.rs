@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -112,6 +113,15 @@ pub fn loaded_by(instances: &[Instance]) -> Result<HashMap<u32, Loaded>> {
             ours.then_some((program.id, Loaded { role, loaded_at, instance, is_outdated, map_ids }))
         })
         .collect())
+}
+
+/// Keeps a program loaded; nothing if it has just gone, and with it from wherever it was attached.
+pub(super) fn keep(id: u32) -> Result<Option<OwnedFd>> {
+    match libbpf_rs::Program::fd_from_id(id) {
+        Ok(program) => Ok(Some(program)),
+        Err(error) if error.kind() == libbpf_rs::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).context("keeping the running program"),
+    }
 }
 
 /// The name of a loaded program; empty if it has none, or has just gone.

@@ -3,16 +3,24 @@
 
 use std::io;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage, Prop};
-use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
+use netlink_packet_route::link::{LinkLayerType, LinkMessage};
+use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
+
+use super::replies::{self, dumped, error_number, messages};
+
+/// Of include/uapi/linux/rtnetlink.h.
+const RTM_NEWCHAIN: u16 = 100;
+
+/// How often to begin again if what is listed changes meanwhile.
+const TRIES: usize = 20;
 
 /// An interface, as far as attaching to it is concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,51 +95,42 @@ impl Netlink {
     /// # Errors
     /// The kernel answered with an error.
     pub fn links(&mut self) -> Result<Vec<Link>> {
-        let replies = self
-            .dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))
-            .context("listing the interfaces")?;
-        Ok(replies
-            .into_iter()
-            .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewLink(message) => link(&message),
-                _ => None,
-            })
-            .collect())
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        self.dump(request, libc::RTM_NEWLINK, replies::link).context("listing the interfaces")
     }
 
-    /// The indexes of all interfaces that have a clsact qdisc.
+    /// Whether an interface has a clsact qdisc. It is asked for that one: in a list of all, which the kernel continues by
+    /// position, one is passed over if another in front of it goes meanwhile.
+    ///
+    /// Where there is one, the kernel tells all who want notices of qdiscs. So this is for commands; a stream that looks by
+    /// it would give itself notice.
     ///
     /// # Errors
     /// The kernel answered with an error.
-    pub fn clsacts(&mut self) -> Result<Vec<u32>> {
-        let replies = self
-            .dump(RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()))
-            .context("listing the qdiscs")?;
-        Ok(replies
-            .into_iter()
-            .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewQueueDiscipline(message) if kind(&message) == "clsact" => {
-                    u32::try_from(message.header.index).ok()
-                }
-                _ => None,
-            })
-            .collect())
+    pub fn has_clsact(&mut self, ifindex: u32) -> Result<bool> {
+        let doing = || format!("asking for the clsact qdisc of interface {ifindex}");
+        let request = RouteNetlinkMessage::GetQueueDiscipline(clsact_message(ifindex));
+        match self.change(vec![(request, 0)]).with_context(doing)?.as_slice() {
+            [None] => Ok(true),
+            // There is none, or one of another kind; or the interface has gone.
+            [Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)] => Ok(false),
+            [Some(error)] => Err(io::Error::from_raw_os_error(*error)).with_context(doing),
+            _ => Err(anyhow!("the kernel did not answer").context(doing())),
+        }
     }
 
-    /// The filters on one side of an interface's clsact qdisc, in the order in which they run.
+    /// The filters on one side of an interface's clsact qdisc, in the order in which they run; none without a qdisc. Of an
+    /// ingress qdisc, which has but one side, those of that side.
     ///
     /// # Errors
-    /// The kernel answered with an error; there is no clsact qdisc, for example.
+    /// The kernel answered with an error.
     pub fn filters(&mut self, ifindex: u32, side: Side) -> Result<Vec<Filter>> {
-        let request = tc_message(ifindex, side.parent());
-        let replies = self
-            .dump(RouteNetlinkMessage::GetTrafficFilter(request))
+        let request = RouteNetlinkMessage::GetTrafficFilter(tc_message(ifindex, side.parent()));
+        let mut filters = self
+            .dump(request, libc::RTM_NEWTFILTER, replies::filter)
             .with_context(|| format!("listing the {side:?} filters of interface {ifindex}"))?;
-        let filters = replies.into_iter().filter_map(|reply| match reply {
-            RouteNetlinkMessage::NewTrafficFilter(message) => Some(filter(&message)),
-            _ => None,
-        });
-        Ok(filters.filter(is_filter).collect())
+        filters.retain(is_filter);
+        Ok(filters)
     }
 
     /// Makes a clsact qdisc and, on it, an empty egress chain of that number. Both travel in one datagram, so that
@@ -140,9 +139,7 @@ impl Netlink {
     /// # Errors
     /// The kernel refused; EEXIST if there is a clsact or an ingress qdisc. Then no chain was made.
     pub fn add_clsact(&mut self, ifindex: u32, chain: u32) -> io::Result<()> {
-        let mut qdisc = tc_message(ifindex, TcHandle::CLSACT);
-        qdisc.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
-        qdisc.attributes.push(TcAttribute::Kind("clsact".to_string()));
+        let qdisc = clsact_message(ifindex);
         let mark = chain_message(ifindex, chain);
         let make = NLM_F_CREATE | NLM_F_EXCL;
         let made = self.change(vec![
@@ -166,20 +163,9 @@ impl Netlink {
     /// # Errors
     /// The kernel answered with an error.
     pub fn chains(&mut self, ifindex: u32, side: Side) -> Result<Vec<u32>> {
-        let request = tc_message(ifindex, side.parent());
-        let replies = self
-            .dump(RouteNetlinkMessage::GetTrafficChain(request))
-            .with_context(|| format!("listing the {side:?} chains of interface {ifindex}"))?;
-        let chain = |reply| match reply {
-            RouteNetlinkMessage::NewTrafficChain(message) => {
-                message.attributes.into_iter().find_map(|attribute| match attribute {
-                    TcAttribute::Chain(number) => Some(number),
-                    _ => None,
-                })
-            }
-            _ => None,
-        };
-        Ok(replies.into_iter().filter_map(chain).collect())
+        let request = RouteNetlinkMessage::GetTrafficChain(tc_message(ifindex, side.parent()));
+        self.dump(request, RTM_NEWCHAIN, replies::chain)
+            .with_context(|| format!("listing the {side:?} chains of interface {ifindex}"))
     }
 
     /// Sends requests in one datagram. Returns for each the error number with which it was refused, if it was.
@@ -195,38 +181,32 @@ impl Netlink {
         while answers.iter().any(Option::is_none) {
             let (received, _) = self.socket.recv_from_full()?;
             for reply in messages(&received).map_err(io::Error::other)? {
-                let at = reply.header.sequence_number.wrapping_sub(first) as usize;
-                if let (NetlinkPayload::Error(error), Some(answer)) = (reply.payload, answers.get_mut(at)) {
-                    *answer = Some(error.code.map(|code| -code.get()));
+                let at = reply.sequence_number().wrapping_sub(first) as usize;
+                if let (NLMSG_ERROR, Some(answer)) = (reply.message_type(), answers.get_mut(at)) {
+                    *answer = Some(error_number(&reply));
                 }
             }
         }
         Ok(answers.into_iter().flatten().collect())
     }
 
-    fn dump(&mut self, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>> {
-        self.sequence += 1;
-        let bytes = serialize(request, NLM_F_REQUEST | NLM_F_DUMP, self.sequence);
-        self.socket.send(&bytes, 0).context("sending a netlink request")?;
-
-        let mut replies = Vec::new();
-        loop {
-            let (received, _) = self.socket.recv_from_full().context("receiving a netlink reply")?;
-            for reply in messages(&received)? {
-                match reply.payload {
-                    // A dump that failed on the way ends like one that is whole, but for this number.
-                    NetlinkPayload::Done(done) if done.code < 0 => {
-                        return Err(io::Error::from_raw_os_error(-done.code).into());
-                    }
-                    NetlinkPayload::Done(_) => return Ok(replies),
-                    NetlinkPayload::Error(error) if error.code.is_some() => {
-                        return Err(error.to_io().into());
-                    }
-                    NetlinkPayload::InnerMessage(message) => replies.push(message),
-                    _ => {}
-                }
+    /// What the answers of one kind list.
+    fn dump<T>(
+        &mut self,
+        request: RouteNetlinkMessage,
+        kind: u16,
+        read: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Vec<T>> {
+        for _ in 0..TRIES {
+            self.sequence += 1;
+            let bytes = serialize(request.clone(), NLM_F_REQUEST | NLM_F_DUMP, self.sequence);
+            self.socket.send(&bytes, 0).context("sending a netlink request")?;
+            let receive = || Ok(self.socket.recv_from_full().context("receiving a netlink reply")?.0);
+            if let Some(found) = dumped(self.sequence, kind, &read, receive)? {
+                return Ok(found);
             }
         }
+        bail!("they change faster than they can be listed; try again")
     }
 }
 
@@ -234,6 +214,13 @@ fn tc_message(ifindex: u32, parent: TcHandle) -> TcMessage {
     let mut message = TcMessage::default();
     message.header.index = ifindex.cast_signed();
     message.header.parent = parent;
+    message
+}
+
+fn clsact_message(ifindex: u32) -> TcMessage {
+    let mut message = tc_message(ifindex, TcHandle::CLSACT);
+    message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
+    message.attributes.push(TcAttribute::Kind("clsact".to_string()));
     message
 }
 
@@ -258,79 +245,4 @@ fn serialize(request: RouteNetlinkMessage, flags: u16, sequence: u32) -> Vec<u8>
 /// twelve zero bits. Neither is a filter.
 fn is_filter(entry: &Filter) -> bool {
     entry.handle != 0 && (entry.kind != "u32" || entry.handle & 0xfff != 0)
-}
-
-/// The messages of one datagram.
-///
-/// # Errors
-/// They are not well formed.
-pub fn messages(mut bytes: &[u8]) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
-    let mut found = Vec::new();
-    while !bytes.is_empty() {
-        let message =
-            NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes).context("reading a netlink message")?;
-        let len = (message.header.length as usize).next_multiple_of(4);
-        if len == 0 {
-            bail!("a netlink message without a length");
-        }
-        bytes = bytes.get(len..).unwrap_or_default();
-        found.push(message);
-    }
-    Ok(found)
-}
-
-/// What a message about an interface says of it.
-pub fn link(message: &LinkMessage) -> Option<Link> {
-    let name = message.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Some(name.clone()),
-        _ => None,
-    })?;
-    let mtu = message.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::Mtu(mtu) => Some(*mtu),
-        _ => None,
-    });
-    let properties = message.attributes.iter().filter_map(|attribute| match attribute {
-        LinkAttribute::PropList(properties) => Some(properties),
-        _ => None,
-    });
-    let alternative_names = properties.flatten().filter_map(|property| match property {
-        Prop::AltIfName(name) => Some(name.clone()),
-        _ => None,
-    });
-    let layer = message.header.link_layer_type;
-    let is_up = message.header.flags.contains(LinkFlags::Up);
-    Some(Link {
-        index: message.header.index,
-        name,
-        alternative_names: alternative_names.collect(),
-        mtu_bytes: mtu.unwrap_or(0xffff),
-        layer,
-        is_up,
-    })
-}
-
-fn kind(message: &TcMessage) -> &str {
-    let kind = message.attributes.iter().find_map(|attribute| match attribute {
-        TcAttribute::Kind(kind) => Some(kind.as_str()),
-        _ => None,
-    });
-    kind.unwrap_or_default()
-}
-
-fn filter(message: &TcMessage) -> Filter {
-    let options = message.attributes.iter().filter_map(|attribute| match attribute {
-        TcAttribute::Options(options) => Some(options),
-        _ => None,
-    });
-    let program = options.flatten().find_map(|option| match option {
-        TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
-        _ => None,
-    });
-    Filter {
-        // tcm_info holds the priority above the protocol, TC_H_MAKE of the kernel.
-        priority: (message.header.info >> 16) as u16,
-        handle: message.header.handle.into(),
-        kind: kind(message).to_string(),
-        program,
-    }
 }

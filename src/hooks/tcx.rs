@@ -13,7 +13,7 @@ use libbpf_sys::{
     bpf_prog_query_opts__bindgen_ty_1,
 };
 
-use super::loaded::{Loaded, Role};
+use super::loaded::{Loaded, Role, keep};
 use super::netlink::{Link, Netlink, Side};
 use crate::kernel::Kernel;
 use crate::netns::Netns;
@@ -47,6 +47,8 @@ pub struct TakenTcx {
 pub struct TcxAttachment {
     /// In whose place it is.
     previous: Option<OwnedFd>,
+    /// What else of ours was there.
+    others: Vec<TakenTcx>,
     /// Programs of others that see a packet first and may end its way.
     pub before: usize,
 }
@@ -157,15 +159,16 @@ pub fn attach_tcx(
     program: BorrowedFd<'_>,
     ours: &[AttachedTcx],
 ) -> Result<TcxAttachment> {
-    let mut held = hold(ours)?.into_iter();
-    let previous = held.next();
+    let previous = ours.first().map_or(Ok(None), |first| keep(first.program))?;
+    // Of one instance there is one; those whose instance is gone may be more. They go first, as one that cannot go is there
+    // before anything has changed; the first stays until the new one is in its place.
+    let others = take_tcx(lock, link, ours.get(1..).unwrap_or_default())?;
     let place = previous.as_ref().map_or(Put::First, |fd| Put::InPlaceOf(fd.as_fd()));
-    put(link, program, place).map_err(|error| explain(link, error))?;
-    // Of one instance there is one; those whose instance is gone may be more.
-    for other in held {
-        remove(lock, link, other.as_fd())?;
+    if let Err(error) = put(link, program, place) {
+        put_back_tcx(link, &others)?;
+        return Err(explain(link, error));
     }
-    Ok(TcxAttachment { previous, before: ours.first().map_or(0, |ours| ours.before) })
+    Ok(TcxAttachment { previous, others, before: ours.first().map_or(0, |ours| ours.before) })
 }
 
 /// Puts back what was there before an attach.
@@ -175,9 +178,10 @@ pub fn attach_tcx(
 pub fn undo_tcx(lock: &Lock, link: &Link, program: BorrowedFd<'_>, attachment: &TcxAttachment) -> Result<()> {
     match &attachment.previous {
         Some(previous) => put(link, previous.as_fd(), Put::InPlaceOf(program))
-            .with_context(|| format!("putting back our program at tcx of {}", link.name)),
-        None => remove(lock, link, program),
+            .with_context(|| format!("putting back our program at tcx of {}", link.name))?,
+        None => remove(lock, link, program)?,
     }
+    put_back_tcx(link, &attachment.others)
 }
 
 /// Removes ours, and returns them, so that they can be put back.
@@ -185,9 +189,10 @@ pub fn undo_tcx(lock: &Lock, link: &Link, program: BorrowedFd<'_>, attachment: &
 /// # Errors
 /// The kernel refused; then those that were removed are back.
 pub fn take_tcx(lock: &Lock, link: &Link, ours: &[AttachedTcx]) -> Result<Vec<TakenTcx>> {
-    let behind = ours.iter().map(|ours| ours.behind);
-    let held: Vec<TakenTcx> =
-        hold(ours)?.into_iter().zip(behind).map(|(program, behind)| TakenTcx { program, behind }).collect();
+    let mut held = Vec::new();
+    for ours in ours {
+        held.extend(keep(ours.program)?.map(|program| TakenTcx { program, behind: ours.behind }));
+    }
     for (at, taken) in held.iter().enumerate() {
         if let Err(error) = remove(lock, link, taken.program.as_fd()) {
             put_back_tcx(link, &held[..at])?;
@@ -211,13 +216,6 @@ pub fn put_back_tcx(link: &Link, taken: &[TakenTcx]) -> Result<()> {
         }
         .with_context(|| format!("putting back our program at tcx of {}", link.name))
     })
-}
-
-fn hold(ours: &[AttachedTcx]) -> Result<Vec<OwnedFd>> {
-    let hold = |ours: &AttachedTcx| {
-        libbpf_rs::Program::fd_from_id(ours.program).context("keeping the running program")
-    };
-    ours.iter().map(hold).collect()
 }
 
 /// Where a program goes in the list.

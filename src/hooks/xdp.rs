@@ -12,7 +12,7 @@ use libbpf_sys::{
 };
 use serde::Serialize;
 
-use super::loaded::{Loaded, Role, loaded_programs, program_name};
+use super::loaded::{Loaded, Role, keep, loaded_programs, program_name};
 use super::netlink::Link;
 use crate::netns::tool;
 use crate::object::messages;
@@ -117,11 +117,13 @@ fn present(ifindex: u32) -> Result<Present> {
     };
     // SAFETY: `opts` is a whole structure whose size says so.
     let result = unsafe { libbpf_sys::bpf_xdp_query(ifindex.cast_signed(), 0, &mut opts) };
-    if result != 0 {
-        return Err(std::io::Error::from_raw_os_error(-result))
-            .with_context(|| format!("asking for the XDP program of interface {ifindex}"));
+    match -result {
+        0 => Ok(Present { native: opts.drv_prog_id, generic: opts.skb_prog_id, hardware: opts.hw_prog_id }),
+        // What has just gone has no programs.
+        libc::ENODEV => Ok(Present::default()),
+        error => Err(std::io::Error::from_raw_os_error(error))
+            .with_context(|| format!("asking for the XDP program of interface {ifindex}")),
     }
-    Ok(Present { native: opts.drv_prog_id, generic: opts.skb_prog_id, hardware: opts.hw_prog_id })
 }
 
 /// Our program on an interface, if it is there.
@@ -263,9 +265,14 @@ pub fn take_xdp(state: &State, _lock: &Lock, link: &Link, instance: &str) -> Res
     let ours = attached_xdp(link.index, &loaded_programs(state)?)?
         .filter(|ours| ours.loaded.instance.as_deref().is_none_or(|name| name == instance));
     let Some(ours) = ours else { return Ok(None) };
-    let old = libbpf_rs::Program::fd_from_id(ours.program).context("keeping the running program")?;
-    change(link.index, None, Some(old.as_fd()), ours.mode)
-        .with_context(|| format!("removing our XDP program from {}", link.name))?;
+    let Some(old) = keep(ours.program)? else { return Ok(None) };
+    if let Err(error) = change(link.index, None, Some(old.as_fd()), ours.mode) {
+        // What has just gone, alone or with the interface, is removed.
+        let there = present(link.index)?;
+        if [there.native, there.generic].contains(&ours.program) {
+            return Err(error.context(format!("removing our XDP program from {}", link.name)));
+        }
+    }
     Ok(Some((ours.mode, old)))
 }
 

@@ -2,12 +2,20 @@
 
 use std::ffi::CString;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::ptr;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use libbpf_rs::{MapHandle, MapType, TC_EGRESS, TcHook};
+use netlink_packet_core::{
+    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::look::{expect_bare, expect_no_state, expect_ours, foreign, has_clsact, ours, records};
 use crate::support::{ensure_eq, sh};
@@ -219,17 +227,62 @@ pub fn tcx_programs_that_run_before_are_told() -> Result<()> {
 /// is returned.
 /// With `flags` 0 behind all.
 pub fn tcx_link(ifindex: i32, place: u32, flags: u32) -> Result<OwnedFd> {
-    let program = load("other")?;
+    tcx_link_of(load("other")?.as_fd(), ifindex, place, flags)
+}
+
+/// The same with that program.
+pub fn tcx_link_of(program: BorrowedFd<'_>, ifindex: i32, place: u32, flags: u32) -> Result<OwnedFd> {
     let opts = libbpf_sys::bpf_link_create_opts {
         sz: size_of::<libbpf_sys::bpf_link_create_opts>() as libbpf_sys::size_t,
         flags,
         ..Default::default()
     };
     // SAFETY: the descriptor is open, and `opts` is a whole structure whose size says so.
-    let link = unsafe { libbpf_sys::bpf_link_create(program.as_fd().as_raw_fd(), ifindex, place, &opts) };
+    let link = unsafe { libbpf_sys::bpf_link_create(program.as_raw_fd(), ifindex, place, &opts) };
     ensure!(link >= 0, "attaching at tcx: {}", std::io::Error::last_os_error());
     // SAFETY: it was made a line ago, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(link) })
+}
+
+/// Puts a filter on the way out of an interface that has a clsact qdisc, in the namespace of the calling thread, as neither
+/// libbpf nor `tc` would: for one protocol of linux/if_ether.h, and under any name.
+pub fn add_filter(
+    ifindex: i32,
+    priority: u16,
+    protocol: i32,
+    program: BorrowedFd<'_>,
+    name: &[u8],
+) -> Result<()> {
+    const TCA_BPF_NAME: u16 = 7;
+    const TCA_BPF_FLAGS: u16 = 8;
+    const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
+    let other = |kind, value| TcOption::Bpf(TcFilterBpfOption::Other(DefaultNla::new(kind, value)));
+    let mut filter = TcMessage::default();
+    filter.header.index = ifindex;
+    filter.header.parent = TcHandle { major: TcHandle::CLSACT.major, minor: TcHandle::MIN_EGRESS };
+    filter.header.info = u32::from(priority) << 16 | u32::from((protocol as u16).to_be());
+    filter.attributes = vec![
+        TcAttribute::Kind("bpf".to_string()),
+        TcAttribute::Options(vec![
+            TcOption::Bpf(TcFilterBpfOption::ProgFd(program.as_raw_fd().cast_unsigned())),
+            other(TCA_BPF_NAME, [name, b"\0"].concat()),
+            other(TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes().to_vec()),
+        ]),
+    ];
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+    let request = RouteNetlinkMessage::NewTrafficFilter(filter);
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(request));
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    let socket = Socket::new(NETLINK_ROUTE)?;
+    socket.send(&bytes, 0)?;
+    let (answer, _) = socket.recv_from_full()?;
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)?.payload {
+        NetlinkPayload::Error(error) if error.code.is_none() => Ok(()),
+        other => bail!("adding a filter: {other:?}"),
+    }
 }
 
 pub fn ifindex(world: &World, iface: &str) -> Result<i32> {
@@ -290,7 +343,7 @@ pub fn a_pin_of_somebody_else_keeps_the_file_system() -> Result<()> {
 }
 
 /// Loads `return TC_ACT_UNSPEC`, under a name.
-fn load(name: &str) -> Result<OwnedFd> {
+pub fn load(name: &str) -> Result<OwnedFd> {
     let name = CString::new(name)?;
     let instructions = [
         libbpf_sys::bpf_insn { code: 0xb7, imm: -1, ..Default::default() },

@@ -2,6 +2,7 @@
 //! to the last destroy.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -9,9 +10,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::foreign::{add_filter, ifindex};
 use crate::lab::wait_until;
 use crate::look::{
-    counter, expect_bare, expect_no_state, expect_ours, expect_unloaded, map_id, ours, records,
+    counter, expect_bare, expect_no_state, expect_ours, expect_unloaded, filters, map_id, ours, records,
 };
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -224,6 +226,51 @@ pub fn a_destroy_says_if_the_other_program_uses_the_instance() -> Result<()> {
     ensure!(of_guard.contains("still used by its stamp: its rules, keys and counters stay"), "{of_guard}");
     world.ok("-i c0 --destroy")?;
     expect_no_state(&world.lab)
+}
+
+/// One for a protocol of its own, which has another place in the kernel.
+pub fn an_attach_that_cannot_remove_the_old_one_changes_nothing() -> Result<()> {
+    let world = World::new()?;
+    world.ok(&format!("-i c0 --attach --quiet --priority 10 --handle 3 --token {TOKEN}"))?;
+    add_for_ip(&world)?;
+    let before = filters(&world.ns, "c0", "egress")?;
+    ensure_eq!(before.len(), 2, "filters in {before:#?}");
+    for place in ["--priority 50", "--priority 10 --handle 9", ""] {
+        let said = world.fails(&format!("-i c0 --attach --quiet {place}"))?;
+        ensure!(said.contains("removing our filter (priority 20"), "'{place}': {said}");
+        ensure_eq!(filters(&world.ns, "c0", "egress")?, before, "the filters after '{place}'");
+    }
+    world.expect_token(TOKEN, "the token as before")?;
+    Ok(())
+}
+
+pub fn an_interface_that_refuses_keeps_nothing_on_the_others() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok("-i c0 -i c1 --attach --quiet --priority 10")?;
+    add_for_ip(&world)?;
+    let guard = world.lab.run(&format!("guard --netns {} --destroy", world.ns))?;
+    ensure!(guard.status.success(), "{guard:?}");
+    let said = world.fails("-i c0 -i c1 --destroy")?;
+    ensure!(said.contains("removing our filter (priority 20"), "{said}");
+    ensure!(said.contains("c1: filter removed, clsact qdisc removed"), "{said}");
+    expect_bare(&world.ns, "c1")?;
+    // What is there and cannot be removed is not gone.
+    let left = filters(&world.ns, "c0", "egress")?;
+    ensure!(left.len() == 1 && left[0].contains("pref 20"), "{left:#?}");
+    sh(&format!("tc -n {} filter del dev c0 egress", world.ns))?;
+    world.ok("--destroy")?;
+    expect_bare(&world.ns, "c0")?;
+    expect_no_state(&world.lab)
+}
+
+/// Puts the program that is on c0 there once more, for one protocol, as nobody here does.
+fn add_for_ip(world: &World) -> Result<()> {
+    let index = ifindex(world, "c0")?;
+    let hooks = records(&world.ok("-i c0 --query --json")?, "hook")?;
+    let id = hooks[0]["program"].as_u64().context("no program")?;
+    let program = libbpf_rs::Program::fd_from_id(id as u32)?;
+    world.lab.within(&world.ns, || add_filter(index, 20, libc::ETH_P_IP, program.as_fd(), b"theirs"))
 }
 
 /// Neither for what is attached in a namespace with a name, nor where only a process holds it.

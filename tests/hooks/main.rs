@@ -13,6 +13,8 @@ mod half;
 mod lab;
 mod look;
 mod marks;
+mod meanwhile;
+mod names;
 mod netns;
 mod place;
 mod replace;
@@ -63,9 +65,14 @@ fn main() -> ExitCode {
             another_handle_stays_within_the_priority a_taken_place_is_an_error_that_says_so the_default_is_in_front_of_what_is_there
             the_default_is_in_front_of_a_low_priority_too
             a_place_that_cannot_be_is_wrong_usage a_guard_that_marks_goes_where_there_are_marks;
+        names: names_that_are_no_text_hinder_no_command;
+        meanwhile: a_look_finds_what_is_there_while_interfaces_go
+            what_goes_while_it_is_removed_is_gone clsact_is_told_from_what_else_may_be_there
+            who_looks_gives_nobody_notice;
         half: a_missing_second_interface_leaves_nothing a_command_for_a_missing_interface_makes_no_state a_second_interface_that_refuses_leaves_nothing
             a_second_interface_that_refuses_leaves_the_first_as_it_was
             a_guard_that_cannot_move_everywhere_stays_where_it_was
+            an_attach_that_cannot_remove_the_old_one_changes_nothing an_interface_that_refuses_keeps_nothing_on_the_others
             a_failed_attach_keeps_what_detach_kept a_failed_attach_leaves_the_slots_as_they_were
             a_first_attach_that_fails_beside_a_guard_leaves_no_policy detach_keeps_policy_and_counters
             the_last_destroy_removes_policy_and_counters
@@ -91,7 +98,8 @@ fn main() -> ExitCode {
         tcx: attaching_twice_keeps_the_hook_and_destroy_leaves_nothing
             programs_of_others_stay_in_their_order_behind_ours
             it_moves_between_clsact_and_tcx_and_no_syn_passes_unstamped moving_leaves_a_clsact_of_others
-            a_second_interface_that_is_full_leaves_the_first_as_it_was two_instances_can_be_at_two_hooks
+            a_second_interface_that_is_full_leaves_the_first_as_it_was
+            an_attach_that_cannot_remove_another_of_ours_changes_nothing two_instances_can_be_at_two_hooks
             a_program_that_somebody_removes_is_reported
             a_program_that_moves_with_its_interface_is_reported a_program_that_has_moved_is_detached_on_exit;
     ]);

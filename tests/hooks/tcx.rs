@@ -1,6 +1,6 @@
 //! The stamp at tcx, where it is in front of all filters.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
 use libbpf_sys::{BPF_F_BEFORE, BPF_TCX_EGRESS};
@@ -9,7 +9,7 @@ use netoken::hooks::tcx;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::foreign::{ifindex, tcx_link};
+use crate::foreign::{ifindex, tcx_link, tcx_link_of};
 use crate::lab::Running;
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours, has_clsact, ours, records};
 use crate::replace::while_connecting;
@@ -262,6 +262,26 @@ fn expect_detached_there(world: &World, stream: Running, elsewhere: &str, expect
     let index = world.lab.within(elsewhere, || Ok(nix::net::if_::if_nametoindex("c0")?))?;
     let there = world.lab.within(elsewhere, || tcx::ids(index, Side::Egress))?;
     ensure_eq!(there.len(), 0, "programs at tcx where it is now");
+    expect_no_state(&world.lab)
+}
+
+/// By a program of ours that a BPF link of somebody else holds there.
+pub fn an_attach_that_cannot_remove_another_of_ours_changes_nothing() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok(&format!("-i c0 -i c1 --attach --quiet --hook tcx --token {TOKEN}"))?;
+    let index = ifindex(&world, "c0")?;
+    let of_c1 = libbpf_rs::Program::fd_from_id(there(&world, "c1")?[0])?;
+    let link = world.lab.within(&world.ns, || tcx_link_of(of_c1.as_fd(), index, BPF_TCX_EGRESS, 0))?;
+    let before = there(&world, "c0")?;
+    ensure_eq!(before.len(), 2, "programs at tcx");
+    let said = world.fails("-i c0 --attach --quiet")?;
+    ensure!(said.contains("removing our program at tcx of c0"), "{said}");
+    ensure_eq!(there(&world, "c0")?, before, "the programs at tcx");
+    world.expect_token(TOKEN, "the token as before")?;
+    drop((link, of_c1));
+    world.ok("-i c0 -i c1 --destroy")?;
+    ensure_eq!(there(&world, "c0")?.len(), 0, "programs at tcx after --destroy");
     expect_no_state(&world.lab)
 }
 

@@ -18,7 +18,7 @@ use crate::hooks::clsact::attached;
 use crate::hooks::loaded::{Loaded, loaded_by};
 use crate::hooks::netlink::{Filter, Netlink, Side};
 use crate::hooks::xdp::attached_xdp;
-use crate::netns::Netns;
+use crate::netns::{Netns, look_into};
 use crate::privileges;
 use crate::state::{Instance, State};
 
@@ -44,54 +44,51 @@ fn find(scope: &Scope, instances: &[Instance]) -> Result<Vec<Hook>> {
     };
     let programs = loaded_by(instances)?;
     let named = scope.netns.as_deref().unwrap_or_default();
-    let mut found = Vec::new();
-    for netns in places {
-        let name = if netns.name.is_empty() { named.to_string() } else { netns.name.clone() };
+    look_into(&places, |netns| {
+        let name = if netns.name.is_empty() { named } else { &netns.name };
         let netns_inode = netns.inode();
-        netns.run(|| {
-            let mut netlink = Netlink::connect()?;
-            let mut links = netlink.links()?;
-            if !scope.ifaces.is_empty() {
-                links = scope.find(&links)?;
-            }
-            for link in links {
-                let mut push = |hook, program, loaded: Loaded, filter, filters_before, tcx_before| {
-                    let (netns, interface) = (name.clone(), link.name.clone());
-                    let told = Told::of(&loaded);
-                    let hook = Hook {
-                        netns,
-                        netns_inode,
-                        interface,
-                        hook,
-                        program,
-                        loaded,
-                        told,
-                        filter,
-                        filters_before,
-                        tcx_before,
-                    };
-                    if scope.wants(hook.loaded.instance.as_deref()) {
-                        found.push(hook);
-                    }
+        let mut netlink = Netlink::connect()?;
+        let mut links = netlink.links()?;
+        if !scope.ifaces.is_empty() {
+            links = scope.find(&links)?;
+        }
+        let mut found = Vec::new();
+        for link in links {
+            let mut push = |hook, program, loaded: Loaded, filter, filters_before, tcx_before| {
+                let (netns, interface) = (name.to_string(), link.name.clone());
+                let told = Told::of(&loaded);
+                let hook = Hook {
+                    netns,
+                    netns_inode,
+                    interface,
+                    hook,
+                    program,
+                    loaded,
+                    told,
+                    filter,
+                    filters_before,
+                    tcx_before,
                 };
-                if let Some(ours) = attached_xdp(link.index, &programs)? {
-                    push(hook_name(ours.mode), ours.program, ours.loaded, None, 0, 0);
+                if scope.wants(hook.loaded.instance.as_deref()) {
+                    found.push(hook);
                 }
-                for ours in attached(&mut netlink, link.index, Side::Ingress, &programs)? {
-                    push(
-                        "clsact ingress",
-                        ours.program,
-                        ours.loaded,
-                        Some(ours.filter),
-                        ours.before,
-                        ours.tcx_before,
-                    );
-                }
+            };
+            if let Some(ours) = attached_xdp(link.index, &programs)? {
+                push(hook_name(ours.mode), ours.program, ours.loaded, None, 0, 0);
             }
-            Ok(())
-        })?;
-    }
-    Ok(found)
+            for ours in attached(&mut netlink, link.index, Side::Ingress, &programs)? {
+                push(
+                    "clsact ingress",
+                    ours.program,
+                    ours.loaded,
+                    Some(ours.filter),
+                    ours.before,
+                    ours.tcx_before,
+                );
+            }
+        }
+        Ok(found)
+    })
 }
 
 pub(super) fn query(scope: &Scope) -> Result<()> {

@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use super::{Record, print_json};
 use crate::cli::args::Scope;
+use crate::cli::detach::first_of;
 use crate::hooks::clsact::Hooks;
 use crate::hooks::netlink::{Link, Netlink, Side};
 use crate::hooks::qdisc::Qdisc;
@@ -23,26 +24,35 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
     let links = if all { links } else { scope.find(&links)? };
     let (state, lock) = State::create()?;
     let mut hooks = Hooks::open(&state, Side::Ingress)?;
-    let mut done = Vec::new();
+    let (mut done, mut failed) = (Vec::new(), Vec::new());
     let had_state = state.instance(&scope.instance).exists();
-    let removed = (|| {
-        for link in &links {
+    for link in &links {
+        let mut remove = || {
             let programs = hooks.detach(&lock, link, &scope.instance)?
                 + usize::from(take_xdp(&state, &lock, link, &scope.instance)?.is_some());
             let qdisc = if destroy { Some(hooks.destroy_clsact(&lock, link)?) } else { None };
-            if !all || programs > 0 || qdisc == Some(Qdisc::Removed) {
-                done.push((link, programs, qdisc));
-            }
+            Ok((link, programs, qdisc))
+        };
+        match remove() {
+            Ok(removed) => done.push(removed),
+            // That one stays is no reason for the others to stay.
+            Err(error) => failed.push(error),
         }
-        if destroy { remove_unused(&state, &lock, &scope.instance) } else { Ok(HashSet::new()) }
-    })();
+    }
+    if all {
+        done.retain(|(_, programs, qdisc)| *programs > 0 || *qdisc == Some(Qdisc::Removed));
+    }
     drop(hooks);
-    let emptied = if removed.is_ok() { state.remove_if_empty(lock) } else { Ok(()) };
+    let unused = if destroy { remove_unused(&state, &lock, &scope.instance) } else { Ok(HashSet::new()) };
+    let users = unused.unwrap_or_else(|error| {
+        failed.push(error);
+        HashSet::new()
+    });
+    failed.extend(state.remove_if_empty(lock).err());
 
     // What was done is told before what failed.
     let told = tell(scope, &done);
-    let users = removed?;
-    if done.is_empty() && all && !scope.json {
+    if done.is_empty() && failed.is_empty() && all && !scope.json {
         let also = if had_state && users.is_empty() { "; its rules and counters are removed" } else { "" };
         note!("the guard of instance '{}' is not attached to any interface here{also}", scope.instance);
     }
@@ -53,7 +63,7 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
             used_where(&users, true)
         );
     }
-    emptied.and(told)
+    first_of(failed).and(told)
 }
 
 /// Interfaces with how many programs were removed, and what became of the qdisc.

@@ -1,0 +1,153 @@
+//! What goes while somebody looks at it or removes it.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+use libbpf_rs::{TC_EGRESS, TcHook};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket, SocketAddr};
+use netoken::hooks::clsact::attached;
+use netoken::hooks::loaded::loaded_by;
+use netoken::hooks::netlink::{Netlink, Side};
+use netoken::hooks::xdp::attached_xdp;
+
+use crate::foreign::ifindex;
+use crate::lab::{Running, ip, wait_until};
+use crate::look::{expect_bare, expect_no_state, expect_ours, records};
+use crate::support::{ensure_eq, sh};
+use crate::world::World;
+
+/// Group of include/uapi/linux/rtnetlink.h.
+const RTNLGRP_TC: u32 = 4;
+
+/// So many that the kernel lists them in many pieces.
+const INTERFACES: usize = 100;
+
+/// So many that they take a while to be removed one by one.
+const FILTERS: u32 = 1000;
+
+pub fn a_look_finds_what_is_there_while_interfaces_go() -> Result<()> {
+    let world = World::new()?;
+    ip(&world.ns, (0..INTERFACES).map(|at| format!("link add d{at} up type veth peer name e{at}")))?;
+    world.second_cable()?;
+    world.ok("-i c1 --attach --quiet")?;
+    let index = ifindex(&world, "c1")?.cast_unsigned();
+    let programs = loaded_by(&[])?;
+    let looks = thread::scope(|scope| {
+        let remove = scope.spawn(|| ip(&world.ns, (0..INTERFACES).map(|at| format!("link del d{at}"))));
+        let looks = world.lab.within(&world.ns, || {
+            let mut netlink = Netlink::connect()?;
+            let mut looks = 0;
+            while !remove.is_finished() {
+                let found = attached(&mut netlink, index, Side::Egress, &programs)?.len();
+                ensure_eq!(found, 1, "filters of ours in look {looks}");
+                ensure!(netlink.has_clsact(index)?, "there is no clsact in look {looks}");
+                ensure!(netlink.links()?.iter().any(|link| link.index == index), "look {looks}");
+                looks += 1;
+            }
+            Ok(looks)
+        })?;
+        remove.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok::<_, anyhow::Error>(looks)
+    })?;
+    ensure!(looks > 10, "{looks} looks in all");
+    Ok(())
+}
+
+/// Of one interface, by whatever takes it away; what is on the other is removed and told all the same.
+pub fn what_goes_while_it_is_removed_is_gone() -> Result<()> {
+    for (tool, command) in
+        [("tc", "filter del dev c0 egress"), ("tc", "qdisc del dev c0 clsact"), ("ip", "link del c0")]
+    {
+        goes_while_it_is_removed(tool, command).with_context(|| format!("{tool} {command}"))?;
+    }
+    Ok(())
+}
+
+fn goes_while_it_is_removed(tool: &str, command: &str) -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok("-i c0 -i c1 --attach --quiet")?;
+    let index = ifindex(&world, "c0")?;
+    let hooks = records(&world.ok("-i c0 --query --json")?, "hook")?;
+    let id = hooks[0]["program"].as_u64().context("no program")?;
+    world.lab.within(&world.ns, || {
+        let program = libbpf_rs::Program::fd_from_id(id as u32)?;
+        for handle in 1..=FILTERS {
+            let mut hook = TcHook::new(program.as_fd());
+            hook.ifindex(index).attach_point(TC_EGRESS).priority(7).handle(handle).attach()?;
+        }
+        Ok(())
+    })?;
+    let count = || {
+        world
+            .lab
+            .within(&world.ns, || Ok(Netlink::connect()?.filters(index.cast_unsigned(), Side::Egress)?.len()))
+    };
+    let all = count()?;
+    let destroy = Running::start(&mut world.lab.netoken(&world.args("--destroy")))?;
+    let left = wait_until("the first to be removed", || Ok(Some(count()?).filter(|left| *left < all)))?;
+    ensure!(left > 0, "all were removed at once");
+    sh(&format!("{tool} -n {} {command}", world.ns))?;
+
+    let (code, lines) = destroy.end()?;
+    ensure_eq!(code, Some(0), "the exit code; it said {lines:#?}");
+    ensure!(lines.iter().any(|line| line.starts_with("c1: filter removed")), "{lines:#?}");
+    expect_ours(&world.ns, "c1", 0)?;
+    expect_bare(&world.ns, "c1")?;
+    expect_no_state(&world.lab)
+}
+
+pub fn clsact_is_told_from_what_else_may_be_there() -> Result<()> {
+    let world = World::new()?;
+    let index = ifindex(&world, "c0")?.cast_unsigned();
+    let expect = |expected: bool, what: &str| {
+        let has = world.lab.within(&world.ns, || Netlink::connect()?.has_clsact(index))?;
+        ensure_eq!(has, expected, "a clsact qdisc with {what}");
+        Ok::<_, anyhow::Error>(())
+    };
+    let tc = |command: &str| sh(&format!("tc -n {} qdisc {command}", world.ns));
+    expect(false, "nothing")?;
+    world.ok("-i c0 --attach --quiet")?;
+    expect(true, "ours")?;
+    world.ok("-i c0 --destroy")?;
+    expect(false, "nothing any more")?;
+    tc("add dev c0 clsact")?;
+    expect(true, "somebody else's")?;
+    tc("del dev c0 clsact")?;
+    tc("add dev c0 ingress")?;
+    expect(false, "an ingress qdisc")?;
+    tc("del dev c0 ingress")?;
+    expect(false, "nothing")?;
+    sh(&format!("ip -n {} link del c0", world.ns))?;
+    expect(false, "no interface")?;
+    // Nothing else is there then, and that is no error.
+    world.lab.within(&world.ns, || {
+        let mut netlink = Netlink::connect()?;
+        ensure_eq!(netlink.filters(index, Side::Egress)?.len(), 0, "filters");
+        ensure_eq!(netlink.chains(index, Side::Egress)?.len(), 0, "chains");
+        ensure!(attached_xdp(index, &HashMap::new())?.is_none(), "a program at XDP");
+        Ok(())
+    })
+}
+
+/// A stream looks when it gets notice of something; it must not be what it gets notice of.
+pub fn who_looks_gives_nobody_notice() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    let mut notices = world.lab.within(&world.ns, || Ok(Socket::new(NETLINK_ROUTE)?))?;
+    notices.bind(&SocketAddr::new(0, 0))?;
+    notices.add_membership(RTNLGRP_TC)?;
+    notices.set_non_blocking(true)?;
+    world.ok("-i c0 --query")?;
+    world.lab.ok(&format!("guard --netns {} --query", world.ns))?;
+    match notices.recv(&mut Vec::<u8>::with_capacity(4096), 0) {
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+        other => bail!("a notice: {other:?}"),
+    }
+    world.ok("-i c0 --detach")?;
+    notices.recv(&mut Vec::<u8>::with_capacity(4096), 0).context("the socket gets no notices at all")?;
+    Ok(())
+}
