@@ -1,6 +1,7 @@
 //! What goes while somebody looks at it or removes it.
 
 use std::collections::HashMap;
+use std::fs;
 use std::os::fd::AsFd;
 use std::thread;
 
@@ -12,6 +13,7 @@ use netoken::hooks::clsact::attached;
 use netoken::hooks::loaded::loaded_by;
 use netoken::hooks::netlink::{Netlink, Side};
 use netoken::hooks::xdp::attached_xdp;
+use nix::sys::signal::Signal;
 
 use crate::foreign::ifindex;
 use crate::lab::{Running, ip, wait_until};
@@ -88,9 +90,14 @@ fn goes_while_it_is_removed(tool: &str, command: &str) -> Result<()> {
     };
     let all = count()?;
     let destroy = Running::start(&mut world.lab.netoken(&world.args("--destroy")))?;
-    let left = wait_until("the first to be removed", || Ok(Some(count()?).filter(|left| *left < all)))?;
-    ensure!(left > 0, "all were removed at once");
+    wait_until("the first to be removed", || Ok(Some(count()?).filter(|left| *left < all)))?;
+    // Between two requests, and for as long as the other command takes.
+    destroy.signal(Signal::SIGSTOP)?;
+    let stat = format!("/proc/{}/stat", destroy.child.id());
+    wait_until("it to stop", || Ok(fs::read_to_string(&stat)?.contains(") T ").then_some(())))?;
+    ensure!(count()? > 0, "all were removed at once");
     sh(&format!("{tool} -n {} {command}", world.ns))?;
+    destroy.signal(Signal::SIGCONT)?;
 
     let (code, lines) = destroy.end()?;
     ensure_eq!(code, Some(0), "the exit code; it said {lines:#?}");
