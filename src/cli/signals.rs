@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGTERM};
 
 /// Set by signals.
 #[derive(Default)]
@@ -18,8 +18,9 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// Without a file that could be loaded again, SIGHUP ends the stream: the terminal is gone. What the parent had set to
-    /// be ignored stays so: `nohup` does that for SIGHUP, and a script for SIGINT of what it starts in the background.
+    /// Without a file that could be loaded again, SIGHUP ends the stream: the terminal is gone. Where the parent has it
+    /// ignored, as `nohup` does, it stays so. Not so SIGINT, which a shell has ignored in whatever a script starts in the
+    /// background: Ctrl-C is to end the stream with the script.
     pub fn catch(has_file: bool) -> Result<Signals> {
         let signals = Signals { hears_hangup: !is_ignored(SIGHUP), ..Signals::default() };
         let register = |signal, flag: &Arc<AtomicBool>| {
@@ -29,11 +30,8 @@ impl Signals {
         if signals.hears_hangup {
             register(SIGHUP, if has_file { &signals.reload } else { &signals.stop })?;
         }
-        if !is_ignored(SIGINT) {
-            let stop = Arc::clone(&signals.stop);
-            ctrlc::set_handler(move || stop.store(true, Ordering::Relaxed))
-                .context("preparing for Ctrl-C")?;
-        }
+        let stop = Arc::clone(&signals.stop);
+        ctrlc::set_handler(move || stop.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
         Ok(signals)
     }
 

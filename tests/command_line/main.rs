@@ -126,7 +126,7 @@ fn with_root() -> Vec<Trial> {
             tokens_that_another_version_has_seen_are_forgotten_and_that_is_told;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
-        stream: ctrl_c_and_sigterm_end_it_in_peace signals_that_the_parent_ignores_stay_ignored detach_on_exit_removes_everything
+        stream: ctrl_c_and_sigterm_end_it_in_peace a_hangup_that_the_parent_ignores_stays_ignored detach_on_exit_removes_everything
             a_signal_during_the_attach_detaches_on_exit an_output_that_nobody_reads_does_not_keep_it_alive
             detach_on_exit_leaves_what_others_use a_sample_counts_all_and_shows_some
             every_syn_is_shown_once the_columns_stand_under_their_heads what_is_counted_is_shown_before_the_count;

@@ -7,6 +7,7 @@ use std::process::{Command, ExitCode};
 use std::sync::{Mutex, PoisonError};
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use nix::sys::signal::{SigHandler, Signal, signal};
 
 /// What a case needs to run at all.
 #[derive(Clone, Copy, Debug)]
@@ -125,6 +126,9 @@ pub fn case(
 
 /// Runs the cases as the arguments of `cargo test` ask.
 pub fn run(cases: Vec<Trial>) -> ExitCode {
+    // Under nohup, what is started here would go on as if the signal had never come.
+    // SAFETY: there is one thread yet, and no handler.
+    unsafe { signal(Signal::SIGHUP, SigHandler::SigDfl) }.expect("SIGHUP can be set");
     libtest_mimic::run(&Arguments::from_args(), cases).exit_code()
 }
 
