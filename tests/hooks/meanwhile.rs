@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::fd::AsFd;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_rs::{TC_EGRESS, TcHook};
@@ -90,12 +91,16 @@ fn goes_while_it_is_removed(tool: &str, command: &str) -> Result<()> {
     };
     let all = count()?;
     let destroy = Running::start(&mut world.lab.netoken(&world.args("--destroy")))?;
-    wait_until("the first to be removed", || Ok(Some(count()?).filter(|left| *left < all)))?;
-    // Between two requests, and for as long as the other command takes.
-    destroy.signal(Signal::SIGSTOP)?;
     let stat = format!("/proc/{}/stat", destroy.child.id());
-    wait_until("it to stop", || Ok(fs::read_to_string(&stat)?.contains(") T ").then_some(())))?;
-    ensure!(count()? > 0, "all were removed at once");
+    // It goes a millisecond at a time, and stands between two requests while we look and while the other command runs.
+    let left = wait_until("the first to be removed", || {
+        destroy.signal(Signal::SIGCONT)?;
+        thread::sleep(Duration::from_millis(1));
+        destroy.signal(Signal::SIGSTOP)?;
+        wait_until("it to stop", || Ok(fs::read_to_string(&stat)?.contains(") T ").then_some(())))?;
+        Ok(Some(count()?).filter(|left| *left < all))
+    })?;
+    ensure!(left > 0, "all were removed at once");
     sh(&format!("{tool} -n {} {command}", world.ns))?;
     destroy.signal(Signal::SIGCONT)?;
 
