@@ -256,6 +256,11 @@ impl Scope {
         Ok(found)
     }
 
+    /// The same; all that there are, if none was named.
+    pub fn find_or_all(&self, links: Vec<Link>) -> Result<Vec<Link>> {
+        if self.ifaces.is_empty() { Ok(links) } else { self.find(&links) }
+    }
+
     /// Whether an instance is one of those that were asked for.
     pub fn wants(&self, instance: Option<&str>) -> bool {
         !self.is_one_instance || instance == Some(&self.instance)

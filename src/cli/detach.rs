@@ -36,8 +36,7 @@ pub(super) fn run(scope: &Scope, destroy: bool) -> Result<()> {
     let all = scope.ifaces.is_empty();
     let what = if all { "all interfaces".to_string() } else { scope.ifaces.join(", ") };
     privileges::check(&format!("detaching from {what}"))?;
-    let links = Netlink::connect()?.links()?;
-    let targets = if all { links } else { scope.find(&links)? };
+    let targets = scope.find_or_all(Netlink::connect()?.links()?)?;
     // Also where there is no state: a filter whose state was lost is known by its program.
     let (state, lock) = State::create()?;
     remove_from(scope, &state, lock, targets.into_iter().map(Target::here).collect(), destroy, all)

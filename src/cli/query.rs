@@ -179,10 +179,7 @@ fn find(scope: &Scope, instances: &[Instance]) -> Result<Vec<Hook>> {
     look_into(&places, |netns| {
         let name = if netns.name.is_empty() { named } else { &netns.name };
         let mut netlink = Netlink::connect()?;
-        let mut links = netlink.links()?;
-        if !scope.ifaces.is_empty() {
-            links = scope.find(&links)?;
-        }
+        let links = scope.find_or_all(netlink.links()?)?;
         let mut found = Vec::new();
         for link in links {
             let mut ours = stamps(&mut netlink, link.index, &programs)?;

@@ -48,10 +48,7 @@ fn find(scope: &Scope, instances: &[Instance]) -> Result<Vec<Hook>> {
         let name = if netns.name.is_empty() { named } else { &netns.name };
         let netns_inode = netns.inode();
         let mut netlink = Netlink::connect()?;
-        let mut links = netlink.links()?;
-        if !scope.ifaces.is_empty() {
-            links = scope.find(&links)?;
-        }
+        let links = scope.find_or_all(netlink.links()?)?;
         let mut found = Vec::new();
         for link in links {
             let mut push = |hook, program, loaded: Loaded, filter, filters_before, tcx_before| {

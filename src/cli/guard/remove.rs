@@ -20,8 +20,7 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
     let all = scope.ifaces.is_empty();
     let what = if all { "all interfaces".to_string() } else { scope.ifaces.join(", ") };
     privileges::check(&format!("detaching the guard from {what}"))?;
-    let links = Netlink::connect()?.links()?;
-    let links = if all { links } else { scope.find(&links)? };
+    let links = scope.find_or_all(Netlink::connect()?.links()?)?;
     let (state, lock) = State::create()?;
     let mut hooks = Hooks::open(&state, Side::Ingress)?;
     let (mut done, mut failed) = (Vec::new(), Vec::new());
