@@ -323,6 +323,11 @@ fn listen() -> Result<Socket> {
     Ok(socket)
 }
 
+/// A wait for a connection that ended without one, and may begin again: a signal ends one that has a timeout.
+fn is_passing(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted)
+}
+
 /// Greets everybody with one byte.
 fn serve(listener: &Socket, done: &AtomicBool) -> Result<()> {
     stay_on(0)?;
@@ -330,7 +335,7 @@ fn serve(listener: &Socket, done: &AtomicBool) -> Result<()> {
         match listener.accept() {
             // One that has gone meanwhile is counted by the client.
             Ok((mut socket, _)) => drop(socket.write(b"!")),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
+            Err(error) if is_passing(error.kind()) => {}
             Err(error) => return Err(error).context("accepting a connection"),
         }
     }

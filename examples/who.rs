@@ -8,7 +8,7 @@
 //! curl http://192.0.2.2:8080
 //! ```
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,7 +23,8 @@ use netoken::token::keyed::{Bind, Slots, Verifier};
 
 /// How long a client may be silent.
 const PATIENCE: Duration = Duration::from_secs(5);
-const REQUEST_MAX: usize = 8192;
+/// How long its request may be, in bytes.
+const REQUEST_MAX: u64 = 8192;
 
 /// Who is asked about a token.
 #[derive(Clone, Default)]
@@ -105,14 +106,12 @@ fn describe(stream: &TcpStream, judges: &Judges) -> Result<String> {
 /// Reads to the empty line that ends the head of a request.
 fn read_request(stream: &mut TcpStream) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
-    let (mut head, mut block) = (Vec::new(), [0; 1024]);
-    while !head.windows(4).any(|end| end == b"\r\n\r\n") {
-        match stream.read(&mut block)? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            len => head.extend_from_slice(&block[..len]),
-        }
-        if head.len() > REQUEST_MAX {
-            return Err(io::ErrorKind::InvalidData.into());
+    let mut head = BufReader::new(stream.take(REQUEST_MAX));
+    let mut line = Vec::new();
+    while line != b"\r\n" {
+        line.clear();
+        if head.read_until(b'\n', &mut line)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }
     Ok(())

@@ -87,6 +87,7 @@ fn alone(name: &str, needs: &[Need], test: impl FnOnce() -> Result<()> + Send + 
 
 fn main() -> ExitCode {
     let cases = [
+        sockets::cases(),
         connects::cases(),
         fastopen::cases(),
         receivers::cases(),

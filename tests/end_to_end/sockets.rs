@@ -2,16 +2,29 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use libtest_mimic::Trial;
+use nix::sys::pthread::{pthread_kill, pthread_self};
+use nix::sys::signal::Signal;
+use nix::unistd::gettid;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::lab::{Lab, PATIENCE};
+use crate::lab::{Lab, PATIENCE, wait_until};
 use crate::segment::Segment;
 use crate::support::ensure_eq;
 use crate::sys;
 use crate::world::{Family, World};
+use crate::{NET, case};
+
+pub fn cases() -> Vec<Trial> {
+    vec![case("a wait for a connection goes on after a signal", NET, a_wait_goes_on_after_a_signal)]
+}
 
 /// How long a connect may take that must fail because its SYN is dropped. The first retransmission comes later.
 pub const DROPPED: Duration = Duration::from_millis(300);
@@ -58,7 +71,7 @@ impl Listener {
 
     /// Takes the next connection.
     pub fn accept(&self) -> Result<Accepted> {
-        let (socket, _) = self.socket.accept().context("accepting a connection")?;
+        let (socket, _) = sys::uninterrupted(|| self.socket.accept()).context("accepting a connection")?;
         socket.set_read_timeout(Some(PATIENCE))?;
         let saved =
             sys::get_option(&socket, libc::IPPROTO_TCP, libc::TCP_SAVED_SYN, 512).context("TCP_SAVED_SYN")?;
@@ -112,6 +125,30 @@ pub fn echo(client: &mut TcpStream, server: &mut TcpStream) -> Result<()> {
     client.read_exact(&mut got).context("receiving at the client")?;
     ensure_eq!(got == sent, true, "what came back is what was sent");
     Ok(())
+}
+
+/// The kernel ends a wait that has a timeout for any signal, also where the handler asks for it to go on.
+fn a_wait_goes_on_after_a_signal() -> Result<()> {
+    let world = World::new(true)?;
+    let listener = Listener::open(&world, Family::V4)?;
+    let heard = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&heard))?;
+    let (tell, told) = channel();
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| {
+            tell.send((pthread_self(), gettid()))?;
+            listener.accept()
+        });
+        let (thread, id) = told.recv()?;
+        wait_until("a thread that waits", || {
+            let stat = std::fs::read_to_string(format!("/proc/self/task/{id}/stat"))?;
+            Ok(stat.contains(") S ").then_some(()))
+        })?;
+        pthread_kill(thread, Signal::SIGUSR1)?;
+        wait_until("the signal", || Ok(heard.load(Ordering::Relaxed).then_some(())))?;
+        let _client = connect(&world.lab, &world.client, listener.addr, PATIENCE)?;
+        waits.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(drop)
+    })
 }
 
 /// Fails unless the connect is not answered.

@@ -10,6 +10,17 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::{TC_EGRESS, TcHook};
 use socket2::{MaybeUninitSlice, MsgHdrMut, SockAddr, Socket};
 
+/// Does something again that a signal ended. The kernel goes on by itself only where there is no timeout, and the signal may
+/// be one that nobody handles: the SIGCHLD of a child that another thread has started.
+pub fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
 /// Sets a socket option that is a plain run of bytes.
 pub fn set_option(socket: &impl AsRawFd, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
     // SAFETY: the kernel reads `value.len()` bytes from `value` and keeps no pointer to them.
@@ -59,6 +70,10 @@ pub type Tag = (u16, u16);
 
 /// Receives a frame from an AF_PACKET socket with PACKET_AUXDATA.
 pub fn receive_frame(socket: &Socket) -> io::Result<(Vec<u8>, Option<Tag>)> {
+    uninterrupted(|| receive_frame_once(socket))
+}
+
+fn receive_frame_once(socket: &Socket) -> io::Result<(Vec<u8>, Option<Tag>)> {
     let mut frame = vec![MaybeUninit::uninit(); 1 << 16];
     let mut control = [MaybeUninit::uninit(); 256];
     let (frame_len, control_len) = {
