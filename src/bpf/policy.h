@@ -9,7 +9,8 @@
  * than the one that was found. What a shape cannot express (ranges, negations, big lists) are
  * checks in the record that an entry leads to.
  *
- * A generation is read once for each packet: its parts are found by the slot that it names.
+ * A generation is read once for what is looked up in it: its parts are found by the slot that it
+ * names.
  */
 #ifndef NETOKEN_POLICY_H
 #define NETOKEN_POLICY_H
@@ -32,7 +33,9 @@ static __always_inline const struct netoken_generation *this_generation(void)
 
 /*
  * Who sends it. Only the TCP socket of this host that opens the connection is a sender: what is
- * forwarded has none, and what a raw or packet socket writes is not that socket's connection.
+ * forwarded has none, and what a raw or packet socket writes is not that socket's connection. What
+ * came in by an interface is forwarded, even if it still has a socket, as a bridge leaves it: the
+ * kernel would tell the user as that one's user namespace calls him, where anybody can be root.
  */
 static __always_inline void gather_sender(struct search *search, struct __sk_buff *skb,
 					  const struct netoken_generation *gen)
@@ -42,7 +45,7 @@ static __always_inline void gather_sender(struct search *search, struct __sk_buf
 	search->facts.has_sender = 0;
 	search->facts.uid = 0;
 	__builtin_memset(search->cgroup_ids, 0, sizeof(search->cgroup_ids));
-	if (!(gen->needs & NEED_SENDER) || !sk)
+	if (!(gen->needs & NEED_SENDER) || !sk || skb->ingress_ifindex)
 		return;
 	sk = bpf_sk_fullsock(sk);
 	if (!sk || sk->type != SOCK_STREAM)

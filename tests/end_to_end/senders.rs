@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::segment::Segment;
 use crate::sockets::{Listener, connect, exchange};
-use crate::support::{ensure_eq, sh};
+use crate::support::{Need, ensure_eq, sh};
 use crate::wire::{Checksum, Frame, LINUX_OPTIONS, Tap};
 use crate::world::{FAMILIES, Family, Hook, IN, OUT, World};
 use crate::{case, with};
@@ -22,11 +22,13 @@ const UID: u32 = 54321;
 const NOBODY: &str = "default = { action = 'stamp', token = 'nobody--' }\n";
 
 pub fn cases() -> Vec<Trial> {
+    let bridge = [with("ip"), vec![Need::Works("ip link add br0 type bridge")]].concat();
     vec![
         case("a rule for a user is for what that user opens", &with("setpriv"), users),
         case("a rule for a cgroup is for what is opened in it and below", &with("findmnt"), cgroups),
         case("a cgroup that is made again is picked up by a reload", &with("findmnt"), made_again),
         case("what is forwarded or written raw matches no rule about its sender", &with("findmnt"), nobody),
+        case("what comes through a bridge matches no rule about its sender", &bridge, bridged),
         case("an interface is told from one with the same index elsewhere", &with("ip"), same_index),
         case("rules for interfaces of one name in two namespaces stay apart", &with("ip"), same_name),
         case("a rule follows its interface when that is renamed", &with("ip"), renamed),
@@ -189,22 +191,36 @@ fn expect_stale(world: &World, is_stale: bool, what: &str) -> Result<()> {
 }
 
 /// Every rule asks for the sender, with and without negation.
-fn nobody() -> Result<()> {
-    let (world, _router) = World::routed(false, Hook::Router)?;
-    world.attach("")?;
-    let rules = rule("any-user", "uid = '0-4294967295'")
+fn about_senders() -> String {
+    rule("any-user", "uid = '0-4294967295'")
         + &rule("not-user", "not_uid = 12345")
         + &rule("a-cgroup", "cgroup = '/'")
-        + &rule("ncgroup-", "not_cgroup = '/'");
-    load(&world, &rules, "")?;
+        + &rule("ncgroup-", "not_cgroup = '/'")
+}
+
+/// No rule about a sender decides over what the client opens.
+fn expect_no_sender(world: &World) -> Result<()> {
+    world.attach("")?;
+    load(world, &about_senders(), "")?;
     for family in FAMILIES {
-        let listener = Listener::open(&world, family)?;
-        exchange(&world, &listener)?.check_stamped(*b"nobody--")?;
+        let listener = Listener::open(world, family)?;
+        exchange(world, &listener)?.check_stamped(*b"nobody--")?;
     }
+    Ok(())
+}
+
+/// A bridge leaves a packet its socket, whose user has another number in a user namespace of its own.
+fn bridged() -> Result<()> {
+    expect_no_sender(&World::bridged()?)
+}
+
+fn nobody() -> Result<()> {
+    let (world, _router) = World::routed(false, Hook::Router)?;
+    expect_no_sender(&world)?;
 
     let world = World::new(false)?;
     world.attach("")?;
-    load(&world, &rules, "")?;
+    load(&world, &about_senders(), "")?;
     let (receiver, sender) =
         (Tap::receiver(&world.lab, &world.server, IN)?, Tap::sender(&world.lab, &world.client, OUT)?);
     for family in FAMILIES {

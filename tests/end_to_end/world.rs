@@ -122,6 +122,22 @@ impl World {
         Ok((world, router))
     }
 
+    /// Client and server on one link that goes through a bridge, with netoken on the bridge's way out.
+    pub fn bridged() -> Result<World> {
+        let mut lab = Lab::new()?;
+        let [client, bridge, server] = lab.add_netns(["client", "bridge", "server"])?;
+        lab.add_veth((&client, OUT), (&bridge, IN), false)?;
+        lab.add_veth((&bridge, OUT), (&server, IN), false)?;
+        let ports = [IN, OUT].map(|port| format!("link set {port} master br0 up"));
+        ip(
+            &bridge,
+            ["link add br0 type bridge".to_string(), "link set br0 up".to_string()].into_iter().chain(ports),
+        )?;
+        lab.up_with(&client, OUT, &on_link(CLIENT_NET, CLIENT_HOST))?;
+        lab.up_with(&server, IN, &on_link(CLIENT_NET, SERVER_HOST))?;
+        Ok(World { lab, client, server, hook: (bridge, OUT), server_net: CLIENT_NET })
+    }
+
     /// The same world, with netoken on another interface of the client.
     pub fn hooked_at(mut self, interface: &'static str) -> World {
         self.hook = (self.client.clone(), interface);
