@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::ptr;
+use std::sync::OnceLock;
 
 use anyhow::{Error, anyhow};
 use nix::errno::Errno;
@@ -28,8 +29,13 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Asks the running kernel.
-    pub fn probe() -> Kernel {
+    /// The running kernel, which is asked the first time.
+    pub fn probe() -> &'static Kernel {
+        static KERNEL: OnceLock<Kernel> = OnceLock::new();
+        KERNEL.get_or_init(Kernel::ask)
+    }
+
+    fn ask() -> Kernel {
         let release = nix::sys::utsname::uname();
         let release = release.map(|uname| uname.release().to_string_lossy().into_owned()).unwrap_or_default();
         let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").ok().and_then(|text| {
@@ -56,8 +62,8 @@ impl Kernel {
 
     /// Turns a refused load into what was being done, why it failed and what to do now.
     ///
-    /// `log` is what libbpf printed meanwhile. A verifier's log is long; it goes to a file.
-    pub fn explain_load(&self, error: Error, log: &str) -> Error {
+    /// `what` was to be loaded, and `log` is what libbpf printed meanwhile. A verifier's log is long; it goes to a file.
+    pub fn explain_load(&self, what: &str, error: Error, log: &str) -> Error {
         let cause = error.downcast_ref::<libbpf_rs::Error>().map(libbpf_rs::Error::kind);
         let denied = cause == Some(libbpf_rs::ErrorKind::PermissionDenied);
         let remedy = if self.version().is_some_and(|version| version < OLDEST) {
@@ -91,7 +97,7 @@ impl Kernel {
         let said: Vec<_> = short.lines().filter(|line| line.starts_with("libbpf:")).take(3).collect();
         let said = said.join("; ");
         let said = if said.is_empty() { said } else { format!(" ({said})") };
-        anyhow!("loading the classifier into the kernel: {error}; {remedy}{said}")
+        anyhow!("loading {what} into the kernel: {error}; {remedy}{said}")
     }
 
     /// No kernel that the tests run under refuses a classifier because it is locked down, so this is said last.
@@ -169,15 +175,15 @@ mod tests {
                 "another version",
             ),
         ] {
-            let message = kernel.explain_load(denied(), log).to_string();
-            assert!(message.contains(expect), "{message}");
+            let message = kernel.explain_load("the guard", denied(), log).to_string();
+            assert!(message.contains("loading the guard") && message.contains(expect), "{message}");
         }
     }
 
     #[test]
     fn a_verifier_log_is_saved_and_named() {
         let log = "libbpf: -- BEGIN PROG LOAD LOG --\nR1 invalid mem access\n";
-        let message = kernel("6.1.0", None).explain_load(denied(), log).to_string();
+        let message = kernel("6.1.0", None).explain_load("the guard", denied(), log).to_string();
         let path = message.split("its log is in ").nth(1).unwrap().split(',').next().unwrap();
         assert_eq!(fs::read_to_string(path).unwrap(), log);
         fs::remove_file(path).unwrap();

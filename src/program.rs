@@ -161,7 +161,7 @@ impl Program {
         open.progs.netoken_egress.set_autoload(false);
         open.progs.netoken_egress3.set_autoload(false);
         let (loaded, log) = messages(|| open.load());
-        loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
+        loaded.map_err(|error| kernel.explain_load("the classifier", error.into(), &log))?;
         let maps = Maps::open(pins)?;
         clock::publish(&maps.clock, None)?;
         Ok(maps)
@@ -224,7 +224,7 @@ impl Program {
         open.progs.netoken_ask.set_autoload(purpose == Purpose::Ask);
 
         let (loaded, log) = messages(|| open.load());
-        let skel = loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
+        let skel = loaded.map_err(|error| kernel.explain_load("the classifier", error.into(), &log))?;
         let program = match (purpose, settings.link_header) {
             (Purpose::Ask, _) => &skel.progs.netoken_ask,
             (Purpose::Attach, LinkHeader::Ethernet) => &skel.progs.netoken_egress,

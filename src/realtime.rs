@@ -29,7 +29,7 @@ pub fn check(doing: &str) -> Result<()> {
         return Ok(());
     }
     let kernel = Kernel::probe();
-    decide(doing, &kernel, config(&kernel.release).as_deref())
+    decide(doing, kernel, config(&kernel.release).as_deref())
 }
 
 fn decide(doing: &str, kernel: &Kernel, config: Option<&str>) -> Result<()> {
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     fn said(release: &str, config: Option<&str>) -> Option<String> {
-        let kernel = Kernel { release: release.to_string(), ..Kernel::probe() };
+        let kernel = Kernel { release: release.to_string(), ..Kernel::probe().clone() };
         decide("attaching to eth0", &kernel, config).err().map(|error| error.to_string())
     }
 
@@ -90,9 +90,9 @@ mod tests {
 
     #[test]
     fn the_configuration_is_read_where_it_is() {
-        let release = Kernel::probe().release;
+        let release = &Kernel::probe().release;
         let there = ["/proc/config.gz".to_string(), format!("/boot/config-{release}")];
         let is_there = there.iter().any(|path| fs::metadata(path).is_ok());
-        assert_eq!(config(&release).is_some_and(|text| text.contains("CONFIG_NET=y")), is_there);
+        assert_eq!(config(release).is_some_and(|text| text.contains("CONFIG_NET=y")), is_there);
     }
 }

@@ -247,7 +247,7 @@ fn print_json(out: &mut impl Write, record: &impl Serialize) -> Result<()> {
 
 fn print_clock(out: &mut impl Write, scope: &Scope, instance: &str, maps: &Maps) -> Result<()> {
     let published = clock::published(&maps.clock)?;
-    let source = Source::choose(&Kernel::probe());
+    let source = Source::choose(Kernel::probe());
     let unix = clock::as_seen(&published, source)?;
     let slot_s = published.slot_ns / 1_000_000_000;
     let slot = unix.as_secs().checked_div(slot_s).unwrap_or_default();

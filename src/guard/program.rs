@@ -192,7 +192,7 @@ impl GuardProgram {
         open.progs.netoken_guardx.set_autoload(settings.kind == Kind::Xdp);
 
         let (loaded, log) = messages(|| open.load());
-        let skel = loaded.map_err(|error| kernel.explain_load(error.into(), &log))?;
+        let skel = loaded.map_err(|error| kernel.explain_load("the guard", error.into(), &log))?;
         let program = match settings.kind {
             Kind::Tc => &skel.progs.netoken_guard,
             Kind::TcLayer3 => &skel.progs.netoken_guard3,

@@ -50,7 +50,7 @@ fn sixteen_keys(random: &mut Random) -> Result<Vec<Key>> {
 
 /// Makes it slot `slot` for the kernel, `into` behind its beginning.
 pub fn set_clock(maps: &Maps, slot: u64, length_s: u32, into: Duration) -> Result<()> {
-    let source = clock::Source::choose(&Kernel::probe());
+    let source = clock::Source::choose(Kernel::probe());
     let mut clock = netoken::types::Clock { slot_ns: u64::from(length_s) * NS, ..Default::default() };
     let wanted = slot * clock.slot_ns + into.as_nanos() as u64;
     let raw = clock::as_seen(&clock, source)?.as_nanos() as u64;

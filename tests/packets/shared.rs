@@ -166,7 +166,7 @@ fn put_flow(order: &mut [u8; ORDER_LEN], flow: &Flow) {
 /// The clocks that can be read here: the one that is chosen, and the other one if there is one.
 fn sources() -> Vec<Source> {
     let mut sources = vec![Source::Boottime];
-    if Source::choose(&Kernel::probe()) == Source::Tai {
+    if Source::choose(Kernel::probe()) == Source::Tai {
         sources.push(Source::Tai);
     }
     sources
@@ -232,7 +232,7 @@ pub fn the_vectors_are_made_and_found_valid() -> Result<()> {
 /// Random tokens, right and wrong in every way, get the same answer from both.
 pub fn kernel_and_library_check_alike() -> Result<()> {
     let mut random = Random::seeded()?;
-    let source = Source::choose(&Kernel::probe());
+    let source = Source::choose(Kernel::probe());
     let shared = Shared::load(source)?;
     let mut seen = std::collections::BTreeMap::new();
     for _ in 0..share_of(200)? {
