@@ -153,15 +153,23 @@ fn live(instance: &str) -> Result<Option<LiveKeys>> {
     Ok(Some(instance.maps()?.keys))
 }
 
-fn tell_kernel(args: &KeyArgs, keys: &[Key]) -> Result<bool> {
-    let Some(live) = live(&args.instance)? else { return Ok(false) };
-    live.load(keys).context("the files are written, but the kernel does not know of it")?;
+/// `live` was opened before anything was written: a step that fails behind that looks as if it had not been done, and who
+/// repeats it does the next one.
+fn tell_kernel(args: &KeyArgs, live: Option<&LiveKeys>, keys: &[Key]) -> Result<bool> {
+    let Some(live) = live else { return Ok(false) };
+    live.load(keys).with_context(|| {
+        format!(
+            "the files are written, and the kernel does not know of it; do not repeat that, but run: netoken key load{}",
+            args.flag()
+        )
+    })?;
     Ok(true)
 }
 
 fn new(args: &KeyArgs, dir: &KeyDir, ring: RingName, id: Option<u8>, verify_only: bool) -> Result<()> {
     let lock = dir.lock()?;
     let mut keys = dir.load()?;
+    let live = live(&args.instance)?;
     let first = !keys.iter().any(|key| key.ring() == ring && key.is_live());
     let id = add(args, dir, &lock, &mut keys, ring, id)?;
     let signs = first && !verify_only;
@@ -169,7 +177,7 @@ fn new(args: &KeyArgs, dir: &KeyDir, ring: RingName, id: Option<u8>, verify_only
         sign(&mut keys, ring)?;
         save(dir, &lock, &keys, &[id])?;
     }
-    let loaded = tell_kernel(args, &keys)?;
+    let loaded = tell_kernel(args, live.as_ref(), &keys)?;
     tell(args, ring, Step::Add, &[id], loaded, |out| {
         let path = dir.file_of(ring, id);
         let use_of = if signs { "signing" } else { "verify-only" };
@@ -231,6 +239,7 @@ fn rotate(
     if !keys.iter().any(|key| key.ring() == ring && key.is_live()) {
         bail!("rotating the keys of ring '{ring}': it has none; make one with: netoken key new {ring}{flag}");
     }
+    let live = live(&args.instance)?;
     let due = next_step(&keys, ring);
     let step = wanted.unwrap_or(due);
     if step != due && step != Step::Add {
@@ -250,14 +259,13 @@ fn rotate(
             vec![next]
         }
         Step::Retire => {
-            let live = live(&args.instance)?;
             let use_of = |id| live.as_ref().map_or(Ok(Use::default()), |live| live.use_of(id));
             let ids = retire(&mut keys, ring, use_of, SystemTime::now(), idle, force)?;
             save(dir, &lock, &keys, &ids)?;
             ids
         }
     };
-    let loaded = tell_kernel(args, &keys)?;
+    let loaded = tell_kernel(args, live.as_ref(), &keys)?;
     tell(args, ring, step, &ids, loaded, |out| match step {
         Step::Add => writeln!(
             out,

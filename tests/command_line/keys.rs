@@ -86,6 +86,23 @@ pub fn a_rotation_in_three_steps() -> Result<()> {
     Ok(())
 }
 
+/// Or the step would be done, look as if it had failed, and be followed by the next when it is repeated.
+pub fn nothing_is_written_for_an_instance_that_cannot_be_told() -> Result<()> {
+    let world = World::new()?;
+    let lab = &world.lab;
+    run(lab, "key new edge")?.code(0)?;
+    world.ok("-i c0 --attach --quiet")?;
+    fs::remove_file(lab.run.join("bpf/default/policies"))?;
+    let files = || sh(&format!("cd {}/default && sha256sum *", lab.keys().display()));
+    let before = files()?;
+    for step in ["key rotate edge", "key new edge", "key new other"] {
+        run(lab, step)?.code(1)?.err(&["instance 'default'", "policies"]).context(step)?;
+        ensure_eq!(files()?, before, "the files after {step}");
+    }
+    world.ok("-i c0 --attach --quiet")?;
+    run(lab, "key rotate edge")?.code(0)?.err(&["key 1 of ring 'edge' (verify-only)"]).map(drop)
+}
+
 /// What a hint says to type acts on the same instance.
 pub fn hints_name_the_instance() -> Result<()> {
     let lab = Lab::new()?;
