@@ -108,7 +108,8 @@ impl State {
             let file = lock_file(&path, &self.path.join(&name))?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(mut held) if same_file(&held, &path) => {
-                    sign(&mut held)?;
+                    // Only a name for who is refused.
+                    sign(&mut held).ok();
                     return Ok(ReaderLock { path, _lock: held });
                 }
                 Ok(_) => continue,

@@ -25,9 +25,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
+use nix::libc::{mode_t, uid_t};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat};
 use nix::sys::statfs::statfs;
 
 pub use locks::{EventsOf, Lock, ReaderLock};
@@ -393,8 +394,26 @@ fn make_dir(path: &Path) -> Result<()> {
 }
 
 fn open_dir(path: &Path) -> Result<OwnedFd> {
-    open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-        .with_context(|| format!("opening {}", path.display()))
+    let doing = || format!("opening {}", path.display());
+    let dir = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .with_context(doing)?;
+    let found = fstat(&dir).with_context(doing)?;
+    check_owner(found.st_uid, found.st_mode).with_context(doing)?;
+    Ok(dir)
+}
+
+/// Who can make files in the directory could make links there, through which root would write anywhere, or a policy.
+fn check_owner(owner: uid_t, mode: mode_t) -> Result<()> {
+    let writers = Mode::S_IWGRP | Mode::S_IWOTH;
+    let why = match (owner, Mode::from_bits_truncate(mode).intersects(writers)) {
+        (0, false) => return Ok(()),
+        (0, true) => format!("others than root can write to it (mode {:o})", mode & 0o7777),
+        (other, _) => format!("it belongs to user {other}"),
+    };
+    bail!(
+        "{why}, who could put links or a policy there; {DIR_VARIABLE} has to name a directory of root's that nobody \
+         else can write to (chown root, chmod go-w)"
+    )
 }
 
 /// `shown` is the same path as a person knows it.
@@ -437,7 +456,7 @@ pub(crate) fn in_first_mount_namespace<T: Send>(f: impl FnOnce() -> Result<T> + 
     thread::scope(|scope| {
         let work = scope.spawn(move || {
             unshare(CloneFlags::CLONE_FS).and_then(|()| setns(&first, CloneFlags::CLONE_NEWNS)).context(
-                "entering the mount namespace of the first process; it needs CAP_SYS_ADMIN (try sudo)",
+                "entering the mount namespace of the first process; it needs CAP_SYS_ADMIN and CAP_SYS_CHROOT (try sudo)",
             )?;
             f()
         });
@@ -469,6 +488,17 @@ fn parent(pid: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_of_others_is_refused() {
+        assert!(check_owner(0, 0o040_700).is_ok() && check_owner(0, 0o040_755).is_ok());
+        for (owner, mode, why) in
+            [(0, 0o041_777, "mode 1777"), (0, 0o040_775, "775"), (7, 0o040_700, "user 7")]
+        {
+            let said = check_owner(owner, mode).unwrap_err().to_string();
+            assert!(said.contains(why) && said.contains(DIR_VARIABLE), "{said}");
+        }
+    }
 
     #[test]
     fn the_directory_can_be_named() {

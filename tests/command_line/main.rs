@@ -102,7 +102,7 @@ fn with_root() -> Vec<Trial> {
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
             without_the_right_to_look_nothing_is_said_or_changed;
-        keys: a_rotation_in_three_steps hints_name_the_instance adding_is_possible_whatever_is_due a_file_that_others_can_read_is_refused
+        keys: a_rotation_in_three_steps nothing_is_written_for_an_instance_that_cannot_be_told hints_name_the_instance adding_is_possible_whatever_is_due a_file_that_others_can_read_is_refused
             a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
             the_files_decide_what_the_kernel_knows
             who_gives_keys_to_the_kernel_waits_for_a_rotation nobody_sees_a_secret
@@ -113,7 +113,7 @@ fn with_root() -> Vec<Trial> {
             a_directory_that_is_full_is_named_and_the_policy_stays a_name_that_is_no_utf8_is_a_name
             a_relative_directory_is_below_the_current_one
             a_query_names_a_broken_instance a_query_finds_what_is_attached_without_its_state
-            what_a_killed_attach_began_to_remember_is_no_policy;
+            what_a_killed_attach_began_to_remember_is_no_policy a_directory_of_others_is_refused;
         guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
             a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;

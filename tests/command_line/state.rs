@@ -1,8 +1,9 @@
 //! A state directory that cannot be, or is not, what it should be.
 
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::process::Command;
 
@@ -25,6 +26,28 @@ pub fn a_directory_that_cannot_be_made_is_an_error_with_a_remedy() -> Result<()>
         said(command.env("NETOKEN_RUN", dir))?.code(1)?.err(&[dir, "NETOKEN_RUN"]).context(dir)?;
         expect_bare(&world.ns, "c0")?;
     }
+    Ok(())
+}
+
+/// Who can make links there could have root write through them.
+pub fn a_directory_of_others_is_refused() -> Result<()> {
+    let world = World::new()?;
+    let dir = world.lab.run.join("theirs");
+    let precious = world.lab.run.join("precious");
+    fs::write(&precious, "precious")?;
+    fs::create_dir(&dir)?;
+    symlink(&precious, dir.join("lock"))?;
+    for (owner, mode, why) in [(0, 0o1777, "mode 1777"), (65534, 0o700, "user 65534")] {
+        chown(&dir, Some(owner), None)?;
+        fs::set_permissions(&dir, Permissions::from_mode(mode))?;
+        for args in ["-i c0 --attach --quiet", "-i c0 --destroy"] {
+            let mut command = world.lab.netoken(&world.args(args));
+            let shown = dir.display().to_string();
+            said(command.env("NETOKEN_RUN", &dir))?.code(1)?.err(&[&shown, why, "NETOKEN_RUN", "chmod"])?;
+        }
+        expect_bare(&world.ns, "c0")?;
+    }
+    ensure_eq!(fs::read_to_string(&precious)?, "precious", "what the link leads to");
     Ok(())
 }
 
@@ -70,7 +93,7 @@ impl Drop for Small<'_> {
 pub fn a_directory_that_is_full_is_named_and_the_policy_stays() -> Result<()> {
     let world = World::new()?;
     let dir = &world.lab.run;
-    nix::mount::mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))?;
+    nix::mount::mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), Some("size=64k,mode=0700"))?;
     let _small = Small(dir);
     world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
     let rules: String = (0..2000)
