@@ -62,7 +62,7 @@ pub fn attached(
     side: Side,
     programs: &HashMap<u32, Loaded>,
 ) -> Result<Vec<Attached>> {
-    let filters = netlink.filters(ifindex, side)?;
+    let filters = first_chain(netlink, ifindex, side)?;
     // Most interfaces have none, and no qdisc for them.
     if filters.is_empty() {
         return Ok(Vec::new());
@@ -79,6 +79,13 @@ pub fn attached(
         }
     }
     Ok(found)
+}
+
+/// The filters that every packet comes to, and among which ours are; those of other chains take no place from them.
+fn first_chain(netlink: &mut Netlink, ifindex: u32, side: Side) -> Result<Vec<Filter>> {
+    let mut filters = netlink.filters(ifindex, side)?;
+    filters.retain(|filter| filter.chain == 0);
+    Ok(filters)
 }
 
 impl Side {
@@ -151,6 +158,10 @@ impl<'a> Hooks<'a> {
     /// # Errors
     /// The kernel refused to list them.
     pub fn attached(&mut self, link: &Link, instance: &str) -> Result<Vec<Attached>> {
+        // As with the programs at tcx.
+        if self.netlink.filters(link.index, self.side)?.is_empty() {
+            return Ok(Vec::new());
+        }
         self.of_instance(link, instance, &loaded_programs(self.state)?)
     }
 
@@ -223,6 +234,7 @@ impl<'a> Hooks<'a> {
         let hook = attached.map_err(|error| self.explain_attach(link, place, error.into(), &said))?;
 
         let filter = Filter {
+            chain: 0,
             priority: hook.get_priority() as u16,
             handle: hook.get_handle(),
             kind: "bpf".to_string(),
@@ -245,7 +257,7 @@ impl<'a> Hooks<'a> {
         if !self.netlink.has_clsact(link.index)? {
             return Ok(None);
         }
-        let filters = self.netlink.filters(link.index, self.side)?;
+        let filters = first_chain(&mut self.netlink, link.index, self.side)?;
         let Some(first) = filters.iter().map(|filter| filter.priority).min() else { return Ok(None) };
         match (first, self.side) {
             (2.., _) => Ok(Some(first - 1)),
@@ -449,7 +461,7 @@ impl<'a> Hooks<'a> {
             Side::Egress => PROGRAM_NAME,
         };
         let what = format!("attaching {name} to {} {}", link.name, self.side.name());
-        let filters = self.netlink.filters(link.index, self.side).unwrap_or_default();
+        let filters = first_chain(&mut self.netlink, link.index, self.side).unwrap_or_default();
         let taken = filters.iter().find(|filter| {
             Some(filter.priority) == place.priority
                 && (filter.kind != "bpf" || place.handle.is_none_or(|handle| handle == filter.handle))

@@ -44,14 +44,20 @@ pub fn find_link<'a>(links: &'a [Link], name: &str, netns: &str) -> Result<&'a L
 /// Devices of this type have a header that the classifier cannot skip.
 pub fn link_header(link: &Link) -> Result<LinkHeader> {
     match link.layer {
+        // vrf_ip_out() of the kernel looks for a qdisc that queues, finds none, and hands the packet to the port.
+        LinkLayerType::Ether if link.kind == "vrf" => bail!(
+            "attaching to {}: it is a VRF, which what this host opens in it passes by; attach to its ports",
+            link.name
+        ),
         LinkLayerType::Ether | LinkLayerType::Loopback => Ok(LinkHeader::Ethernet),
         // No header of their own, or one that the driver adds behind the hook.
+        LinkLayerType::Ppp if link.kind == "ppp" => Ok(LinkHeader::None),
         LinkLayerType::None
-        | LinkLayerType::Ppp
         | LinkLayerType::Rawip
         | LinkLayerType::Tunnel
         | LinkLayerType::Tunnel6
         | LinkLayerType::Sit => Ok(LinkHeader::None),
+        // Also PPP over synchronous HDLC, whose packets begin with a header of 4 bytes.
         other => bail!(
             "attaching to {}: it is a device of type {other:?}, whose link header netoken does not know; attach to \
              the Ethernet, loopback, tun, WireGuard, PPP or IP tunnel device above or below it",
@@ -66,7 +72,8 @@ mod tests {
 
     fn link(name: &str, layer: LinkLayerType) -> Link {
         let alternative_names = Vec::new();
-        Link { index: 1, name: name.into(), alternative_names, mtu_bytes: 1500, layer, is_up: true }
+        let kind = String::new();
+        Link { index: 1, name: name.into(), alternative_names, mtu_bytes: 1500, layer, kind, is_up: true }
     }
 
     #[test]
@@ -107,5 +114,10 @@ mod tests {
         assert_eq!(link_header(&link("eth0", LinkLayerType::Ether)).unwrap(), LinkHeader::Ethernet);
         assert_eq!(link_header(&link("wg0", LinkLayerType::None)).unwrap(), LinkHeader::None);
         assert!(link_header(&link("ib0", LinkLayerType::Infiniband)).is_err());
+        let of_kind = |kind: &str, layer| link_header(&Link { kind: kind.into(), ..link("any0", layer) });
+        assert_eq!(of_kind("ppp", LinkLayerType::Ppp).unwrap(), LinkHeader::None);
+        assert!(of_kind("", LinkLayerType::Ppp).unwrap_err().to_string().contains("PPP device"));
+        assert_eq!(of_kind("veth", LinkLayerType::Ether).unwrap(), LinkHeader::Ethernet);
+        assert!(of_kind("vrf", LinkLayerType::Ether).unwrap_err().to_string().contains("ports"));
     }
 }

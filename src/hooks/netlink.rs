@@ -35,6 +35,8 @@ pub struct Link {
     pub mtu_bytes: u32,
     /// Its ARPHRD type.
     pub layer: LinkLayerType,
+    /// What `ip link add … type` calls it: `veth`, `vrf`; empty for hardware and the like.
+    pub kind: String,
     /// It may send: IFF_UP, which an administrator sets.
     pub is_up: bool,
 }
@@ -62,7 +64,9 @@ impl Side {
 /// A filter on a clsact qdisc, of whatever kind and owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter {
-    /// Its place: lower runs first.
+    /// The list it is in. Packets come to chain 0, and to another one only where a filter sends them there.
+    pub chain: u32,
+    /// Its place in the chain: lower runs first.
     pub priority: u16,
     /// Its name within the priority.
     pub handle: u32,

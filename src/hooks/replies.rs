@@ -12,6 +12,8 @@ use netlink_packet_route::tc::TcHeader;
 
 use super::netlink::{Filter, Link};
 
+/// Of include/uapi/linux/if_link.h.
+const IFLA_INFO_KIND: u16 = 1;
 /// Of include/uapi/linux/rtnetlink.h.
 const TCA_CHAIN: u16 = 11;
 /// Of include/uapi/linux/pkt_cls.h.
@@ -71,11 +73,12 @@ pub(super) fn dumped<T>(
 /// What a message about an interface says of it.
 pub(super) fn link(payload: &[u8]) -> Option<Link> {
     let header = LinkHeader::parse(payload).ok()?;
-    let (mut name, mut mtu_bytes, mut alternative_names) = (None, None, Vec::new());
+    let (mut name, mut mtu_bytes, mut kind_of_link, mut alternative_names) = (None, None, None, Vec::new());
     for (kind, value) in attributes(payload.get(header.buffer_len()..)?) {
         match kind {
             libc::IFLA_IFNAME => name = Some(text(value)),
             libc::IFLA_MTU => mtu_bytes = number(value),
+            libc::IFLA_LINKINFO => kind_of_link = attribute(value, IFLA_INFO_KIND).map(text),
             libc::IFLA_PROP_LIST => {
                 let names = attributes(value).filter(|(kind, _)| *kind == libc::IFLA_ALT_IFNAME);
                 alternative_names.extend(names.map(|(_, name)| text(name)));
@@ -89,6 +92,7 @@ pub(super) fn link(payload: &[u8]) -> Option<Link> {
         alternative_names,
         mtu_bytes: mtu_bytes.unwrap_or(0xffff),
         layer: header.link_layer_type,
+        kind: kind_of_link.unwrap_or_default(),
         is_up: header.flags.contains(LinkFlags::Up),
     })
 }
@@ -101,6 +105,7 @@ pub(super) fn filter(payload: &[u8]) -> Option<Filter> {
     // The same number is something else in other kinds.
     let options = attribute(found, libc::TCA_OPTIONS).filter(|_| kind == "bpf");
     Some(Filter {
+        chain: attribute(found, TCA_CHAIN).and_then(number).unwrap_or_default(),
         // tcm_info holds the priority above the protocol, TC_H_MAKE of the kernel.
         priority: (header.info >> 16) as u16,
         handle: header.handle.into(),
@@ -177,6 +182,7 @@ mod tests {
             attribute_of(libc::IFLA_IFNAME, b"c\xfc1\0"),
             attribute_of(libc::IFLA_IFALIAS, b"Z\xfcrich"),
             attribute_of(libc::IFLA_MTU, &1400u32.to_ne_bytes()),
+            attribute_of(libc::IFLA_LINKINFO, &attribute_of(IFLA_INFO_KIND, b"veth\0")),
             // Too short for what it is, and of no concern.
             attribute_of(libc::IFLA_STATS64, &[1]),
             attribute_of(libc::IFLA_PROP_LIST | 0x8000, &names.concat()),
@@ -184,7 +190,7 @@ mod tests {
         let found = link(&payload.concat()).unwrap();
         assert_eq!((found.index, found.name.as_str(), found.mtu_bytes), (7, "c\u{fffd}1", 1400));
         assert_eq!(found.alternative_names, ["other", "Z\u{fffd}rich"]);
-        assert!(found.is_up);
+        assert!(found.is_up && found.kind == "veth");
     }
 
     #[test]
@@ -195,11 +201,15 @@ mod tests {
             [attribute_of(TCA_BPF_NAME, b"Z\xfcrich\0"), attribute_of(TCA_BPF_ID, &99u32.to_ne_bytes())]
                 .concat();
         let of_kind = |kind: &[u8]| {
-            let attributes = [attribute_of(libc::TCA_KIND, kind), attribute_of(libc::TCA_OPTIONS, &options)];
+            let attributes = [
+                attribute_of(libc::TCA_KIND, kind),
+                attribute_of(TCA_CHAIN, &7u32.to_ne_bytes()),
+                attribute_of(libc::TCA_OPTIONS, &options),
+            ];
             filter(&[emitted(&header), attributes.concat()].concat()).unwrap()
         };
         let found = of_kind(b"bpf\0");
-        assert_eq!((found.priority, found.handle, found.program), (20, 5, Some(99)));
+        assert_eq!((found.chain, found.priority, found.handle, found.program), (7, 20, 5, Some(99)));
         assert_eq!(of_kind(b"flower\0").program, None);
     }
 

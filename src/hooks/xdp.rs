@@ -110,6 +110,12 @@ struct Present {
     hardware: u32,
 }
 
+impl Present {
+    fn is_empty(self) -> bool {
+        [self.native, self.generic, self.hardware] == [0; 3]
+    }
+}
+
 fn present(ifindex: u32) -> Result<Present> {
     let mut opts = bpf_xdp_query_opts {
         sz: size_of::<bpf_xdp_query_opts>() as libbpf_sys::size_t,
@@ -262,6 +268,10 @@ pub fn undo_xdp(
 /// # Errors
 /// The kernel refused.
 pub fn take_xdp(state: &State, _lock: &Lock, link: &Link, instance: &str) -> Result<Option<(Mode, OwnedFd)>> {
+    // To list all programs is what takes time, and most interfaces have none.
+    if present(link.index)?.is_empty() {
+        return Ok(None);
+    }
     let ours = attached_xdp(link.index, &loaded_programs(state)?)?
         .filter(|ours| ours.loaded.instance.as_deref().is_none_or(|name| name == instance));
     let Some(ours) = ours else { return Ok(None) };

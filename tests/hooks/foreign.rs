@@ -126,6 +126,37 @@ pub fn a_foreign_chain_without_filters_keeps_the_qdisc() -> Result<()> {
     Ok(())
 }
 
+/// What is in another chain sees only packets that a filter of the first one sends there.
+pub fn filters_of_other_chains_take_no_place() -> Result<()> {
+    let world = World::new()?;
+    sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
+    for side in ["ingress", "egress"] {
+        let add = format!("tc -n {} filter add dev c0 {side}", world.ns);
+        sh(&format!("{add} pref 100 bpf da bytecode '1,6 0 0 0,'"))?;
+        sh(&format!("{add} chain 7 pref 1 bpf da bytecode '1,6 0 0 4294967295,'"))?;
+    }
+    // In front of the one that lets packets pass behind which it would see none.
+    world.ok("-i c0 --attach --quiet")?;
+    world.expect_token("4e45544f4b454e31", "the token")?;
+    let hooks = records(&world.ok("-i c0 --query --json")?, "hook")?;
+    ensure_eq!((&hooks[0]["priority"], &hooks[0]["filters_before"]), (&99.into(), &0.into()), "of {hooks:?}");
+    let rules = world.lab.run.join("guard.toml");
+    fs::write(
+        &rules,
+        "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'drop'\ntokens = '0000000000000001'\n",
+    )?;
+    let guard = format!("guard --netns {} -i c0", world.ns);
+    world.lab.ok(&format!("{guard} --attach --hook tc --rules {}", rules.display()))?;
+
+    let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
+    ensure!(said.contains("filter removed"), "{said}");
+    world.lab.ok(&format!("{guard} --destroy"))?;
+    let left =
+        sh(&format!("tc -n {0} filter show dev c0 egress; tc -n {0} filter show dev c0 ingress", world.ns))?;
+    ensure_eq!(left.matches("chain 7 handle").count(), 2, "filters of chain 7 in {left}");
+    Ok(())
+}
+
 pub fn destroy_counts_the_filters_that_keep_the_qdisc() -> Result<()> {
     let world = World::new()?;
     world.ok("-i c0 --attach --quiet")?;
