@@ -17,6 +17,7 @@ mod token;
 mod told;
 
 use anyhow::Result;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 pub use args::Args;
 
@@ -29,6 +30,7 @@ use args::{Command, Mode};
 /// # Errors
 /// It failed; the message says what was being done to what, why it failed, and what to do now.
 pub fn run(mut args: Args) -> Result<()> {
+    raise_open_files();
     clock::publish_to_all();
     if let Some(command) = args.command.take() {
         return match command {
@@ -48,5 +50,16 @@ pub fn run(mut args: Args) -> Result<()> {
         Mode::Query => query::run(&scope),
         Mode::Detach => detach::run(&scope, false),
         Mode::Destroy => detach::run(&scope, true),
+    }
+}
+
+/// A namespace, an attach or a program that can be put back is a descriptor each, and there may be thousands. What a shell
+/// gives, 1024, is for programs that use select(2).
+fn raise_open_files() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // Most commands need but a few.
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).ok();
     }
 }

@@ -49,13 +49,13 @@ fn main() -> ExitCode {
             attaching_twice_keeps_policy_counters_and_place
             replacing_lets_no_syn_pass_unstamped_and_breaks_no_connect
             two_interfaces_are_attached_by_one_command two_instances_share_an_interface;
-        netns: a_query_without_an_interface_lists_every_named_namespace
+        netns: a_query_without_an_interface_lists_every_named_namespace more_namespaces_than_descriptors_are_listed
             a_bare_file_among_the_namespaces_does_not_end_a_query a_namespace_has_a_name_or_a_path
             commands_inside_ip_netns_exec_find_each_other
             commands_inside_ip_netns_exec_find_each_other_below_another_process_1;
         foreign: foreign_filters_stay_in_place_and_in_order foreign_filters_on_our_clsact_stay
             destroy_says_what_became_of_the_qdisc a_foreign_chain_without_filters_keeps_the_qdisc
-            destroy_counts_the_filters_that_keep_the_qdisc
+            destroy_counts_the_filters_that_keep_the_qdisc filters_of_other_chains_take_no_place
             a_foreign_ingress_qdisc_is_an_error_and_stays query_counts_the_filters_that_run_before
             a_foreign_program_of_our_name_stays directories_of_iproute2_are_no_instances
             a_pin_of_somebody_else_keeps_the_file_system;

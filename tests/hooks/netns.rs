@@ -27,6 +27,22 @@ pub fn a_query_without_an_interface_lists_every_named_namespace() -> Result<()> 
     Ok(())
 }
 
+/// Each namespace is open while all are looked into, and a shell gives few descriptors without being asked.
+pub fn more_namespaces_than_descriptors_are_listed() -> Result<()> {
+    let mut world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    for number in 0..40 {
+        world.lab.add_netns([&format!("more-{number}")])?;
+    }
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("ulimit -S -n 32; exec {NETOKEN} --query --json")]);
+    let output = command.env("NETOKEN_RUN", &world.lab.run).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let hooks = records(&String::from_utf8(output.stdout)?, "hook")?;
+    ensure!(hooks.iter().any(|hook| hook["netns"] == *world.ns), "{hooks:?}");
+    Ok(())
+}
+
 pub fn a_namespace_has_a_name_or_a_path() -> Result<()> {
     let world = World::new()?;
     let path = format!("/run/netns/{}", world.ns);
