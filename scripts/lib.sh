@@ -93,7 +93,7 @@ apt_install() {
 
 # need_packages WHY NEED...: installs what is missing, and touches nothing when nothing is.
 need_packages() {
-	local why="$1" need log missing=()
+	local why="$1" need status=0 missing=()
 	shift
 	for need in "$@"; do
 		is_installed "$need" || missing+=("${need%%=*}")
@@ -106,20 +106,25 @@ need_packages() {
 		fail "$why needs ${missing[*]}; as root: apt-get install ${missing[*]}"
 
 	say "installing for $why: ${missing[*]}"
-	log="$(mktemp)"
-	keep_services_off "${missing[@]}"
-	# The package lists of a fresh machine are empty, and old ones name versions that are gone. Both show here.
-	if ! apt_install "${missing[@]}" >"$log" 2>&1; then
-		if ! { privileged apt-get update && apt_install "${missing[@]}"; } >>"$log" 2>&1; then
-			release_services "${missing[@]}"
-			cat "$log" >&2
-			rm -f "$log"
-			fail "installing ${missing[*]} failed; the log is above"
-		fi
-	fi
-	release_services "${missing[@]}"
-	rm -f "$log"
+	install_packages "${missing[@]}" || status=$?
+	[ "$status" -lt 128 ] || exit "$status"
+	[ "$status" -eq 0 ] || fail "installing ${missing[*]} failed; the log is above"
 }
+
+# In a shell of its own, which leaves nothing behind, also when it is interrupted.
+install_packages() (
+	packages=("$@")
+	log="$(mktemp)"
+	trap 'release_services "${packages[@]}"; rm -f "$log"' EXIT
+	trap 'exit 129' HUP
+	trap 'exit 130' INT
+	trap 'exit 143' TERM
+	keep_services_off "$@"
+	# The package lists of a fresh machine are empty, and old ones name versions that are gone. Both show here.
+	apt_install "$@" >"$log" 2>&1 ||
+		{ privileged apt-get update && apt_install "$@"; } >>"$log" 2>&1 ||
+		{ cat "$log" >&2 && return 1; }
+)
 
 # Debian starts nginx as soon as it is installed, and at each boot. Here only its binary is wanted.
 keep_services_off() {
