@@ -91,7 +91,7 @@ fn with_root() -> Vec<Trial> {
         &[Need::Root, Need::Tool("ip"), Need::Tool("tc"), Need::Tool("ethtool"), Need::Tool("setpriv")];
     cases![needs;
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
-            a_query_where_nothing_is_attached;
+            a_query_where_nothing_is_attached an_alternative_name_can_stand_in_a_policy;
         rules: the_example_can_be_used_as_it_says counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
             the_kernel_says_which_rule_decides_and_why the_stream_shows_rules_by_their_names;
         reload: sighup_loads_the_file_again watch_notices_every_way_of_changing_a_file
