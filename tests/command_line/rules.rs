@@ -187,6 +187,7 @@ pub fn rules_are_added_and_removed() -> Result<()> {
         ("add --name x --action stmp", "an action is"),
         ("add --name x --action skip --dst 10.0.0.1/8", "did you mean 10.0.0.0/8"),
         ("del thre", "did you mean 'three'"),
+        ("del one --netns nosuch", "opening the network namespace /run/netns/nosuch"),
     ] {
         let refused = policy(&world.lab, args)?.code(1)?;
         ensure!(refused.err.contains(words), "{args}: {refused:#?}");
