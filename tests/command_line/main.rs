@@ -66,6 +66,7 @@ fn everywhere() -> Vec<Trial> {
         rules: all_errors_are_shown_in_one_run_with_their_lines
             a_good_file_is_checked_without_rights_and_warnings_are_told;
         names: an_unknown_namespace_is_named;
+        progress: what_is_wrong_has_colours_where_they_are_wanted;
         tokens: the_vectors_are_made_and_found_valid a_token_that_is_not_valid_is_exit_code_1_and_says_why
             a_capture_is_decoded what_is_wrong_with_a_capture_is_named;
         rights: without_rights_the_capabilities_and_the_remedy_are_named;
