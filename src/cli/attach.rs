@@ -32,7 +32,7 @@ use crate::policy::{Policy, running};
 use crate::privileges;
 use crate::program::{LinkHeader, Maps, Program, Settings};
 use crate::realtime;
-use crate::state::{self, EventsOf, Instance, Lock, ReaderLock, State};
+use crate::state::{EventsOf, Instance, Lock, ReaderLock, Remembered, State};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
@@ -93,6 +93,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         if had_policy {
             given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps, &progress))?;
         }
+        running::confirm(&instance, &maps)?;
         job.set_slots(&maps)?;
         Ok((stream, output, job.renewal.take().and_then(Renewal::finish)))
     });
@@ -289,7 +290,7 @@ impl Job<'_> {
             }
             let mut running = program.maps.policy()?.is_some();
             if first && !running {
-                self.restored = Some(state::newest(&self.instance.policy_dir));
+                self.restored = Some(Remembered(&self.instance.policy_dir).newest());
             }
             let of_other_version = self.renewal.as_ref().is_some_and(|renewal| renewal.lacks("policies"));
             // What a program went by whose maps are gone may be remembered as well.
@@ -346,7 +347,7 @@ impl Job<'_> {
         }
         drop(self.renewal.take());
         if let Some(number) = self.restored {
-            state::forget_newer(&self.instance.policy_dir, number);
+            Remembered(&self.instance.policy_dir).forget_newer(number);
         }
         if self.is_new {
             remove_unused(self.state, &lock, &self.instance.name).ok();

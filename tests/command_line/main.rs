@@ -114,7 +114,8 @@ fn with_root() -> Vec<Trial> {
             a_directory_that_is_full_is_named_and_the_policy_stays a_name_that_is_no_utf8_is_a_name
             a_relative_directory_is_below_the_current_one
             a_query_names_a_broken_instance a_query_finds_what_is_attached_without_its_state
-            what_a_killed_attach_began_to_remember_is_no_policy;
+            what_a_killed_attach_began_to_remember_is_no_policy
+            a_policy_of_an_attach_that_was_killed_is_forgotten a_policy_of_a_load_that_was_killed_is_forgotten;
         guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
             a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;
@@ -123,6 +124,7 @@ fn with_root() -> Vec<Trial> {
             an_attach_that_fails_leaves_the_maps_of_the_other_version
             what_another_version_has_compiled_is_compiled_again a_policy_that_cannot_be_read_any_more_is_asked_for
             a_policy_of_an_attach_that_failed_is_forgotten
+            rules_of_a_load_that_was_killed_are_forgotten
             keys_of_another_shape_are_read_from_their_files rules_and_lists_of_a_guard_are_compiled_again
             tokens_that_another_version_has_seen_are_forgotten_and_that_is_told;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line

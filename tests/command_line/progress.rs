@@ -20,7 +20,7 @@ const CLEAR: &str = "\r\u{1b}[K";
 const RULES_MAX: usize = 2_000_000;
 
 /// A policy of that many rules.
-fn write_policy(dir: &Path, rules: usize) -> Result<String> {
+pub fn write_policy(dir: &Path, rules: usize) -> Result<String> {
     let text: String = (0..rules)
         .map(|n| {
             let (a, b, c) = (n >> 16 & 0xff, n >> 8 & 0xff, n & 0xff);
