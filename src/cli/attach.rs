@@ -32,7 +32,7 @@ use crate::policy::{Policy, running};
 use crate::privileges;
 use crate::program::{LinkHeader, Maps, Program, Settings};
 use crate::realtime;
-use crate::state::{EventsOf, Instance, Lock, ReaderLock, Remembered, State};
+use crate::state::{EventsOf, Instance, Lock, ReaderLock, Remembered, State, instance_flag};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
@@ -109,6 +109,9 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         note!("instance '{}': {taken_over}", instance.name);
     }
     let told = job.tell(&mut output, &note).context("writing to standard output");
+    if given.is_none() {
+        tell_stale(&instance, &maps)?;
+    }
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
     let Some(mut stream) = stream else {
@@ -402,6 +405,21 @@ impl Job<'_> {
         }
         Ok(output.flush()?)
     }
+}
+
+/// A policy that was kept may be about interfaces that are gone, or that are others now.
+fn tell_stale(instance: &Instance, maps: &Maps) -> Result<()> {
+    let (stale, source) = running::stale_interfaces(instance, maps)?;
+    if let [first, others @ ..] = &stale[..] {
+        let flag = instance_flag(&instance.name);
+        let more = if others.is_empty() { String::new() } else { format!(" (and {} more)", others.len()) };
+        note!(
+            "instance '{}': its policy does not mean what it says any more: {first}{more}; load it again: netoken \
+             policy load FILE{flag} (it is from {source}); netoken policy show{flag} marks the rules",
+            instance.name
+        );
+    }
+    Ok(())
 }
 
 /// What was done on one interface.

@@ -79,6 +79,11 @@ impl Names {
         place.is_some_and(|place| place.links.iter().any(|link| link.index == index))
     }
 
+    /// The number of the network namespace that has a name now; nothing if none has it.
+    pub fn netns(&self, name: &str) -> Option<u32> {
+        self.place(name).ok().map(|place| place.inode)
+    }
+
     /// The interface of that name, or of that name in a network namespace like `blue:eth0`. It is called by its
     /// namespace too if that has a name, so that it is known whoever reads the policy, and wherever.
     ///

@@ -22,6 +22,7 @@ use super::compile::{Naming, Refused, compile};
 use super::install::{DEFAULT_HITS, HITS_MAX};
 use super::names::Names;
 use super::read::{self, Options, Progress};
+use super::values::Interface;
 use super::write::to_toml;
 use super::{Decision, Policy, Values, summary};
 use crate::program::Maps;
@@ -342,19 +343,49 @@ pub fn rule_names(policy_dir: &Path, generation: u64) -> Option<Vec<Box<str>>> {
     Some(names.hits.into_iter().map(|(name, _)| name).collect())
 }
 
+/// What became of the interfaces of the policy in use since it was loaded, and where it is from. Does not read the rules;
+/// knows of nothing if nothing is remembered.
+///
+/// # Errors
+/// The kernel refused to say which policy is in use.
+pub fn stale_interfaces(instance: &Instance, maps: &Maps) -> Result<(Vec<String>, String)> {
+    #[derive(Default, Deserialize)]
+    struct Known {
+        source: String,
+        interfaces: Vec<(String, u32, u32)>,
+    }
+    let Some(generation) = maps.generation()? else { return Ok(Default::default()) };
+    let known: Known = Remembered(&instance.policy_dir).memory(generation.number).unwrap_or_default();
+    let now = Names::default();
+    let interfaces = known.interfaces.into_iter();
+    let interfaces = interfaces.map(|(name, netns, index)| Interface { name: name.into(), netns, index });
+    Ok((interfaces.filter_map(|interface| stale_interface(&interface, &now)).collect(), known.source))
+}
+
+fn stale_interface(interface: &Interface, now: &Names) -> Option<String> {
+    let Interface { name, netns, index } = interface;
+    let (of, short) = name.split_once(':').unwrap_or(("", name));
+    // The kernel gives the number of a namespace that is gone to the next one, whose interfaces have much the same
+    // indexes: only the name tells them apart.
+    let is_same = of.is_empty() || now.netns(of) == Some(*netns);
+    let found = match is_same {
+        // One without a name cannot be asked.
+        true => now.interface_in(*netns, short)?,
+        false => now.interface(name).map_or(0, |interface| interface.index),
+    };
+    match found {
+        found if found == *index && (is_same || found == 0 && *index == 0) => None,
+        _ if is_same && now.has_index(*netns, *index) => None,
+        _ if *index == 0 => Some(format!("interface '{name}' is there now")),
+        0 => Some(format!("interface '{name}' is gone")),
+        _ => Some(format!("interface '{name}' is another one now")),
+    }
+}
+
 /// What became of a name that a policy uses since it was loaded.
 pub fn stale(values: &Values, now: &Names) -> Option<String> {
     match values {
-        Values::Interface(list) => list.all().iter().find_map(|interface| {
-            let name = interface.name.rsplit(':').next().unwrap_or_default();
-            // One without a name cannot be asked.
-            match now.interface_in(interface.netns, name)? {
-                index if index == interface.index => None,
-                _ if now.has_index(interface.netns, interface.index) => None,
-                0 => Some(format!("interface '{}' is gone", interface.name)),
-                _ => Some(format!("interface '{}' is another one now", interface.name)),
-            }
-        }),
+        Values::Interface(list) => list.all().iter().find_map(|interface| stale_interface(interface, now)),
         Values::Cgroup(list) => {
             list.all().iter().find_map(|cgroup| match now.cgroup(&cgroup.path).map_or(0, |(_, id)| id) {
                 id if id == cgroup.id => None,

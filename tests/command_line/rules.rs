@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::lab::{Lab, NETOKEN, Running};
 use crate::said::{Said, netoken, said};
-use crate::support::ensure_eq;
+use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
 const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/policy.toml");
@@ -278,4 +278,42 @@ pub fn the_stream_shows_rules_by_their_names() -> Result<()> {
         ensure_eq!(stream.end()?.0, Some(0), "exit code");
     }
     Ok(())
+}
+
+/// The kernel gives the number of a namespace that is gone to the next one; here that is what has another name now.
+pub fn an_attach_that_keeps_a_policy_tells_which_interfaces_are_others() -> Result<()> {
+    let mut world = World::new()?;
+    let [blue, green] = world.lab.add_netns(["blue", "green"])?;
+    let dir = dir()?;
+    let path = write(dir.path(), "p.toml", &stamp("x", &format!("interface = '{blue}:lo'"), "x"))?;
+    world.ok(&format!("-i c0 --attach --quiet --policy {}", path.display()))?;
+    let expect = |what: Option<&str>| -> Result<()> {
+        let told = Said::from_output(world.run("-i c0 --attach --quiet")?)?.code(0)?;
+        let rules = records(&world.lab.ok("policy show --json")?, "rule")?;
+        match what {
+            None => {
+                ensure!(!told.err.contains("load it again"), "{told:#?}");
+                ensure_eq!(rules[0]["stale"], Value::Null, "{rules:#?}");
+            }
+            Some(what) => {
+                let what = format!("interface '{blue}:lo' {what}");
+                ensure_eq!(rules[0]["stale"], what, "{rules:#?}");
+                for words in [&what, "load it again: netoken policy load FILE", &path.display().to_string()] {
+                    ensure!(told.err.contains(words), "'{words}' expected: {told:#?}");
+                }
+            }
+        }
+        Ok(())
+    };
+    expect(None)?;
+    let netns = |name: &str| format!("/run/netns/{name}");
+    sh(&format!("ip netns del {green} && touch {1} && mount --bind {0} {1}", netns(&blue), netns(&green)))?;
+    expect(None)?;
+    sh(&format!("ip netns del {blue}"))?;
+    expect(Some("is gone"))?;
+    // With the index that it had in the other.
+    sh(&format!("ip netns add {blue}"))?;
+    expect(Some("is another one now"))?;
+    world.lab.ok(&format!("policy load {}", path.display()))?;
+    expect(None)
 }
