@@ -203,7 +203,9 @@ impl Memory {
         memory.interfaces.dedup();
         memory.cgroups.sort();
         memory.cgroups.dedup();
-        if let Some(pair) = memory.interfaces.windows(2).find(|p| p[0].0 == p[1].0 && p[0].1 != p[1].1) {
+        // One that was in no namespace yet is no other one.
+        let two = |p: &[(String, u32, u32)]| p[0].0 == p[1].0 && p[0].1 != p[1].1 && p[0].1 != 0;
+        if let Some(pair) = memory.interfaces.windows(2).find(|pair| two(pair)) {
             bail!(
                 "remembering the policy: its rules mean '{}' in two network namespaces; give one of them a name \
                  (`ip netns attach NAME PID`), and write the interface as NAME:{0}",

@@ -95,6 +95,7 @@ fn with_root() -> Vec<Trial> {
             a_query_where_nothing_is_attached an_alternative_name_can_stand_in_a_policy;
         rules: the_example_can_be_used_as_it_says counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
             the_kernel_says_which_rule_decides_and_why the_stream_shows_rules_by_their_names
+            a_rule_about_a_namespace_that_comes_later_is_a_rule
             an_attach_that_keeps_a_policy_tells_which_interfaces_are_others;
         reload: sighup_loads_the_file_again watch_notices_every_way_of_changing_a_file
             a_change_while_files_are_read_is_not_missed a_list_that_is_mended_is_noticed a_reload_that_waits_ends_with_a_signal;

@@ -280,6 +280,46 @@ pub fn the_stream_shows_rules_by_their_names() -> Result<()> {
     Ok(())
 }
 
+/// As one whose interface comes later: the rules behind it keep their numbers, and what is not to go out does not.
+pub fn a_rule_about_a_namespace_that_comes_later_is_a_rule() -> Result<()> {
+    let world = World::new()?;
+    let late = world.ns.replace("-client", "-late");
+    let dir = dir()?;
+    let text = stamp("only there", &format!("interface = '{late}:lo'"), "there")
+        + &format!("[[rule]]\nname = 'not there'\nnot_interface = '{late}:lo'\nport = 9\naction = 'drop'\n")
+        + &stamp("both", &format!("interface = ['{late}:lo', 'c0']"), "both");
+    let path = write(dir.path(), "p.toml", &text)?;
+    let attach = format!("-i c0 --attach --quiet --policy {}", path.display());
+    let refused = world.fails(&attach)?;
+    ensure!(refused.contains(&late) && refused.contains("--allow-missing"), "{refused}");
+    let told = Said::from_output(world.run(&format!("{attach} --allow-missing"))?)?.code(0)?;
+    ensure!(told.err.contains("warning: ") && told.err.contains("policy: 3 rules"), "{told:#?}");
+    let check = || -> Result<()> {
+        let rules = records(&world.lab.ok("policy show --json")?, "rule")?;
+        let names: Vec<&Value> = rules.iter().map(|rule| &rule["name"]).collect();
+        ensure_eq!(names[..3], ["only there", "not there", "both"], "rules");
+        let answer = world.lab.ok("policy test --dst 10.77.0.2 --port 9")?;
+        ensure!(answer.contains("rule 2 'not there' decides"), "{answer}");
+        world.expect_token("626f746800000000", "the token of the rule about another interface, too")
+    };
+    check()?;
+    // Also after it was read again.
+    world.lab.ok("policy add --name last --last --mark 7 --action skip")?;
+    check()?;
+    sh(&format!("ip netns add {late}"))?;
+    let checked = check().and_then(|()| {
+        let shown = world.lab.ok("policy show")?;
+        ensure!(shown.contains(&format!("[stale: interface '{late}:lo' is there now;")), "{shown}");
+        world.lab.ok(&format!("policy add --name more --interface {late}:lo --action skip"))?;
+        world.ok(&attach)?;
+        let shown = world.lab.ok("policy show")?;
+        ensure!(!shown.contains("stale"), "{shown}");
+        Ok(())
+    });
+    sh(&format!("ip netns del {late}"))?;
+    checked
+}
+
 /// The kernel gives the number of a namespace that is gone to the next one; here that is what has another name now.
 pub fn an_attach_that_keeps_a_policy_tells_which_interfaces_are_others() -> Result<()> {
     let mut world = World::new()?;
