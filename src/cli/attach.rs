@@ -110,7 +110,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     }
     let told = job.tell(&mut output, &note).context("writing to standard output");
     if given.is_none() {
-        tell_stale(&instance, &maps)?;
+        tell_stale(&instance, &maps);
     }
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
@@ -407,19 +407,18 @@ impl Job<'_> {
     }
 }
 
-/// A policy that was kept may be about interfaces that are gone, or that are others now.
-fn tell_stale(instance: &Instance, maps: &Maps) -> Result<()> {
-    let (stale, source) = running::stale_interfaces(instance, maps)?;
-    if let [first, others @ ..] = &stale[..] {
-        let flag = instance_flag(&instance.name);
-        let more = if others.is_empty() { String::new() } else { format!(" (and {} more)", others.len()) };
-        note!(
-            "instance '{}': its policy does not mean what it says any more: {first}{more}; load it again: netoken \
-             policy load FILE{flag} (it is from {source}); netoken policy show{flag} marks the rules",
-            instance.name
-        );
-    }
-    Ok(())
+/// A policy that was kept may be about interfaces that are gone, or that are others now. All else is done: that this cannot
+/// be found out is no failure.
+fn tell_stale(instance: &Instance, maps: &Maps) {
+    let (stale, source) = running::stale_interfaces(instance, maps).unwrap_or_default();
+    let [first, others @ ..] = &stale[..] else { return };
+    let flag = instance_flag(&instance.name);
+    let more = if others.is_empty() { String::new() } else { format!(" (and {} more)", others.len()) };
+    note!(
+        "instance '{}': its policy does not mean what it says any more: {first}{more}; load it again: netoken policy \
+         load FILE{flag} (it is from {source}); netoken policy show{flag} marks the rules",
+        instance.name
+    );
 }
 
 /// What was done on one interface.
