@@ -73,11 +73,12 @@ impl Netns {
     /// The current one cannot be opened.
     pub fn all() -> Result<Vec<Netns>> {
         let mut found = vec![Netns::current()?];
+        let mut known: HashSet<u32> = found.iter().map(Netns::inode).collect();
         for name in names() {
             // One that was deleted a moment ago is no error: it holds nothing of ours any more. Nor is a bare file:
             // so looks, from another mount namespace, what `ip netns` has mounted in its own.
             let Ok(netns) = Netns::open(&name) else { continue };
-            if !found.iter().any(|known| known.inode() == netns.inode()) {
+            if known.insert(netns.inode()) {
                 found.push(netns);
             }
         }

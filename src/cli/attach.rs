@@ -32,7 +32,7 @@ use crate::policy::{Policy, running};
 use crate::privileges;
 use crate::program::{LinkHeader, Maps, Program, Settings};
 use crate::realtime;
-use crate::state::{self, EventsOf, Instance, Lock, ReaderLock, State};
+use crate::state::{EventsOf, Instance, Lock, ReaderLock, Remembered, State, instance_flag};
 use crate::token::Token;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
@@ -93,6 +93,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         if had_policy {
             given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps, &progress))?;
         }
+        running::confirm(&instance, &maps)?;
         job.set_slots(&maps)?;
         Ok((stream, output, job.renewal.take().and_then(Renewal::finish)))
     });
@@ -108,6 +109,9 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         note!("instance '{}': {taken_over}", instance.name);
     }
     let told = job.tell(&mut output, &note).context("writing to standard output");
+    if given.is_none() {
+        tell_stale(&instance, &maps);
+    }
     // A stream may run for months, and has no use for secrets.
     drop((job, lock));
     let Some(mut stream) = stream else {
@@ -289,7 +293,7 @@ impl Job<'_> {
             }
             let mut running = program.maps.policy()?.is_some();
             if first && !running {
-                self.restored = Some(state::newest(&self.instance.policy_dir));
+                self.restored = Some(Remembered(&self.instance.policy_dir).newest());
             }
             let of_other_version = self.renewal.as_ref().is_some_and(|renewal| renewal.lacks("policies"));
             // What a program went by whose maps are gone may be remembered as well.
@@ -346,7 +350,7 @@ impl Job<'_> {
         }
         drop(self.renewal.take());
         if let Some(number) = self.restored {
-            state::forget_newer(&self.instance.policy_dir, number);
+            Remembered(&self.instance.policy_dir).forget_newer(number);
         }
         if self.is_new {
             remove_unused(self.state, &lock, &self.instance.name).ok();
@@ -401,6 +405,20 @@ impl Job<'_> {
         }
         Ok(output.flush()?)
     }
+}
+
+/// A policy that was kept may be about interfaces that are gone, or that are others now. All else is done: that this cannot
+/// be found out is no failure.
+fn tell_stale(instance: &Instance, maps: &Maps) {
+    let (stale, source) = running::stale_interfaces(instance, maps).unwrap_or_default();
+    let [first, others @ ..] = &stale[..] else { return };
+    let flag = instance_flag(&instance.name);
+    let more = if others.is_empty() { String::new() } else { format!(" (and {} more)", others.len()) };
+    note!(
+        "instance '{}': its policy does not mean what it says any more: {first}{more}; load it again: netoken policy \
+         load FILE{flag} (it is from {source}); netoken policy show{flag} marks the rules",
+        instance.name
+    );
 }
 
 /// What was done on one interface.

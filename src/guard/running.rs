@@ -6,14 +6,12 @@
 //! <instance>.guard/<number>.json    when and from where, and where the counters of each rule are
 //! ```
 //!
-//! As with a policy, both are written before their table is put into use, and older ones are removed behind that.
+//! As with a policy, when they are written and which of them count is the business of [`crate::state`]'s `remembered`.
 //!
 //! A rule has a row of counters, which it keeps as long as it keeps its name. A row is never set to zero, since the
 //! kernel may be counting there: what it had when a rule got it is remembered, and taken off.
 
 use std::collections::HashMap;
-use std::fs;
-use std::path::PathBuf;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
@@ -24,7 +22,7 @@ use super::program::GuardMaps;
 use super::rules::Rules;
 use super::types::Size;
 use crate::clock;
-use crate::state::{self, Instance};
+use crate::state::{Instance, Remembered};
 
 /// Rules that are in use.
 #[derive(Debug)]
@@ -64,22 +62,25 @@ struct Counted {
 /// The running rules are then unchanged.
 pub fn load(instance: &Instance, maps: &GuardMaps, rules: &Rules, source: &str) -> Result<()> {
     let running = maps.table()?.map(|table| table.number);
-    // Where there are none, programs of another version may still go by the last ones.
-    let before = running.or_else(|| state::newest(&instance.guard_dir)).unwrap_or(0);
-    let memory = Memory::read(instance, before).unwrap_or_default();
-    let number = before + 1;
+    let remembered = Remembered(&instance.guard_dir);
+    let memory = remembered.memory(remembered.before(running)).unwrap_or_default();
     let next = Memory {
         loaded: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         source: source.to_string(),
         rules: give_rows(rules, &memory, &GuardCounters::read(maps)?)?,
     };
-    let installed = next.put(instance, maps, number, rules);
-    match (&installed, running) {
-        (Err(_), _) => state::forget_newer(&instance.guard_dir, Some(before)),
-        (Ok(()), Some(_)) => forget_all_but(instance, number),
-        (Ok(()), None) => {}
+    next.put(instance, maps, running, rules)
+}
+
+/// To be called once programs go by what was put into maps that had no rules.
+///
+/// # Errors
+/// The kernel refused to say which rules are in use.
+pub fn confirm(instance: &Instance, maps: &GuardMaps) -> Result<()> {
+    if let Some(table) = maps.table()? {
+        Remembered(&instance.guard_dir).confirm(table.number);
     }
-    installed
+    Ok(())
 }
 
 /// A row for every rule. One that the running rules use is given to nobody else: they count there until the moment of
@@ -117,6 +118,8 @@ pub fn read(instance: &Instance, maps: &GuardMaps) -> Result<Running> {
             instance.name
         )
     };
+    // For one who was killed before it did so.
+    Remembered(&instance.guard_dir).confirm(table.number);
     let (memory, mut rules) = remembered(instance, table.number).with_context(lost)?;
     rules.slots = clock::slots(&clock::published(&maps.clock)?);
     let counters = GuardCounters::read(maps)?;
@@ -134,9 +137,9 @@ pub fn read(instance: &Instance, maps: &GuardMaps) -> Result<Running> {
 }
 
 fn remembered(instance: &Instance, number: u64) -> Result<(Memory, Rules)> {
-    let memory = Memory::read(instance, number)?;
-    let (toml, _) = Memory::paths(instance, number);
-    let rules = Rules::from_toml(&fs::read_to_string(toml)?, &instance.guard_dir)?;
+    let remembered = Remembered(&instance.guard_dir);
+    let memory = remembered.memory(number)?;
+    let rules = Rules::from_toml(&remembered.text(number)?, &instance.guard_dir)?;
     Ok((memory, rules))
 }
 
@@ -147,11 +150,11 @@ fn remembered(instance: &Instance, number: u64) -> Result<(Memory, Rules)> {
 /// # Errors
 /// This version cannot read them, or cannot put them into use.
 pub fn restore(instance: &Instance, maps: &GuardMaps) -> Result<Option<Rules>> {
-    let Some(before) = state::newest(&instance.guard_dir) else { return Ok(None) };
+    let Some(before) = Remembered(&instance.guard_dir).newest() else { return Ok(None) };
     let restore = || -> Result<Rules> {
         let (mut memory, rules) = remembered(instance, before)?;
         memory.rules = give_rows(&rules, &memory, &GuardCounters::read(maps)?)?;
-        memory.put(instance, maps, before + 1, &rules)?;
+        memory.put(instance, maps, None, &rules)?;
         Ok(rules)
     };
     let doing = || {
@@ -172,47 +175,16 @@ pub fn marks(instance: &Instance) -> Result<bool> {
     if let Ok(maps) = GuardMaps::open(&instance.pins) {
         return maps.marks();
     }
-    let last = state::newest(&instance.guard_dir).and_then(|number| remembered(instance, number).ok());
+    let last = Remembered(&instance.guard_dir).newest().and_then(|number| remembered(instance, number).ok());
     Ok(last.is_some_and(|(_, rules)| rules.marks()))
 }
 
 impl Memory {
-    fn paths(instance: &Instance, number: u64) -> (PathBuf, PathBuf) {
-        let path = |kind| instance.guard_dir.join(format!("{number}.{kind}"));
-        (path("toml"), path("json"))
-    }
-
-    fn read(instance: &Instance, number: u64) -> Result<Memory> {
-        let (_, json) = Memory::paths(instance, number);
-        Ok(serde_json::from_str(&fs::read_to_string(json)?)?)
-    }
-
     /// Writes it down and puts its rules into use.
-    fn put(&self, instance: &Instance, maps: &GuardMaps, number: u64, rules: &Rules) -> Result<()> {
-        self.write(instance, number, rules)?;
+    fn put(&self, instance: &Instance, maps: &GuardMaps, running: Option<u64>, rules: &Rules) -> Result<()> {
         let rows: Vec<u8> = self.rules.iter().map(|counted| counted.row).collect();
-        maps.install(rules, number, &rows)
-    }
-
-    fn write(&self, instance: &Instance, number: u64, rules: &Rules) -> Result<()> {
-        let (toml, json) = Memory::paths(instance, number);
-        let write = || -> Result<()> {
-            fs::create_dir_all(&instance.guard_dir)?;
-            fs::write(&toml, super::write::to_toml(rules))?;
-            fs::write(&json, serde_json::to_vec(self)?)?;
-            Ok(())
-        };
-        write().with_context(|| format!("writing {}", state::shown(&toml).display()))
-    }
-}
-
-fn forget_all_but(instance: &Instance, number: u64) {
-    let (toml, json) = Memory::paths(instance, number);
-    for entry in fs::read_dir(&instance.guard_dir).into_iter().flatten().flatten() {
-        if entry.path() != toml && entry.path() != json {
-            // What stays is removed by the next one.
-            fs::remove_file(entry.path()).ok();
-        }
+        let put = |number| maps.install(rules, number, &rows);
+        Remembered(&instance.guard_dir).put(running, &super::write::to_toml(rules), self, put).map(drop)
     }
 }
 

@@ -246,12 +246,16 @@ fn explain(error: io::Error, doing: &str, path: &Path) -> anyhow::Error {
 /// It cannot be read, others can read it, or it is not a key.
 pub fn read(path: &Path) -> Result<Key> {
     let doing = || format!("reading the key {}", path.display());
+    let failed = |error| explain(error, "reading the key", path);
+    // Not even opened: that alone can do something to a device. Nor does a pipe that comes meanwhile keep us for ever.
+    check_kind(&fs::symlink_metadata(path).map_err(failed)?).with_context(doing)?;
     let mut file = OpenOptions::new()
         .read(true)
-        .custom_flags(libc::O_NOFOLLOW)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(path)
-        .map_err(|error| explain(error, "reading the key", path))?;
+        .map_err(failed)?;
     let meta = file.metadata().with_context(doing)?;
+    check_kind(&meta).with_context(doing)?;
     check_access(path, &meta).with_context(doing)?;
     // One buffer that never grows, so that no copy is left behind.
     let mut text = Zeroizing::new(vec![0; FILE_LEN_MAX]);
@@ -268,11 +272,15 @@ pub fn read(path: &Path) -> Result<Key> {
     parse(&text[..len]).with_context(doing)
 }
 
+fn check_kind(meta: &fs::Metadata) -> Result<()> {
+    if !meta.is_file() {
+        bail!("it is no regular file, which a key has to be; put the file itself there, or remove it");
+    }
+    Ok(())
+}
+
 fn check_access(path: &Path, meta: &fs::Metadata) -> Result<()> {
     let shown = path.display();
-    if !meta.is_file() {
-        bail!("it is no regular file");
-    }
     if meta.mode() & 0o077 != 0 {
         bail!(
             "others than its owner can read or write it (mode {:04o}); run `chmod 600 {shown}`, and make a new key \
@@ -451,6 +459,20 @@ mod tests {
         read(&real).unwrap();
         std::os::unix::fs::symlink(&real, keys.path().join("edge-3.key")).unwrap();
         assert!(keys.load().is_err());
+    }
+
+    #[test]
+    fn a_pipe_is_refused_and_not_waited_for() {
+        let (_temp, keys) = dir();
+        let _lock = keys.lock().unwrap();
+        let path = keys.path().join("edge-3.key");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        let (sender, loaded) = std::sync::mpsc::channel();
+        std::thread::spawn(move || sender.send(keys.load().map(drop)));
+        let loaded =
+            loaded.recv_timeout(Duration::from_secs(20)).expect("an answer, and no wait for a writer");
+        let error = format!("{:#}", loaded.unwrap_err());
+        assert!(error.contains("edge-3.key") && error.contains("no regular file"), "{error}");
     }
 
     #[test]

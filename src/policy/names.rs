@@ -1,16 +1,18 @@
-//! Asks the kernel which interface, cgroup or user a policy means by a name. Each is asked once.
+//! Asks the kernel which interface, cgroup or user a policy means by a name. Each is asked once, and of interfaces each
+//! network namespace for all that it has.
 
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, OnceLock};
 
-use anyhow::{Context, Result, bail};
-use nix::net::if_::if_nametoindex;
+use anyhow::{Context, Result, anyhow, bail};
 use nix::unistd::User;
 
 use super::values::Interface;
+use crate::hooks::link::find_link;
+use crate::hooks::netlink::{Link, Netlink};
 use crate::netns::Netns;
 use crate::state::in_first_mount_namespace;
 
@@ -24,6 +26,31 @@ pub struct Names {
     cgroups: Mutex<HashMap<String, (u8, u64)>>,
     users: Mutex<HashMap<String, Option<u32>>>,
     mount: Mutex<Option<PathBuf>>,
+    /// By what they are called; the one without a name is that of the thread. What hindered a look is known as well.
+    places: Mutex<HashMap<String, Result<Arc<Place>, String>>>,
+    /// What those are called that can be found, by their numbers.
+    called: OnceLock<HashMap<u32, String>>,
+}
+
+/// A network namespace as it was when it was looked into.
+#[derive(Debug)]
+struct Place {
+    inode: u32,
+    given_name: Option<String>,
+    links: Vec<Link>,
+}
+
+impl Place {
+    fn look(name: &str) -> Result<Place> {
+        let netns = if name.is_empty() { Netns::current()? } else { Netns::open(name)? };
+        let links = netns.run(|| Netlink::connect()?.links())?;
+        Ok(Place { inode: netns.inode(), given_name: netns.given_name(), links })
+    }
+
+    /// The index of an interface by its name, or an alternative one; 0 if there is none.
+    fn index(&self, name: &str) -> u32 {
+        find_link(&self.links, name, "").map_or(0, |link| link.index)
+    }
 }
 
 impl Names {
@@ -43,17 +70,18 @@ impl Names {
     /// The index of an interface in a network namespace that is known by its number, 0 if there is no such interface;
     /// nothing if the namespace cannot be found.
     pub fn interface_in(&self, netns: u32, name: &str) -> Option<u32> {
-        self.within(netns, || if_nametoindex(name).unwrap_or(0))
+        self.place_of(netns).map(|place| place.index(name))
     }
 
     /// Whether an interface that was known by its index is still there, under whatever name.
     pub fn has_index(&self, netns: u32, index: u32) -> bool {
-        index != 0 && self.within(netns, || is_there(index)) == Some(true)
+        let place = self.place_of(netns);
+        place.is_some_and(|place| place.links.iter().any(|link| link.index == index))
     }
 
-    fn within<T>(&self, netns: u32, ask: impl FnOnce() -> T) -> Option<T> {
-        let netns = Netns::all().ok()?.into_iter().find(|one| one.inode() == netns)?;
-        netns.run(|| Ok(ask())).ok()
+    /// The number of the network namespace that has a name now; nothing if none has it.
+    pub fn netns(&self, name: &str) -> Option<u32> {
+        self.place(name).ok().map(|place| place.inode)
     }
 
     /// The interface of that name, or of that name in a network namespace like `blue:eth0`. It is called by its
@@ -64,17 +92,27 @@ impl Names {
     pub fn interface(&self, name: &str) -> Result<Interface> {
         remember(&self.interfaces, name, || {
             // A colon cannot be in the name of an interface.
-            let (netns, short, full) = match name.split_once(':') {
-                Some((netns, short)) => (Netns::open(netns)?, short, name.to_string()),
-                None => {
-                    let netns = Netns::current()?;
-                    let full = netns.given_name().map_or(name.to_string(), |netns| format!("{netns}:{name}"));
-                    (netns, name, full)
-                }
+            let (netns, short) = name.split_once(':').unwrap_or(("", name));
+            let place = self.place(netns)?;
+            let full = match &place.given_name {
+                Some(given) if netns.is_empty() => format!("{given}:{name}"),
+                _ => name.to_string(),
             };
-            let index = netns.run(|| Ok(if_nametoindex(short).unwrap_or(0)))?;
-            Ok(Interface { name: full.into(), netns: netns.inode(), index })
+            Ok(Interface { name: full.into(), netns: place.inode, index: place.index(short) })
         })
+    }
+
+    fn place(&self, name: &str) -> Result<Arc<Place>> {
+        let look = || Ok(Place::look(name).map(Arc::new).map_err(|error| format!("{error:#}")));
+        remember(&self.places, name, look)?.map_err(|error| anyhow!(error))
+    }
+
+    fn place_of(&self, inode: u32) -> Option<Arc<Place>> {
+        let called = self.called.get_or_init(|| {
+            let all = Netns::all().unwrap_or_default().into_iter();
+            all.map(|netns| (netns.inode(), netns.name)).collect()
+        });
+        self.place(called.get(&inode)?).ok().filter(|place| place.inode == inode)
     }
 
     /// How far below the root a cgroup is, and its number; 0 if there is none.
@@ -138,13 +176,6 @@ impl Names {
 fn cgroup2_mount(line: &str) -> Option<PathBuf> {
     let (before, after) = line.split_once(" - ")?;
     (after.split(' ').next() == Some("cgroup2")).then(|| before.split(' ').nth(4).map(PathBuf::from))?
-}
-
-/// Not by nix: its if_indextoname() takes the null pointer, which says that there is no such interface, for a name.
-fn is_there(index: u32) -> bool {
-    let mut name = [0; libc::IF_NAMESIZE];
-    // SAFETY: the buffer is as long as if_indextoname(3) asks for.
-    !unsafe { libc::if_indextoname(index, name.as_mut_ptr()) }.is_null()
 }
 
 fn remember<T: Clone>(

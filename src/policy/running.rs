@@ -6,13 +6,12 @@
 //! <instance>.policy/<generation>.json    when and from where, hit counters by name, interfaces and cgroups
 //! ```
 //!
-//! Both are written before their generation is put into use, and older ones are removed behind that, so the files of the
-//! generation in use are there whenever a process is killed.
+//! That both are there whenever a process is killed, and nothing else is taken for them, is the business of
+//! [`crate::state`]'s `remembered`.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
@@ -23,10 +22,11 @@ use super::compile::{Naming, Refused, compile};
 use super::install::{DEFAULT_HITS, HITS_MAX};
 use super::names::Names;
 use super::read::{self, Options, Progress};
+use super::values::Interface;
 use super::write::to_toml;
 use super::{Decision, Policy, Values, summary};
 use crate::program::Maps;
-use crate::state::{self, Instance};
+use crate::state::{Instance, Remembered};
 
 /// A policy that is in use.
 #[derive(Debug)]
@@ -67,9 +67,6 @@ impl fmt::Display for Outline {
         write!(f, "{summary}; from {}, loaded {}", self.source, self.loaded)
     }
 }
-
-/// What the file of a [`Memory`] ends in.
-const JSON: &str = "json";
 
 /// What is remembered beside the rules.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -122,9 +119,8 @@ pub fn load(
     progress: Option<Progress<'_>>,
 ) -> Result<u64, LoadError> {
     let running = maps.generation()?.map(|generation| generation.number);
-    // Where there is none, programs of another version may still go by the last one.
-    let before = running.or_else(|| state::newest(&instance.policy_dir)).unwrap_or(0);
-    let memory = Memory::read(instance, before).unwrap_or_default();
+    let remembered = Remembered(&instance.policy_dir);
+    let memory = remembered.memory(remembered.before(running)).unwrap_or_default();
     let (hits, highest, reused) = give_numbers(policy, &memory).context("giving every rule a hit counter")?;
     let rings = maps.ring_numbers(policy)?;
     let names = Naming { instance: &instance.name, rings: &rings };
@@ -138,17 +134,22 @@ pub fn load(
         hits: policy.rules.iter().map(|rule| rule.name.to_string()).zip(hits).collect(),
         ..Memory::of_names(policy)?
     };
-    let number = before + 1;
-    let installed = next
-        .write(instance, number, policy)
-        .and_then(|()| maps.clear_hits(&reused))
-        .and_then(|()| maps.install_as(number, &compiled, progress));
-    match (&installed, running) {
-        (Err(_), _) => state::forget_newer(&instance.policy_dir, Some(before)),
-        (Ok(()), Some(_)) => forget_all_but(instance, number),
-        (Ok(()), None) => {}
+    let put = |number| {
+        maps.clear_hits(&reused)?;
+        maps.install_as(number, &compiled, progress)
+    };
+    Ok(remembered.put(running, &to_toml(policy), &next, put)?)
+}
+
+/// To be called once programs go by what was put into maps that had no policy.
+///
+/// # Errors
+/// The kernel refused to say which policy is in use.
+pub fn confirm(instance: &Instance, maps: &Maps) -> Result<()> {
+    if let Some(generation) = maps.generation()? {
+        Remembered(&instance.policy_dir).confirm(generation.number);
     }
-    Ok(installed.map(|()| number)?)
+    Ok(())
 }
 
 /// Numbers for all rules, the highest that was ever given, and those of them that somebody else had before.
@@ -179,16 +180,6 @@ fn give_numbers(policy: &Policy, before: &Memory) -> Result<(Vec<u32>, u32, Vec<
 }
 
 impl Memory {
-    fn paths(instance: &Instance, generation: u64) -> (PathBuf, PathBuf) {
-        let path = |kind| instance.policy_dir.join(format!("{generation}.{kind}"));
-        (path("toml"), path(JSON))
-    }
-
-    fn read(instance: &Instance, generation: u64) -> Option<Memory> {
-        let (_, json) = Memory::paths(instance, generation);
-        serde_json::from_str(&fs::read_to_string(json).ok()?).ok()
-    }
-
     /// What the names in a policy mean. Sorted, so that of interfaces with the same name the newest comes last.
     ///
     /// # Errors
@@ -212,7 +203,9 @@ impl Memory {
         memory.interfaces.dedup();
         memory.cgroups.sort();
         memory.cgroups.dedup();
-        if let Some(pair) = memory.interfaces.windows(2).find(|p| p[0].0 == p[1].0 && p[0].1 != p[1].1) {
+        // One that was in no namespace yet is no other one.
+        let two = |p: &[(String, u32, u32)]| p[0].0 == p[1].0 && p[0].1 != p[1].1 && p[0].1 != 0;
+        if let Some(pair) = memory.interfaces.windows(2).find(|pair| two(pair)) {
             bail!(
                 "remembering the policy: its rules mean '{}' in two network namespaces; give one of them a name \
                  (`ip netns attach NAME PID`), and write the interface as NAME:{0}",
@@ -220,30 +213,6 @@ impl Memory {
             );
         }
         Ok(memory)
-    }
-
-    fn write(&self, instance: &Instance, generation: u64, policy: &Policy) -> Result<()> {
-        let (toml, json) = Memory::paths(instance, generation);
-        let write = || -> Result<()> {
-            fs::create_dir_all(&instance.policy_dir)?;
-            fs::write(&toml, to_toml(policy))?;
-            // In one step, and last: where it is, all is there.
-            let next = instance.policy_dir.join("next");
-            fs::write(&next, serde_json::to_vec(self)?)?;
-            fs::rename(&next, &json)?;
-            Ok(())
-        };
-        write().with_context(|| format!("writing {}", state::shown(&toml).display()))
-    }
-}
-
-fn forget_all_but(instance: &Instance, generation: u64) {
-    let (toml, json) = Memory::paths(instance, generation);
-    for entry in fs::read_dir(&instance.policy_dir).into_iter().flatten().flatten() {
-        if entry.path() != toml && entry.path() != json {
-            // What stays is removed by the next one.
-            fs::remove_file(entry.path()).ok();
-        }
     }
 }
 
@@ -255,17 +224,18 @@ pub fn read(instance: &Instance, maps: &Maps) -> Result<Running> {
     let Some(generation) = maps.generation()? else {
         bail!("instance '{}' has no policy", instance.name);
     };
+    // For one who was killed before it did so.
+    Remembered(&instance.policy_dir).confirm(generation.number);
     remembered(instance, generation.number).with_context(|| lost(instance))
 }
 
 fn remembered(instance: &Instance, generation: u64) -> Result<Running> {
-    let (toml, json) = Memory::paths(instance, generation);
-    let missing = || format!("{} is gone or of another version", state::shown(&json).display());
-    let memory = Memory::read(instance, generation).with_context(missing)?;
-    let text = fs::read_to_string(&toml)?;
+    let remembered = Remembered(&instance.policy_dir);
+    let memory: Memory = remembered.memory(generation)?;
+    let text = remembered.text(generation)?;
     let names = Names::known(&memory.interfaces, &memory.cgroups);
     let options = Options { allow_missing: true, is_checked: true, ..Options::default() };
-    let checked = read::read_with(&toml, &text, &options, names)?;
+    let checked = read::read_with(&remembered.text_path(generation), &text, &options, names)?;
     Ok(Running {
         policy: checked.policy,
         hits: memory.hits.into_iter().map(|(_, hits)| hits).collect(),
@@ -275,9 +245,9 @@ fn remembered(instance: &Instance, generation: u64) -> Result<Running> {
     })
 }
 
-/// Whether the last policy is remembered. Of that of an attach that was killed there may be a part, and nothing goes by it.
+/// Whether the last policy is remembered. One that an attach was killed with is none: nothing goes by it.
 pub fn is_remembered(instance: &Instance) -> bool {
-    state::newest(&instance.policy_dir).is_some_and(|number| Memory::paths(instance, number).1.exists())
+    Remembered(&instance.policy_dir).newest().is_some()
 }
 
 /// Puts what is remembered into maps that have no policy, because those that had it are of another version of netoken.
@@ -287,17 +257,16 @@ pub fn is_remembered(instance: &Instance) -> bool {
 /// # Errors
 /// This version cannot read it, or cannot put it into use.
 pub fn restore(instance: &Instance, maps: &Maps) -> Result<bool> {
-    let Some(before) = state::newest(&instance.policy_dir) else { return Ok(false) };
+    let files = Remembered(&instance.policy_dir);
+    let Some(before) = files.newest() else { return Ok(false) };
     let restore = || -> Result<()> {
         let Running { policy, hits, .. } = remembered(instance, before)?;
-        let number = before + 1;
-        let (from, to) = (Memory::paths(instance, before), Memory::paths(instance, number));
-        fs::copy(from.0, to.0)?;
-        fs::copy(from.1, to.1)?;
+        let memory: Memory = files.memory(before)?;
         let rings = maps.ring_numbers(&policy)?;
         let names = Naming { instance: &instance.name, rings: &rings };
         let compiled = compile(&policy, names, &hits).map_err(|refused| anyhow::anyhow!(refused))?;
-        maps.install_as(number, &compiled, None)
+        let put = |number| maps.install_as(number, &compiled, None);
+        files.put(None, &files.text(before)?, &memory, put).map(drop)
     };
     let doing = || {
         format!(
@@ -336,7 +305,7 @@ impl Running {
 /// The files about it are gone.
 pub fn outline(instance: &Instance, maps: &Maps) -> Result<Option<Outline>> {
     #[derive(Deserialize)]
-    struct Remembered {
+    struct Known {
         loaded: String,
         source: String,
         default: Option<String>,
@@ -345,15 +314,13 @@ pub fn outline(instance: &Instance, maps: &Maps) -> Result<Option<Outline>> {
     let number = || Ok::<_, anyhow::Error>(maps.generation()?.map(|generation| generation.number));
     let (mut generation, mut tries) = (number()?, 0..10);
     while let Some(before) = generation {
-        let (_, json) = Memory::paths(instance, before);
-        let read = || -> Result<Remembered> { Ok(serde_json::from_str(&fs::read_to_string(json)?)?) };
-        let remembered = read();
+        let known: Result<Known> = Remembered(&instance.policy_dir).memory(before);
         generation = number()?;
         // Another one was loaded meanwhile, and has removed the files of this one.
-        if remembered.is_err() && generation != Some(before) && tries.next().is_some() {
+        if known.is_err() && generation != Some(before) && tries.next().is_some() {
             continue;
         }
-        let Remembered { loaded, source, default, hits } = remembered.with_context(|| lost(instance))?;
+        let Known { loaded, source, default, hits } = known.with_context(|| lost(instance))?;
         let instance = instance.name.clone();
         return Ok(Some(Outline {
             instance,
@@ -374,24 +341,53 @@ pub fn rule_names(policy_dir: &Path, generation: u64) -> Option<Vec<Box<str>>> {
     struct Names {
         hits: Vec<(Box<str>, IgnoredAny)>,
     }
-    let text = fs::read_to_string(policy_dir.join(format!("{generation}.{JSON}"))).ok()?;
-    let names: Names = serde_json::from_str(&text).ok()?;
+    let names: Names = Remembered(policy_dir).memory(generation).ok()?;
     Some(names.hits.into_iter().map(|(name, _)| name).collect())
+}
+
+/// What became of the interfaces of the policy in use since it was loaded, and where it is from. Does not read the rules;
+/// knows of nothing if nothing is remembered.
+///
+/// # Errors
+/// The kernel refused to say which policy is in use.
+pub fn stale_interfaces(instance: &Instance, maps: &Maps) -> Result<(Vec<String>, String)> {
+    #[derive(Default, Deserialize)]
+    struct Known {
+        source: String,
+        interfaces: Vec<(String, u32, u32)>,
+    }
+    let Some(generation) = maps.generation()? else { return Ok(Default::default()) };
+    let known: Known = Remembered(&instance.policy_dir).memory(generation.number).unwrap_or_default();
+    let now = Names::default();
+    let interfaces = known.interfaces.into_iter();
+    let interfaces = interfaces.map(|(name, netns, index)| Interface { name: name.into(), netns, index });
+    Ok((interfaces.filter_map(|interface| stale_interface(&interface, &now)).collect(), known.source))
+}
+
+fn stale_interface(interface: &Interface, now: &Names) -> Option<String> {
+    let Interface { name, netns, index } = interface;
+    let (of, short) = name.split_once(':').unwrap_or(("", name));
+    // The kernel gives the number of a namespace that is gone to the next one, whose interfaces have much the same
+    // indexes: only the name tells them apart.
+    let is_same = of.is_empty() || now.netns(of) == Some(*netns);
+    let found = match is_same {
+        // One without a name cannot be asked.
+        true => now.interface_in(*netns, short)?,
+        false => now.interface(name).map_or(0, |interface| interface.index),
+    };
+    match found {
+        found if found == *index && (is_same || found == 0 && *index == 0) => None,
+        _ if is_same && now.has_index(*netns, *index) => None,
+        _ if *index == 0 => Some(format!("interface '{name}' is there now")),
+        0 => Some(format!("interface '{name}' is gone")),
+        _ => Some(format!("interface '{name}' is another one now")),
+    }
 }
 
 /// What became of a name that a policy uses since it was loaded.
 pub fn stale(values: &Values, now: &Names) -> Option<String> {
     match values {
-        Values::Interface(list) => list.all().iter().find_map(|interface| {
-            let name = interface.name.rsplit(':').next().unwrap_or_default();
-            // One without a name cannot be asked.
-            match now.interface_in(interface.netns, name)? {
-                index if index == interface.index => None,
-                _ if now.has_index(interface.netns, interface.index) => None,
-                0 => Some(format!("interface '{}' is gone", interface.name)),
-                _ => Some(format!("interface '{}' is another one now", interface.name)),
-            }
-        }),
+        Values::Interface(list) => list.all().iter().find_map(|interface| stale_interface(interface, now)),
         Values::Cgroup(list) => {
             list.all().iter().find_map(|cgroup| match now.cgroup(&cgroup.path).map_or(0, |(_, id)| id) {
                 id if id == cgroup.id => None,

@@ -12,6 +12,7 @@
 //! where the first process sees it, and reached through a descriptor that works in every mount namespace.
 
 mod locks;
+mod remembered;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileType};
@@ -32,6 +33,7 @@ use nix::sys::stat::{Mode, fstat};
 use nix::sys::statfs::statfs;
 
 pub use locks::{EventsOf, Lock, ReaderLock};
+pub(crate) use remembered::Remembered;
 
 use crate::pins::{Renewal, Wanted};
 use crate::program::Maps;
@@ -355,24 +357,6 @@ pub(crate) fn instance_flag(name: &str) -> String {
 /// The same of the instance whose pins are in that directory.
 pub(crate) fn flag_of_pins(dir: &Path) -> String {
     dir.file_name().and_then(OsStr::to_str).map_or(String::new(), instance_flag)
-}
-
-/// The highest number that a file in `dir` has for a name, before its extension.
-pub(crate) fn newest(dir: &Path) -> Option<u64> {
-    numbered(dir).into_iter().map(|(number, _)| number).max()
-}
-
-/// Removes the files in `dir` with a higher number, or with any if `number` is none.
-pub(crate) fn forget_newer(dir: &Path, number: Option<u64>) {
-    for (_, path) in numbered(dir).into_iter().filter(|(found, _)| Some(*found) > number) {
-        // What stays is written over by the next one of that number.
-        fs::remove_file(path).ok();
-    }
-}
-
-fn numbered(dir: &Path) -> Vec<(u64, PathBuf)> {
-    let paths = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    paths.filter_map(|path| Some((path.file_stem()?.to_str()?.parse().ok()?, path))).collect()
 }
 
 /// Where state is kept, absolute.

@@ -66,6 +66,7 @@ fn everywhere() -> Vec<Trial> {
         rules: all_errors_are_shown_in_one_run_with_their_lines
             a_good_file_is_checked_without_rights_and_warnings_are_told;
         names: an_unknown_namespace_is_named;
+        progress: what_is_wrong_has_colours_where_they_are_wanted;
         tokens: the_vectors_are_made_and_found_valid a_token_that_is_not_valid_is_exit_code_1_and_says_why
             a_capture_is_decoded what_is_wrong_with_a_capture_is_named;
         rights: without_rights_the_capabilities_and_the_remedy_are_named;
@@ -91,9 +92,11 @@ fn with_root() -> Vec<Trial> {
         &[Need::Root, Need::Tool("ip"), Need::Tool("tc"), Need::Tool("ethtool"), Need::Tool("setpriv")];
     cases![needs;
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
-            a_query_where_nothing_is_attached;
+            a_query_where_nothing_is_attached an_alternative_name_can_stand_in_a_policy;
         rules: the_example_can_be_used_as_it_says counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
-            the_kernel_says_which_rule_decides_and_why the_stream_shows_rules_by_their_names;
+            the_kernel_says_which_rule_decides_and_why the_stream_shows_rules_by_their_names
+            a_rule_about_a_namespace_that_comes_later_is_a_rule
+            an_attach_that_keeps_a_policy_tells_which_interfaces_are_others;
         reload: sighup_loads_the_file_again watch_notices_every_way_of_changing_a_file
             a_change_while_files_are_read_is_not_missed a_list_that_is_mended_is_noticed a_reload_that_waits_ends_with_a_signal;
         query: the_policy_and_what_programs_were_told_are_shown instances_without_filters_are_shown
@@ -113,7 +116,8 @@ fn with_root() -> Vec<Trial> {
             a_directory_that_is_full_is_named_and_the_policy_stays a_name_that_is_no_utf8_is_a_name
             a_relative_directory_is_below_the_current_one
             a_query_names_a_broken_instance a_query_finds_what_is_attached_without_its_state
-            what_a_killed_attach_began_to_remember_is_no_policy a_directory_of_others_is_refused;
+            what_a_killed_attach_began_to_remember_is_no_policy a_directory_of_others_is_refused
+            a_policy_of_an_attach_that_was_killed_is_forgotten a_policy_of_a_load_that_was_killed_is_forgotten;
         guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
             a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;
@@ -122,6 +126,7 @@ fn with_root() -> Vec<Trial> {
             an_attach_that_fails_leaves_the_maps_of_the_other_version
             what_another_version_has_compiled_is_compiled_again a_policy_that_cannot_be_read_any_more_is_asked_for
             a_policy_of_an_attach_that_failed_is_forgotten
+            rules_of_a_load_that_was_killed_are_forgotten
             keys_of_another_shape_are_read_from_their_files rules_and_lists_of_a_guard_are_compiled_again
             tokens_that_another_version_has_seen_are_forgotten_and_that_is_told;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line

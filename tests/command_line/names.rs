@@ -60,3 +60,21 @@ pub fn a_query_where_nothing_is_attached() -> Result<()> {
     ensure!(said.out.is_empty() && said.err.is_empty(), "{said:#?}");
     expect_no_state(&world.lab)
 }
+
+/// As with --iface: it may be longer than any other name of an interface.
+pub fn an_alternative_name_can_stand_in_a_policy() -> Result<()> {
+    let world = World::new()?;
+    let long = "the-cable-that-leads-to-the-other-side-of-the-street";
+    crate::support::sh(&format!("ip -n {} link property add dev c0 altname {long}", world.ns))?;
+    let dir = crate::rules::dir()?;
+    for (interface, token) in
+        [(long.to_string(), "1111111111111111"), (format!("{}:{long}", world.ns), "2222222222222222")]
+    {
+        let rule =
+            format!("[[rule]]\nname = 'x'\ninterface = '{interface}'\naction = 'stamp'\ntoken = '{token}'\n");
+        let path = crate::rules::write(dir.path(), "p.toml", &rule)?;
+        world.ok(&format!("-i {long} --attach --quiet --policy {}", path.display()))?;
+        world.expect_token(token, "the token of the rule")?;
+    }
+    Ok(())
+}

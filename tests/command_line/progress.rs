@@ -1,4 +1,4 @@
-//! How far a long load is: told to a person who waits at a terminal, and to nobody else.
+//! What only a person at a terminal sees: how far a long load is, and colours.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -20,7 +20,7 @@ const CLEAR: &str = "\r\u{1b}[K";
 const RULES_MAX: usize = 2_000_000;
 
 /// A policy of that many rules.
-fn write_policy(dir: &Path, rules: usize) -> Result<String> {
+pub fn write_policy(dir: &Path, rules: usize) -> Result<String> {
     let text: String = (0..rules)
         .map(|n| {
             let (a, b, c) = (n >> 16 & 0xff, n >> 8 & 0xff, n & 0xff);
@@ -34,6 +34,11 @@ fn write_policy(dir: &Path, rules: usize) -> Result<String> {
 
 /// Runs netoken with a terminal as its standard error; returns also what came there.
 fn at_a_terminal(lab: &Lab, args: &str) -> Result<(Said, String)> {
+    at_a_terminal_with(lab, args, &[("TERM", "xterm"), ("NO_COLOR", "")])
+}
+
+/// The same with these variables.
+fn at_a_terminal_with(lab: &Lab, args: &str, vars: &[(&str, &str)]) -> Result<(Said, String)> {
     let pty = openpty(None, None).context("opening a pseudo terminal")?;
     let mut master = File::from(pty.master);
     let reader = thread::spawn(move || {
@@ -45,6 +50,7 @@ fn at_a_terminal(lab: &Lab, args: &str) -> Result<(Said, String)> {
         }
     });
     let mut command = lab.netoken(args);
+    command.envs(vars.iter().copied());
     let output = command.stderr(pty.slave).output().with_context(|| format!("running netoken {args}"));
     // It holds the terminal open.
     drop(command);
@@ -80,6 +86,26 @@ fn expect_progress(shown: &str, doing: &[&str]) -> Result<()> {
         ensure!(doing.contains(&what), "what is {what:?}? {shown:?}");
     }
     ensure!(!last.contains('%'), "the last line stays: {shown:?}");
+    Ok(())
+}
+
+pub fn what_is_wrong_has_colours_where_they_are_wanted() -> Result<()> {
+    let (lab, dir) = (Lab::new()?, tempdir()?);
+    let path = dir.path().join("p.toml");
+    // Of an error and, beside it, of a warning alone.
+    for (text, code) in [("mark = 1", 1), ("[[rule]]\nname = 'x'\ninterface = 'none0'\naction = 'skip'\n", 0)]
+    {
+        fs::write(&path, text)?;
+        let check = format!("policy check --allow-missing {}", path.display());
+        for (term, no_color, has_colours) in [("xterm", "", true), ("xterm", "1", false), ("dumb", "", false)]
+        {
+            let vars = [("TERM", term), ("NO_COLOR", no_color)];
+            let (said, shown) = at_a_terminal_with(&lab, &check, &vars)?;
+            said.code(code)?;
+            ensure!(shown.contains("p.toml:"), "{vars:?}: {shown:?}");
+            ensure_eq!(shown.contains('\u{1b}'), has_colours, "{vars:?}: {shown:?}");
+        }
+    }
     Ok(())
 }
 

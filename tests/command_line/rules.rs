@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::lab::{Lab, NETOKEN, Running};
 use crate::said::{Said, netoken, said};
-use crate::support::ensure_eq;
+use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
 const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/policy.toml");
@@ -187,6 +187,7 @@ pub fn rules_are_added_and_removed() -> Result<()> {
         ("add --name x --action stmp", "an action is"),
         ("add --name x --action skip --dst 10.0.0.1/8", "did you mean 10.0.0.0/8"),
         ("del thre", "did you mean 'three'"),
+        ("del one --netns nosuch", "opening the network namespace /run/netns/nosuch"),
     ] {
         let refused = policy(&world.lab, args)?.code(1)?;
         ensure!(refused.err.contains(words), "{args}: {refused:#?}");
@@ -277,4 +278,82 @@ pub fn the_stream_shows_rules_by_their_names() -> Result<()> {
         ensure_eq!(stream.end()?.0, Some(0), "exit code");
     }
     Ok(())
+}
+
+/// As one whose interface comes later: the rules behind it keep their numbers, and what is not to go out does not.
+pub fn a_rule_about_a_namespace_that_comes_later_is_a_rule() -> Result<()> {
+    let world = World::new()?;
+    let late = world.ns.replace("-client", "-late");
+    let dir = dir()?;
+    let text = stamp("only there", &format!("interface = '{late}:lo'"), "there")
+        + &format!("[[rule]]\nname = 'not there'\nnot_interface = '{late}:lo'\nport = 9\naction = 'drop'\n")
+        + &stamp("both", &format!("interface = ['{late}:lo', 'c0']"), "both");
+    let path = write(dir.path(), "p.toml", &text)?;
+    let attach = format!("-i c0 --attach --quiet --policy {}", path.display());
+    let refused = world.fails(&attach)?;
+    ensure!(refused.contains(&late) && refused.contains("--allow-missing"), "{refused}");
+    let told = Said::from_output(world.run(&format!("{attach} --allow-missing"))?)?.code(0)?;
+    ensure!(told.err.contains("warning: ") && told.err.contains("policy: 3 rules"), "{told:#?}");
+    let check = || -> Result<()> {
+        let rules = records(&world.lab.ok("policy show --json")?, "rule")?;
+        let names: Vec<&Value> = rules.iter().map(|rule| &rule["name"]).collect();
+        ensure_eq!(names[..3], ["only there", "not there", "both"], "rules");
+        let answer = world.lab.ok("policy test --dst 10.77.0.2 --port 9")?;
+        ensure!(answer.contains("rule 2 'not there' decides"), "{answer}");
+        world.expect_token("626f746800000000", "the token of the rule about another interface, too")
+    };
+    check()?;
+    // Also after it was read again.
+    world.lab.ok("policy add --name last --last --mark 7 --action skip")?;
+    check()?;
+    sh(&format!("ip netns add {late}"))?;
+    let checked = check().and_then(|()| {
+        let shown = world.lab.ok("policy show")?;
+        ensure!(shown.contains(&format!("[stale: interface '{late}:lo' is there now;")), "{shown}");
+        world.lab.ok(&format!("policy add --name more --interface {late}:lo --action skip"))?;
+        world.ok(&attach)?;
+        let shown = world.lab.ok("policy show")?;
+        ensure!(!shown.contains("stale"), "{shown}");
+        Ok(())
+    });
+    sh(&format!("ip netns del {late}"))?;
+    checked
+}
+
+/// The kernel gives the number of a namespace that is gone to the next one; here that is what has another name now.
+pub fn an_attach_that_keeps_a_policy_tells_which_interfaces_are_others() -> Result<()> {
+    let mut world = World::new()?;
+    let [blue, green] = world.lab.add_netns(["blue", "green"])?;
+    let dir = dir()?;
+    let path = write(dir.path(), "p.toml", &stamp("x", &format!("interface = '{blue}:lo'"), "x"))?;
+    world.ok(&format!("-i c0 --attach --quiet --policy {}", path.display()))?;
+    let expect = |what: Option<&str>| -> Result<()> {
+        let told = Said::from_output(world.run("-i c0 --attach --quiet")?)?.code(0)?;
+        let rules = records(&world.lab.ok("policy show --json")?, "rule")?;
+        match what {
+            None => {
+                ensure!(!told.err.contains("load it again"), "{told:#?}");
+                ensure_eq!(rules[0]["stale"], Value::Null, "{rules:#?}");
+            }
+            Some(what) => {
+                let what = format!("interface '{blue}:lo' {what}");
+                ensure_eq!(rules[0]["stale"], what, "{rules:#?}");
+                for words in [&what, "load it again: netoken policy load FILE", &path.display().to_string()] {
+                    ensure!(told.err.contains(words), "'{words}' expected: {told:#?}");
+                }
+            }
+        }
+        Ok(())
+    };
+    expect(None)?;
+    let netns = |name: &str| format!("/run/netns/{name}");
+    sh(&format!("ip netns del {green} && touch {1} && mount --bind {0} {1}", netns(&blue), netns(&green)))?;
+    expect(None)?;
+    sh(&format!("ip netns del {blue}"))?;
+    expect(Some("is gone"))?;
+    // With the index that it had in the other.
+    sh(&format!("ip netns add {blue}"))?;
+    expect(Some("is another one now"))?;
+    world.lab.ok(&format!("policy load {}", path.display()))?;
+    expect(None)
 }

@@ -7,13 +7,14 @@ use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
-use libbpf_rs::{MapCore, MapHandle, MapType};
+use anyhow::{Context, Result, bail, ensure};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use nix::mount::{MntFlags, MsFlags};
 use nix::sys::signal::Signal;
 
-use crate::lab::{NETOKEN, Running};
+use crate::lab::{NETOKEN, Running, wait_until};
 use crate::look::{expect_bare, expect_ours};
+use crate::progress::write_policy;
 use crate::said::said;
 use crate::support::ensure_eq;
 use crate::upgrade::{made, pin_instead};
@@ -188,4 +189,78 @@ pub fn what_a_killed_attach_began_to_remember_is_no_policy() -> Result<()> {
     fs::remove_file(world.lab.run.join("default.policy/1.json"))?;
     world.ok("-i c0 --attach --quiet")?;
     world.expect_token("4e45544f4b454e31", "the default token")
+}
+
+/// Kills a command once it has written down a policy or rules and before they are in use, of which it takes the longer the
+/// more there are. False if that moment was missed.
+pub fn kill_while_it_fills(
+    command: &mut Command,
+    remembered: &Path,
+    number: u64,
+    is_in_use: impl FnOnce() -> Result<bool>,
+) -> Result<bool> {
+    let mut running = Running::start(command)?;
+    wait_until("the command to write down what it puts into use", || {
+        let is_there =
+            ["next", "json"].iter().any(|kind| remembered.join(format!("{number}.{kind}")).exists());
+        Ok((is_there || running.child.try_wait()?.is_some()).then_some(()))
+    })?;
+    running.child.kill()?;
+    running.child.wait()?;
+    Ok(!is_in_use()?)
+}
+
+/// With ever more to fill, until the moment was not missed.
+pub fn with_more_and_more(try_with: impl Fn(usize) -> Result<bool>) -> Result<()> {
+    for many in [1 << 16, 1 << 18, 1 << 20] {
+        if try_with(many)? {
+            return Ok(());
+        }
+    }
+    bail!("even a million were in use before the command could be killed")
+}
+
+/// Where a guard is, the instance is there before the stamp has a policy.
+pub fn a_policy_of_an_attach_that_was_killed_is_forgotten() -> Result<()> {
+    with_more_and_more(|rules| {
+        let (world, dir) = (World::new()?, crate::rules::dir()?);
+        let guard =
+            "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '0000000000000001'\n";
+        let guard = crate::rules::write(dir.path(), "guard.toml", guard)?;
+        let attach =
+            format!("guard --netns {} -i c0 --attach --hook tc --rules {}", world.ns, guard.display());
+        world.lab.ok(&attach)?;
+        let path = write_policy(dir.path(), rules)?;
+        let mut command = world.lab.netoken(&world.args(&format!("-i c0 --attach --quiet --policy {path}")));
+        let is_in_use = || {
+            let policies = MapHandle::from_pinned_path(world.lab.run.join("bpf/default/policies"))?;
+            Ok(policies.lookup(&0u32.to_ne_bytes(), MapFlags::ANY)?.is_some())
+        };
+        if !kill_while_it_fills(&mut command, &world.lab.run.join("default.policy"), 1, is_in_use)? {
+            return Ok(false);
+        }
+        world.ok("-i c0 --attach --quiet")?;
+        world.expect_token("4e45544f4b454e31", "the default token")?;
+        Ok(true)
+    })
+}
+
+/// What ran goes on also when the maps are lost that know which one that was.
+pub fn a_policy_of_a_load_that_was_killed_is_forgotten() -> Result<()> {
+    with_more_and_more(|rules| {
+        let (world, dir) = (World::new()?, crate::rules::dir()?);
+        world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+        let path = write_policy(dir.path(), rules)?;
+        let mut command = world.lab.netoken(&format!("policy load {path}"));
+        let is_in_use = || {
+            Ok(!world.lab.ok("policy show --json")?.lines().any(|line| line.contains("\"generation\":1,")))
+        };
+        if !kill_while_it_fills(&mut command, &world.lab.run.join("default.policy"), 2, is_in_use)? {
+            return Ok(false);
+        }
+        nix::mount::umount(&world.lab.run.join("bpf"))?;
+        world.ok("-i c0 --attach --quiet")?;
+        world.expect_token("1111111111111111", "the token of what ran")?;
+        Ok(true)
+    })
 }

@@ -8,11 +8,13 @@ use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
+use netoken::guard::program::GuardMaps;
 use netoken::types::Counter;
 
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours, map_id, ours, records};
 use crate::rules::{dir, write};
 use crate::said::Said;
+use crate::state::{kill_while_it_fills, with_more_and_more};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
@@ -292,6 +294,37 @@ pub fn rules_and_lists_of_a_guard_are_compiled_again() -> Result<()> {
     told(guard("-i s0 --destroy")?)?;
     world.ok("-i c0 --destroy")?;
     expect_no_state(&world.lab)
+}
+
+/// What another version takes over is what ran.
+pub fn rules_of_a_load_that_was_killed_are_forgotten() -> Result<()> {
+    with_more_and_more(|sources| {
+        let (world, dir) = (World::new()?, dir()?);
+        let rule =
+            "[[rule]]\nname = 'all'\ndst = '10.77.0.2'\nmode = 'observe'\ntokens = '1111111111111111'\n";
+        let path = write(dir.path(), "guard.toml", rule)?.display().to_string();
+        let guard = |args: &str| format!("guard --netns {} {args}", world.server_ns);
+        world.lab.ok(&guard(&format!("-i s0 --attach --hook tc --rules {path}")))?;
+        let blocked: Vec<String> =
+            (0..sources).map(|n| format!("'2001:db8:{:x}:{:x}::/64'", n >> 16, n & 0xffff)).collect();
+        let wrong = format!("blocked = [{}]\n{}", blocked.join(", "), rule.replace("observe", "drop"));
+        let wrong = write(dir.path(), "wrong.toml", &wrong)?;
+        let mut command = world.lab.netoken(&guard(&format!("--load --rules {}", wrong.display())));
+        let is_in_use = || {
+            let table = GuardMaps::open(&world.lab.run.join("bpf/default"))?.table()?;
+            Ok(table.context("no rules")?.number != 1)
+        };
+        if !kill_while_it_fills(&mut command, &world.lab.run.join("default.guard"), 2, is_in_use)? {
+            return Ok(false);
+        }
+        rename(&world, &RULES)?;
+        world.lab.ok(&guard("-i s0 --attach"))?;
+        ensure_eq!(world.lab.ok(&guard(&format!("--diff {path}")))?, "no difference\n", "the rules");
+        // And the next load goes on from there.
+        world.lab.ok(&guard(&format!("--load --rules {path}")))?;
+        world.lab.ok(&guard("--show"))?;
+        Ok(true)
+    })
 }
 
 /// In a map of the same shape, but another name, buckets had a lock that only the kernel may touch: with that one no

@@ -27,7 +27,7 @@ use crate::pins::Renewal;
 use crate::privileges;
 use crate::program::{LinkHeader, Program};
 use crate::realtime;
-use crate::state::{self, Instance, Lock, State};
+use crate::state::{Instance, Lock, Remembered, State};
 use crate::token::keyed::Slots;
 
 /// What was done on one interface.
@@ -152,7 +152,7 @@ impl Job<'_> {
             }
             self.notes.extend(before.note(&told).map(|note| format!("{}: {note}", link.name)));
         }
-        Ok(())
+        running::confirm(self.instance, &GuardMaps::open(&self.instance.pins)?)
     }
 
     /// What is known of the guard of this instance that is on the interface's way in.
@@ -189,7 +189,7 @@ impl Job<'_> {
         clock::publish(&maps.clock, None)?;
         let has_rules = maps.table()?.is_some();
         if !has_rules {
-            self.restored = Some(state::newest(&self.instance.guard_dir));
+            self.restored = Some(Remembered(&self.instance.guard_dir).newest());
         }
         if let Some(rules) = rules {
             // What is not remembered any more cannot be put back, and is no reason to keep it.
@@ -279,7 +279,7 @@ impl Job<'_> {
         }
         drop(self.renewal.take());
         if let Some(number) = self.restored {
-            state::forget_newer(&self.instance.guard_dir, number);
+            Remembered(&self.instance.guard_dir).forget_newer(number);
         }
     }
 

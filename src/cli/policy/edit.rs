@@ -124,6 +124,7 @@ pub(super) fn add(args: &AddArgs) -> Result<()> {
 }
 
 pub(super) fn del(args: &DelArgs) -> Result<()> {
+    args.common.enter()?;
     change(&args.common, |policy| {
         for name in &args.names {
             let at = find(&args.common, policy, name)?;

@@ -206,13 +206,24 @@ pub(super) fn read_by(
 
 fn warn(report: &Report) {
     if !report.is_empty() {
-        note!("{}", report.render(io::stderr().is_terminal()).trim_end());
+        note!("{}", report.render(has_colours()).trim_end());
     }
+}
+
+/// Whether standard error is a terminal that shows colours, and nobody wants it without: https://no-color.org.
+fn has_colours() -> bool {
+    let is_unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    is_for_people() && !is_unwanted
+}
+
+/// Whether standard error is a terminal that knows more than letters.
+fn is_for_people() -> bool {
+    io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
 /// A report as an error, in colours on a terminal.
 fn refuse(report: &Report) -> anyhow::Error {
-    match io::stderr().is_terminal() {
+    match has_colours() {
         true => anyhow!("the policy cannot be used; nothing was changed\n{}", report.render(true).trim_end()),
         false => anyhow!("{report}"),
     }
@@ -251,7 +262,7 @@ impl Progress {
 
     /// With `json` the one who waits is a program.
     pub fn new(json: bool) -> Progress {
-        Progress::if_wanted(!json && io::stderr().is_terminal())
+        Progress::if_wanted(!json && is_for_people())
     }
 
     /// For what nobody waits for.

@@ -1,13 +1,14 @@
 //! `netoken policy show`: what is in use, and how often each rule decided.
 
 use std::io::{self, Write};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
 
 use super::Common;
+use crate::events::model::since_epoch;
 use crate::policy::ask::Ask;
 use crate::policy::install::DEFAULT_HITS;
 use crate::policy::names::Names;
@@ -141,7 +142,8 @@ impl Clock {
 
     fn at(&self, jiffies: u64) -> SystemTime {
         let ago = self.jiffies.saturating_sub(jiffies);
-        self.now - std::time::Duration::from_millis(ago * 1000 / self.per_second)
+        // Who sets the clock back may set it to less than the time since then.
+        since_epoch(self.now - Duration::from_millis(ago * 1000 / self.per_second))
     }
 }
 
@@ -159,6 +161,14 @@ fn jiffies_per_second(monotonic_ns: u64, jiffies: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clock_that_was_set_back_is_no_panic() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(10);
+        let clock = Clock { now, jiffies: 1_000_000, per_second: 100 };
+        let at = |jiffies| humantime::format_rfc3339_seconds(clock.at(jiffies)).to_string();
+        assert_eq!((at(999_900), at(1)), ("1970-01-01T00:00:09Z".into(), "1970-01-01T00:00:00Z".into()));
+    }
 
     #[test]
     fn the_length_of_a_jiffy_is_found() {

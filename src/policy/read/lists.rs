@@ -152,7 +152,11 @@ impl FileReader<'_> {
                     }
                     list.push(interface);
                 }
-                Err(error) => good &= self.missing(span, format!("{error:#}"), known),
+                Err(error) => {
+                    good &= self.missing(span, format!("{error:#}"), known);
+                    // Like one that is not there, or a rule about nothing else would not be there either.
+                    list.push(Interface { name: name.into(), netns: 0, index: 0 });
+                }
             }
         }
         list.sort_unstable_by(|a, b| a.name.cmp(&b.name));
