@@ -177,8 +177,8 @@ pub fn the_last_destroy_removes_policy_and_counters() -> Result<()> {
     let elsewhere =
         "instance 'default' is still used on another interface or in another network namespace: its policy";
     ensure!(said.contains(elsewhere) && said.contains("stay"), "{said}");
-    // What is attached here it need not wait for; where it does, it is twice as long.
-    ensure!(begin.elapsed() < Duration::from_secs(5), "it took {:?}", begin.elapsed());
+    // What is attached here it need not wait for; where it does, that is ten seconds.
+    ensure!(begin.elapsed() < Duration::from_secs(9), "it took {:?}", begin.elapsed());
     ensure_eq!(
         counter(&world.lab, &world.ns, "default", "stamped")?,
         4,
@@ -295,8 +295,8 @@ fn expect_quick(world: &World, elsewhere: &str) -> Result<()> {
     let begin = Instant::now();
     let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
     ensure!(said.contains("instance 'default' is still used"), "{elsewhere}: {said}");
-    // Where it waits, that is twice as long.
-    ensure!(begin.elapsed() < Duration::from_secs(5), "{elsewhere}: it took {:?}", begin.elapsed());
+    // Where it waits, that is ten seconds.
+    ensure!(begin.elapsed() < Duration::from_secs(9), "{elsewhere}: it took {:?}", begin.elapsed());
     world.lab.ok(&format!("{elsewhere} --destroy"))?;
     expect_no_state(&world.lab)
 }
