@@ -10,7 +10,6 @@ use netoken::keys::file::KeyDir;
 use serde_json::Value;
 
 use crate::lab::{Lab, Running, wait_until};
-use crate::look::counter;
 use crate::said::{Said, said};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -161,7 +160,7 @@ pub fn a_policy_without_a_signing_key_is_refused() -> Result<()> {
     world.lab.ok("key rotate edge")?;
     world.ok(&format!("-i c0 --attach --quiet --policy {policy}"))?;
     world.syns(2)?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 2, "SYNs stamped");
+    world.expect_counter("default", "stamped", 2, "SYNs stamped")?;
     ensure_eq!(list(&world.lab)?[0]["made"], 2, "tokens made");
     Ok(())
 }
@@ -206,16 +205,16 @@ pub fn the_files_decide_what_the_kernel_knows() -> Result<()> {
     fs::rename(dir.join("edge-0.key"), dir.join("away"))?;
     run(&world.lab, "key load")?.code(0)?.err(&["0 keys"])?;
     world.syns(1)?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "no_key")?, 1, "SYNs without a key");
+    world.expect_counter("default", "no_key", 1, "SYNs without a key")?;
     fs::rename(dir.join("away"), dir.join("edge-0.key"))?;
     run(&world.lab, "key load --json")?.code(0)?;
     world.syns(1)?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 2, "SYNs stamped");
+    world.expect_counter("default", "stamped", 2, "SYNs stamped")?;
     // Attaching again reads them as well, and keeps the policy.
     fs::rename(dir.join("edge-0.key"), dir.join("away"))?;
     world.ok("-i c0 --attach --quiet")?;
     world.syns(1)?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "no_key")?, 2, "SYNs without a key");
+    world.expect_counter("default", "no_key", 2, "SYNs without a key")?;
     Ok(())
 }
 

@@ -79,7 +79,7 @@ pub fn a_failed_attach_keeps_what_detach_kept() -> Result<()> {
     world.fails("-i nothing --attach --quiet")?;
     world.ok("-i c0 --attach --quiet")?;
     world.expect_token(TOKEN, "the token after a failed attach")?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 5, "the counter after a failed attach");
+    world.expect_counter("default", "stamped", 5, "the counter after a failed attach")?;
     Ok(())
 }
 
@@ -161,7 +161,7 @@ pub fn detach_keeps_policy_and_counters() -> Result<()> {
     world.syns(3)?;
     world.ok("-i c0 --attach --quiet")?;
     world.expect_token(TOKEN, "the token after detach and attach")?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "syns")?, 5, "SYNs, without those in between");
+    world.expect_counter("default", "syns", 5, "SYNs, without those in between")?;
     Ok(())
 }
 
@@ -179,11 +179,7 @@ pub fn the_last_destroy_removes_policy_and_counters() -> Result<()> {
     ensure!(said.contains(elsewhere) && said.contains("stay"), "{said}");
     // What is attached here it need not wait for; where it does, that is ten seconds.
     ensure!(begin.elapsed() < Duration::from_secs(9), "it took {:?}", begin.elapsed());
-    ensure_eq!(
-        counter(&world.lab, &world.ns, "default", "stamped")?,
-        4,
-        "the counter after the first destroy"
-    );
+    world.expect_counter("default", "stamped", 4, "the counter after the first destroy")?;
     world.ok("-i c0 --attach --quiet")?;
     world.expect_token(TOKEN, "the token after the first destroy")?;
 
