@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 
 use crate::lab::Lab;
-use crate::look::{counter, expect_no_state, ours};
+use crate::look::{expect_no_state, ours};
 use crate::said::said;
 use crate::support::ensure_eq;
 use crate::world::World;
@@ -77,7 +77,7 @@ pub fn a_rejected_file_changes_nothing_that_runs() -> Result<()> {
         ensure_eq!(ours(&world.ns, "c0")?, before, "the filter after {text:?}");
     }
     world.expect_token("1111111111111111", "the token after rejected policies")?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 4, "SYNs stamped");
+    world.expect_counter("default", "stamped", 4, "SYNs stamped")?;
     Ok(())
 }
 

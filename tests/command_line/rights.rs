@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result};
 
 use crate::lab::{Lab, NETOKEN};
-use crate::look::{counter, expect_no_state, ours};
+use crate::look::{expect_no_state, ours};
 use crate::said::{Said, said};
 use crate::support::ensure_eq;
 use crate::world::World;
@@ -91,7 +91,7 @@ pub fn without_the_right_to_look_nothing_is_said_or_changed() -> Result<()> {
             .with_context(|| format!("{rights} netoken {mode}"))?;
         ensure_eq!(ours(&world.ns, "c0")?, before, "the filter after {rights} netoken {mode}");
     }
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 2, "SYNs stamped");
+    world.expect_counter("default", "stamped", 2, "SYNs stamped")?;
     Ok(())
 }
 

@@ -153,7 +153,7 @@ pub fn detach_on_exit_leaves_what_others_use() -> Result<()> {
     end(stream(&world, "--detach-on-exit")?, Signal::SIGINT)?;
     expect_ours(&world.ns, "c0", 1)?;
     world.syns(1)?;
-    ensure_eq!(counter(&world.lab, &world.ns, "blue", "stamped")?, 1, "SYNs stamped by the other instance");
+    world.expect_counter("blue", "stamped", 1, "SYNs stamped by the other instance")?;
     Ok(())
 }
 
@@ -231,7 +231,7 @@ pub fn a_sample_counts_all_and_shows_some() -> Result<()> {
     })?;
     let lines = end(stream, Signal::SIGINT)?;
     ensure_eq!(shown(&lines), 10, "SYNs shown of 100: {lines:#?}");
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 100, "SYNs counted");
+    world.expect_counter("default", "stamped", 100, "SYNs counted")?;
     let totals = lines.iter().rfind(|line| line.starts_with("-- ")).context("no totals")?;
     ensure!(totals.contains("100 SYNs, 100 stamped"), "{totals}");
     Ok(())

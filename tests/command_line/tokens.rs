@@ -5,10 +5,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::lab::{NETOKEN, Running};
+use crate::lab::{NETOKEN, Running, wait_until};
 use crate::said::{Said, said};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -241,14 +241,13 @@ pub fn what_tcpdump_sends_is_decoded_as_it_comes() -> Result<()> {
     decode.stdin(tcpdump.stdout.take().context("no output of tcpdump")?);
     let mut decode = Running::start(&mut decode)?;
     // tcpdump says nothing when it listens; so SYNs are sent until one is seen.
-    let seen = (0..50).find_map(|_| {
-        world.syns(1).ok()?;
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        decode.wait_for_now(|line| line.contains("valid:"))
+    let seen = wait_until("a token", || {
+        world.syns(1)?;
+        Ok(decode.wait_within(std::time::Duration::from_millis(100), |line| line.contains("valid:")))
     });
     tcpdump.kill()?;
     tcpdump.wait()?;
-    let Some(line) = seen else { bail!("no token was found: {:?}", decode.seen) };
+    let line = seen.with_context(|| format!("seen: {:?}", decode.seen))?;
     ensure!(line.contains("valid: tag 4711, key 0 of ring 'edge', bound to flow"), "{line}");
     ensure!(!line.contains("not valid"), "{line}");
     Ok(())

@@ -11,7 +11,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use netoken::guard::program::GuardMaps;
 use netoken::types::Counter;
 
-use crate::look::{counter, expect_bare, expect_no_state, expect_ours, map_id, ours, records};
+use crate::look::{expect_bare, expect_no_state, expect_ours, map_id, ours, records};
 use crate::rules::{dir, write};
 use crate::said::Said;
 use crate::state::{kill_while_it_fills, with_more_and_more};
@@ -84,7 +84,7 @@ pub fn a_map_of_another_shape_is_replaced_and_the_loss_told() -> Result<()> {
         ensure!(said.contains(expected), "'{expected}' expected: {said}");
     }
     world.expect_token("1111111111111111", "the token")?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "syns")?, 1, "SYNs counted");
+    world.expect_counter("default", "syns", 1, "SYNs counted")?;
     ensure_eq!(pins(&world)?, before, "pins");
     // Once is enough.
     ensure!(!attach(&world, "")?.contains("another version"), "a second attach took over something");
@@ -108,7 +108,7 @@ pub fn counters_of_a_version_with_fewer_verdicts_are_carried_over() -> Result<()
     let said = attach(&world, "")?;
     ensure!(said.contains("taken over") && !said.contains("not kept"), "{said}");
     world.syns(2)?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 7 * cpus as u64 + 2, "SYNs stamped");
+    world.expect_counter("default", "stamped", 7 * cpus as u64 + 2, "SYNs stamped")?;
     Ok(())
 }
 
@@ -234,7 +234,7 @@ pub fn keys_of_another_shape_are_read_from_their_files() -> Result<()> {
     let keys = records(&world.lab.ok("key list --json")?, "key")?;
     let made = keys.iter().find(|key| key["ring"] == "edge").context("no key")?["made"].as_u64();
     ensure_eq!(made, Some(1), "tokens made with it: {keys:#?}");
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 3, "SYNs stamped");
+    world.expect_counter("default", "stamped", 3, "SYNs stamped")?;
     Ok(())
 }
 

@@ -157,7 +157,7 @@ fn mptcp(family: Family) -> Result<()> {
         socket.connect_timeout(&addr.into(), PATIENCE)?;
         Ok(socket)
     })?;
-    let (server, _) = listener.accept()?;
+    let (server, _) = sys::uninterrupted(|| listener.accept())?;
     ensure!(is_mptcp(&client)?, "the client fell back to TCP");
     echo(&mut client.into(), &mut server.into())?;
 

@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 
 use anyhow::{Context, Result};
 use libtest_mimic::Trial;
+use nix::sys::signal::SigSet;
 use socket2::{Domain, Socket, Type};
 
 use crate::lab::{PATIENCE, kernel_counter};
@@ -65,6 +66,8 @@ pub fn connect_with_data(world: &World, to: SocketAddr, data: &[u8]) -> Result<S
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.set_write_timeout(Some(PATIENCE))?;
+        // The SIGCHLD of a child of another thread would end the wait, and a second call would send the data again.
+        SigSet::all().thread_block()?;
         let sent = socket.send_to_with_flags(data, &to.into(), libc::MSG_FASTOPEN).context("MSG_FASTOPEN")?;
         ensure_eq!(sent, data.len(), "bytes taken by the kernel");
         Ok(socket)

@@ -101,6 +101,11 @@ pub fn query(world: &World, kind: &str) -> Result<Value> {
     bail!("no {kind} in {text}")
 }
 
+fn expect_valid(world: &World, wanted: u64) -> Result<()> {
+    let counters = query(world, "guard_counters")?;
+    world.expect_count(counters["valid"].as_u64().context("no counter")?, wanted, "valid")
+}
+
 fn lets_in(hook: &str, shown: &str, tx: bool) -> Result<()> {
     let world = World::new(tx)?;
     let listeners = FAMILIES.map(|family| Listener::open(&world, family));
@@ -118,7 +123,7 @@ fn lets_in(hook: &str, shown: &str, tx: bool) -> Result<()> {
             exchange(&world, listener)?.check_stamped(TOKEN)?;
         }
     }
-    ensure_eq!(query(&world, "guard_counters")?["valid"], 6, "valid");
+    expect_valid(&world, 6)?;
     // Another token is none.
     world.attach("--token 0000000000000001")?;
     for listener in &listeners {
@@ -198,7 +203,7 @@ fn behind_nat(hook: &str) -> Result<()> {
         crate::sockets::echo(&mut client, &mut server.stream)?;
         world.lab.ok(&format!("{} --detach", world.place()))?;
     }
-    ensure_eq!(query(&world, "guard_counters")?["valid"], 2, "valid");
+    expect_valid(&world, 2)?;
     Ok(())
 }
 
@@ -330,9 +335,11 @@ fn observes() -> Result<()> {
     world.attach("")?;
     exchange(&world, &listener)?;
     let counters = query(&world, "guard_counters")?;
-    for (name, count) in [("missing", 1), ("valid", 1), ("dropped", 0), ("seen", 2)] {
-        ensure_eq!(counters[name], count, "{name} of {counters}");
+    for (name, count) in [("missing", 1), ("valid", 1), ("seen", 2)] {
+        let found = counters[name].as_u64().context("no counter")?;
+        world.expect_count(found, count, &format!("{name} of {counters}"))?;
     }
+    ensure_eq!(counters["dropped"], 0, "dropped of {counters}");
     // From here on it is enforced.
     world
         .lab
@@ -452,7 +459,7 @@ fn shares() -> Result<()> {
     exchange(&world, &listener)?;
     world.lab.ok(&format!("{} --destroy", world.place()))?;
     expect_dropped(&world, listener.addr)?;
-    ensure_eq!(query(&world, "guard_counters")?["valid"], 1, "valid");
+    expect_valid(&world, 1)?;
     // The other way round.
     world.attach("")?;
     world.lab.ok(&format!("guard {} --destroy", place(&world)))?;

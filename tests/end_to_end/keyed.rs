@@ -17,7 +17,7 @@ use netoken::token::keyed::{Bind, Flow, Refusal, Slots, Valid, Verifier};
 
 use crate::lab::{Lab, PATIENCE, wait_until};
 use crate::segment::Segment;
-use crate::sockets::{Listener, connect, echo, exchange};
+use crate::sockets::{Listener, connect, echo, exchange, is_timeout};
 use crate::support::{ensure_eq, sh};
 use crate::world::{FAMILIES, Family, Hook, OUT, World};
 use crate::{case, with};
@@ -187,11 +187,6 @@ impl Server {
             Ok((self.checked.load(Ordering::Relaxed) >= target).then_some(()))
         })
     }
-}
-
-fn is_timeout(error: &anyhow::Error) -> bool {
-    let kind = error.root_cause().downcast_ref::<std::io::Error>().map(std::io::Error::kind);
-    matches!(kind, Some(std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut))
 }
 
 fn rotation(family: Family) -> Result<()> {

@@ -158,7 +158,8 @@ fn memory() -> Result<()> {
 fn first_stamp() -> Result<()> {
     // Without optimisation the program itself is slow, and nobody runs it so.
     const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 1000 } else { 150 });
-    const TRIES: usize = 3;
+    // One that nothing came between is enough, and ends it.
+    const TRIES: usize = 30;
     let mut best = Duration::MAX;
     for _ in 0..TRIES {
         let world = World::new(true)?;

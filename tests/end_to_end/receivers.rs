@@ -61,11 +61,8 @@ fn counted(family: Family) -> Result<()> {
         exchange(&world, &listener)?;
     }
     for counter in ["kind", "exid", "token"] {
-        ensure_eq!(
-            world.server_counted(counter)?,
-            CONNECTIONS,
-            "SYNs that nftables knows by their {counter}"
-        );
+        let what = format!("SYNs that nftables knows by their {counter}");
+        world.expect_count(world.server_counted(counter)?, CONNECTIONS, &what)?;
     }
     world.expect_counters(&[("stamped", CONNECTIONS)])
 }
@@ -97,6 +94,7 @@ fn retransmitted(family: Family) -> Result<()> {
         ensure_eq!(syn.isn, saved.isn, "ISN of both");
     }
     world.expect_no_bad_packets()?;
+    ensure_eq!(world.counters()?["stamped"], 1 + world.sent_again()?, "SYNs stamped, each time");
     world.expect_counters(&[("stamped", 2)])
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
@@ -13,7 +13,7 @@ use netoken::policy::Policy;
 use netoken::program::Maps;
 
 use crate::lab::PATIENCE;
-use crate::sockets::{Listener, connect};
+use crate::sockets::{Listener, connect, is_timeout};
 use crate::support::{Need, share_of};
 use crate::world::{Family, World};
 use crate::{NET, case};
@@ -70,6 +70,9 @@ fn reloads() -> Result<()> {
 
     let rounds = share_of(RELOADS)?;
     let (stop, opened, accepted) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
+    // Whether the clients have left: until then there may be one more connection, or none.
+    let left = AtomicBool::new(false);
+    listener.socket.set_read_timeout(Some(Duration::from_millis(100)))?;
     let counts = thread::scope(|scope| -> Result<[usize; 2]> {
         let clients: Vec<_> = (0..CLIENTS)
             .map(|_| {
@@ -91,8 +94,14 @@ fn reloads() -> Result<()> {
             .collect();
         let server = scope.spawn(|| -> Result<[usize; 2]> {
             let mut counts = [0; 2];
-            while !stop.load(Ordering::Relaxed) || counts[0] + counts[1] < opened.load(Ordering::Relaxed) {
-                let syn = listener.accept()?.syn;
+            let mut last = Instant::now();
+            while !left.load(Ordering::Acquire) || counts[0] + counts[1] < opened.load(Ordering::Relaxed) {
+                let syn = match listener.accept() {
+                    Ok(accepted) => accepted.syn,
+                    Err(error) if is_timeout(&error) && last.elapsed() < PATIENCE => continue,
+                    Err(error) => return Err(error),
+                };
+                last = Instant::now();
                 accepted.fetch_add(1, Ordering::Relaxed);
                 let token = syn.token().context("a SYN without a token")?;
                 let which = policies.iter().position(|(_, of)| *of == token);
@@ -114,7 +123,10 @@ fn reloads() -> Result<()> {
         let join = |client: thread::ScopedJoinHandle<'_, Result<()>>| {
             client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
-        clients.into_iter().try_for_each(join)?;
+        // All of them, also if one fails: the server waits for what they have opened.
+        let joined: Vec<_> = clients.into_iter().map(join).collect();
+        left.store(true, Ordering::Release);
+        joined.into_iter().collect::<Result<()>>()?;
         reloaded?;
         server.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })?;

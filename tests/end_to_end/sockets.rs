@@ -79,6 +79,12 @@ impl Listener {
     }
 }
 
+/// Whether it is only that nothing came in time.
+pub fn is_timeout(error: &anyhow::Error) -> bool {
+    let kind = error.root_cause().downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+    matches!(kind, Some(std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut))
+}
+
 /// Connects from a namespace.
 pub fn connect(lab: &Lab, ns: &str, to: SocketAddr, timeout: Duration) -> Result<TcpStream> {
     connect_with(lab, ns, to, timeout, |_| Ok(()))
@@ -151,13 +157,16 @@ fn a_wait_goes_on_after_a_signal() -> Result<()> {
     })
 }
 
-/// Fails unless the connect is not answered.
+/// Fails unless the connect is not answered. The server's kernel has to agree: an answer may also be late.
 pub fn expect_dropped(world: &World, to: SocketAddr) -> Result<()> {
+    const OPENED: &str = "TcpPassiveOpens";
+    let before = world.server_counter(OPENED)?;
     match connect(&world.lab, &world.client, to, DROPPED) {
         Ok(_) => anyhow::bail!("the connection to {to} was opened"),
         Err(error) => {
             let kind = error.root_cause().downcast_ref::<std::io::Error>().map(std::io::Error::kind);
             ensure_eq!(kind, Some(std::io::ErrorKind::TimedOut), "{error:#}");
+            ensure_eq!(world.server_counter(OPENED)?, before, "connections opened at the server");
             Ok(())
         }
     }

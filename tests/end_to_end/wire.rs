@@ -116,6 +116,17 @@ impl Tap {
         Ok(())
     }
 
+    /// The SYN that opened this connection, when it first came by here. One of another, which was sent again, is passed
+    /// over.
+    pub fn syn_of(&self, connection: &Segment) -> Result<Segment> {
+        loop {
+            let (_, syn) = self.next_syn(connection.dst.port())?;
+            if (syn.src, syn.isn) == (connection.src, connection.isn) {
+                return Ok(syn);
+            }
+        }
+    }
+
     /// The next SYN to this port, as frame and as what it says.
     pub fn next_syn(&self, dport: u16) -> Result<(Vec<u8>, Segment)> {
         let deadline = Instant::now() + PATIENCE;

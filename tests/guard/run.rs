@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_sys::{bpf_prog_test_run_opts, bpf_test_run_opts};
@@ -169,4 +169,21 @@ impl Bench {
 /// The name of a verdict, for people.
 pub fn name(verdict: Option<Verdict>) -> &'static str {
     verdict.map_or("not a SYN", |verdict| verdict_name(verdict.0))
+}
+
+/// Does something that has to be done in less than that time. Nothing if it took longer: then it shows nothing.
+pub fn within<T>(limit: Duration, act: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+    let began = Instant::now();
+    let done = act();
+    if began.elapsed() < limit { done.map(Some) } else { Ok(None) }
+}
+
+/// Tries until the machine did not stand still meanwhile.
+pub fn in_time(mut attempt: impl FnMut() -> Result<Option<()>>) -> Result<()> {
+    for _ in 0..10 {
+        if attempt()?.is_some() {
+            return Ok(());
+        }
+    }
+    bail!("this machine is too slow for what has to be done in time")
 }

@@ -79,7 +79,7 @@ pub fn a_failed_attach_keeps_what_detach_kept() -> Result<()> {
     world.fails("-i nothing --attach --quiet")?;
     world.ok("-i c0 --attach --quiet")?;
     world.expect_token(TOKEN, "the token after a failed attach")?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 5, "the counter after a failed attach");
+    world.expect_counter("default", "stamped", 5, "the counter after a failed attach")?;
     Ok(())
 }
 
@@ -161,7 +161,7 @@ pub fn detach_keeps_policy_and_counters() -> Result<()> {
     world.syns(3)?;
     world.ok("-i c0 --attach --quiet")?;
     world.expect_token(TOKEN, "the token after detach and attach")?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "syns")?, 5, "SYNs, without those in between");
+    world.expect_counter("default", "syns", 5, "SYNs, without those in between")?;
     Ok(())
 }
 
@@ -177,13 +177,9 @@ pub fn the_last_destroy_removes_policy_and_counters() -> Result<()> {
     let elsewhere =
         "instance 'default' is still used on another interface or in another network namespace: its policy";
     ensure!(said.contains(elsewhere) && said.contains("stay"), "{said}");
-    // What is attached here it need not wait for; where it does, it is twice as long.
-    ensure!(begin.elapsed() < Duration::from_secs(5), "it took {:?}", begin.elapsed());
-    ensure_eq!(
-        counter(&world.lab, &world.ns, "default", "stamped")?,
-        4,
-        "the counter after the first destroy"
-    );
+    // What is attached here it need not wait for; where it does, that is ten seconds.
+    ensure!(begin.elapsed() < Duration::from_secs(9), "it took {:?}", begin.elapsed());
+    world.expect_counter("default", "stamped", 4, "the counter after the first destroy")?;
     world.ok("-i c0 --attach --quiet")?;
     world.expect_token(TOKEN, "the token after the first destroy")?;
 
@@ -295,8 +291,8 @@ fn expect_quick(world: &World, elsewhere: &str) -> Result<()> {
     let begin = Instant::now();
     let said = String::from_utf8(world.run("-i c0 --destroy")?.stderr)?;
     ensure!(said.contains("instance 'default' is still used"), "{elsewhere}: {said}");
-    // Where it waits, that is twice as long.
-    ensure!(begin.elapsed() < Duration::from_secs(5), "{elsewhere}: it took {:?}", begin.elapsed());
+    // Where it waits, that is ten seconds.
+    ensure!(begin.elapsed() < Duration::from_secs(9), "{elsewhere}: it took {:?}", begin.elapsed());
     world.lab.ok(&format!("{elsewhere} --destroy"))?;
     expect_no_state(&world.lab)
 }

@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 use crate::lab::{Lab, wait_until};
 use crate::look::{expect_no_state, has_clsact};
@@ -45,6 +45,16 @@ pub fn a_clsact_of_an_interface_with_a_used_index_is_not_ours() -> Result<()> {
 
 /// The kernel gives the number of a deleted namespace to a new one: always the lowest that is free.
 pub fn a_clsact_of_a_namespace_with_a_used_number_is_not_ours() -> Result<()> {
+    for _ in 0..20 {
+        if number_is_used_again()? {
+            return Ok(());
+        }
+    }
+    bail!("others took the number of the deleted namespace each time");
+}
+
+/// False if another case has taken the number meanwhile, and may keep it for long.
+fn number_is_used_again() -> Result<bool> {
     let mut lab = Lab::new()?;
     let first = lab.netns("first")?;
     let number = |ns: &str| fs::metadata(format!("/run/netns/{ns}")).map(|metadata| metadata.ino());
@@ -55,19 +65,25 @@ pub fn a_clsact_of_a_namespace_with_a_used_number_is_not_ours() -> Result<()> {
     sh(&format!("ip netns del {first}"))?;
 
     let mut tries = 0;
-    let ns = wait_until("a new namespace with the number of the deleted one", || {
+    let found = wait_until("a new namespace with the number of the deleted one", || {
         tries += 1;
         let ns = lab.netns(&format!("next{tries}"))?;
         let got = number(&ns)?;
         if got > used {
             // Not free yet. A lower number is kept, so that the next one is higher.
             sh(&format!("ip netns del {ns}"))?;
+            let named = fs::read_dir("/run/netns")?.flatten();
+            // One of them may go while we look.
+            let mut numbers = named.filter_map(|entry| Some(fs::metadata(entry.path()).ok()?.ino()));
+            return Ok(numbers.any(|number| number == used).then_some(None));
         }
-        Ok((got == used).then_some(ns))
+        Ok((got == used).then_some(Some(ns)))
     })?;
+    let Some(ns) = found else { return Ok(false) };
     link(&ns)?;
     sh(&format!("tc -n {ns} qdisc add dev d0 clsact"))?;
-    expect_kept(&lab, &ns, "d0")
+    expect_kept(&lab, &ns, "d0")?;
+    Ok(true)
 }
 
 pub fn a_deleted_namespace_leaves_no_mark() -> Result<()> {

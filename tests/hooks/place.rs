@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Result, ensure};
 
-use crate::look::{counter, expect_ours, filters, ours};
+use crate::look::{expect_ours, filters, ours};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
@@ -45,7 +45,7 @@ pub fn another_place_leaves_exactly_one_filter() -> Result<()> {
         expect_place(&world, place).map_err(|error| error.context(flags))?;
     }
     world.syns(3)?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 5, "counters after the moves");
+    world.expect_counter("default", "stamped", 5, "counters after the moves")?;
     ensure!(
         world.one_syn()?.windows(8).any(|w| w == 0x0011_2233_aabb_ccdd_u64.to_be_bytes()),
         "the policy is lost"
@@ -90,11 +90,7 @@ pub fn the_default_is_in_front_of_what_is_there() -> Result<()> {
     let all = filters(&world.ns, "c0", "egress")?;
     ensure!(all.len() == 2 && all[0].contains("netoken_egress"), "ours is not first: {all:#?}");
     world.syns(1)?;
-    ensure_eq!(
-        counter(&world.lab, &world.ns, "default", "stamped")?,
-        1,
-        "SYNs stamped in front of an accept"
-    );
+    world.expect_counter("default", "stamped", 1, "SYNs stamped in front of an accept")?;
     Ok(())
 }
 
@@ -106,11 +102,7 @@ pub fn the_default_is_in_front_of_a_low_priority_too() -> Result<()> {
     world.ok("-i c0 --attach --quiet")?;
     expect_place(&world, "pref 6 bpf chain 0 handle 0x1 ")?;
     world.syns(1)?;
-    ensure_eq!(
-        counter(&world.lab, &world.ns, "default", "stamped")?,
-        1,
-        "SYNs stamped in front of an accept"
-    );
+    world.expect_counter("default", "stamped", 1, "SYNs stamped in front of an accept")?;
     Ok(())
 }
 

@@ -79,13 +79,13 @@ pub fn attaching_twice_keeps_policy_counters_and_place() -> Result<()> {
     let after = ours(&world.ns, "c0")?;
     ensure_eq!(place(&before[0]), place(&after[0]), "the place of the filter");
     ensure!(before != after, "the program was not replaced: {after:?}");
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 5, "SYNs stamped before");
+    world.expect_counter("default", "stamped", 5, "SYNs stamped before")?;
     world.expect_token("00112233aabbccdd", "the token")?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 6, "SYNs stamped in all");
+    world.expect_counter("default", "stamped", 6, "SYNs stamped in all")?;
 
     world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
     world.expect_token("1111111111111111", "the new token")?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 7, "SYNs stamped in the end");
+    world.expect_counter("default", "stamped", 7, "SYNs stamped in the end")?;
     expect_ours(&world.ns, "c0", 1)
 }
 
@@ -143,12 +143,12 @@ pub fn two_interfaces_are_attached_by_one_command() -> Result<()> {
     world.ok("-i c0 -i c1 --attach --quiet")?;
     world.syns(3)?;
     world.syns_to("10.78.0.2:9", 4)?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 7, "SYNs on both interfaces");
+    world.expect_counter("default", "stamped", 7, "SYNs on both interfaces")?;
     world.ok("-i c0 --destroy")?;
     expect_bare(&world.ns, "c0")?;
     expect_ours(&world.ns, "c1", 1)?;
     world.syns_to("10.78.0.2:9", 1)?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 8, "SYNs in the end");
+    world.expect_counter("default", "stamped", 8, "SYNs in the end")?;
     world.ok("-i c1 --destroy")?;
     expect_bare(&world.ns, "c1")?;
     expect_no_state(&world.lab)

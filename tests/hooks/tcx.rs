@@ -55,7 +55,7 @@ pub fn attaching_twice_keeps_the_hook_and_destroy_leaves_nothing() -> Result<()>
     ensure!(second["hook"] == first["hook"] && second["program"] != first["program"], "{second}");
     ensure_eq!(there(&world, "c0")?.len(), 1, "programs at tcx");
     world.expect_token(TOKEN, "the token after that")?;
-    ensure_eq!(counter(&world.lab, &world.ns, "default", "stamped")?, 2, "SYNs stamped in all");
+    world.expect_counter("default", "stamped", 2, "SYNs stamped in all")?;
 
     world.ok("-i c0 --detach")?;
     ensure_eq!(there(&world, "c0")?.len(), 0, "programs at tcx after --detach");

@@ -8,7 +8,8 @@ use std::process::Output;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::lab::{Lab, PATIENCE, wait_until};
+use crate::lab::{Lab, PATIENCE, kernel_counter, wait_until};
+use crate::look::counter;
 
 /// Include/uapi/linux/tcp.h.
 const TCP_SAVE_SYN: libc::c_int = 27;
@@ -83,6 +84,17 @@ impl World {
             }
             Ok(())
         })
+    }
+
+    /// Fails unless an instance has counted so many SYNs; exactly, but for those that the client's TCP sent again.
+    pub fn expect_counter(&self, instance: &str, name: &str, wanted: u64, what: &str) -> Result<()> {
+        let found = counter(&self.lab, &self.ns, instance, name)?;
+        let again = kernel_counter(&self.ns, "TcpExtTCPSynRetrans")?;
+        ensure!(
+            (wanted..=wanted + again).contains(&found),
+            "{what}: {found} counted, not {wanted}, with {again} SYNs sent again"
+        );
+        Ok(())
     }
 
     /// A listener on the server that keeps every SYN.

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
@@ -227,18 +227,6 @@ impl Running {
         }
     }
 
-    /// A line that fits among those that are there by now.
-    #[allow(dead_code)]
-    pub fn wait_for_now(&mut self, fits: impl Fn(&str) -> bool) -> Option<String> {
-        while let Ok(line) = self.lines.try_recv() {
-            self.seen.push(line.clone());
-            if fits(&line) {
-                return Some(line);
-            }
-        }
-        None
-    }
-
     /// Sends a signal.
     pub fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
         Ok(nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id().cast_signed()), signal)?)
@@ -247,8 +235,13 @@ impl Running {
     /// Waits for its end, and returns its exit code and all that it printed.
     pub fn end(mut self) -> Result<(Option<i32>, Vec<String>)> {
         let status = wait_until("the process to end", || Ok(self.child.try_wait()?))?;
-        while let Ok(line) = self.lines.recv_timeout(Duration::from_millis(500)) {
-            self.seen.push(line);
+        // The pipes are closed with it, and nothing but the readers stands between.
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) => self.seen.push(line),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => bail!("somebody else holds its output open"),
+            }
         }
         Ok((status.code(), std::mem::take(&mut self.seen)))
     }
