@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::shown;
+use super::{make_dir, shown};
 
 const TEXT: &str = "toml";
 const BEGUN: &str = "next";
@@ -123,7 +123,8 @@ impl Remembered<'_> {
     fn write(self, number: u64, text: &str, memory: &impl Serialize) -> Result<()> {
         let path = self.text_path(number);
         let write = || -> Result<()> {
-            fs::create_dir_all(self.0)?;
+            // For root alone: it may hold static tokens, and the directory above may be one that others can read.
+            make_dir(self.0)?;
             fs::write(&path, text)?;
             fs::write(self.path(number, BEGUN), serde_json::to_vec(memory)?)?;
             Ok(())
