@@ -107,7 +107,7 @@ fn with_root() -> Vec<Trial> {
             the_files_decide_what_the_kernel_knows
             who_gives_keys_to_the_kernel_waits_for_a_rotation nobody_sees_a_secret
             slots_have_the_length_that_was_asked_for
-            a_stream_follows_a_step_of_the_clock_within_two_seconds
+            a_stream_and_a_watch_follow_a_step_of_the_clock_within_two_seconds
             a_time_namespace_does_not_shift_the_clock;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
             a_directory_that_is_full_is_named_and_the_policy_stays a_name_that_is_no_utf8_is_a_name
@@ -115,6 +115,7 @@ fn with_root() -> Vec<Trial> {
             a_query_names_a_broken_instance a_query_finds_what_is_attached_without_its_state
             what_a_killed_attach_began_to_remember_is_no_policy;
         guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
+            an_output_that_is_closed_ends_it
             a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;
         upgrade: a_map_of_another_shape_is_replaced_and_the_loss_told
