@@ -67,7 +67,8 @@ fn everywhere() -> Vec<Trial> {
             a_good_file_is_checked_without_rights_and_warnings_are_told;
         names: an_unknown_namespace_is_named;
         tokens: the_vectors_are_made_and_found_valid a_token_that_is_not_valid_is_exit_code_1_and_says_why
-            a_capture_is_decoded what_is_wrong_with_a_capture_is_named;
+            a_capture_is_decoded what_is_wrong_with_a_capture_is_named
+            an_output_that_nobody_reads_makes_no_wrong_token_right;
         rights: without_rights_the_capabilities_and_the_remedy_are_named;
     ]
 }
