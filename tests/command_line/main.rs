@@ -131,7 +131,8 @@ fn with_root() -> Vec<Trial> {
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace a_hangup_that_the_parent_ignores_stays_ignored detach_on_exit_removes_everything
             a_signal_during_the_attach_detaches_on_exit an_output_that_nobody_reads_does_not_keep_it_alive
-            detach_on_exit_leaves_what_others_use a_sample_counts_all_and_shows_some
+            detach_on_exit_leaves_what_others_use detach_on_exit_names_what_was_there_before
+            a_second_signal_ends_the_wait_of_detach_on_exit a_destroy_leaves_nothing_for_who_streams_or_watches a_sample_counts_all_and_shows_some
             every_syn_is_shown_once the_columns_stand_under_their_heads what_is_counted_is_shown_before_the_count;
         output: an_early_reader_ends_the_stream_in_peace a_closed_pipe_is_no_error_anywhere
             a_closed_output_is_no_panic an_output_that_is_full_is_an_error
