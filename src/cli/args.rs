@@ -100,7 +100,7 @@ pub struct Args {
           value_parser = clap::value_parser!(u32).range(1..))]
     sample: Option<u32>,
 
-    /// Remove everything again when the stream ends
+    /// Remove everything again when the stream ends, also what was attached before
     #[arg(long, help_heading = "With --attach", conflicts_with = "quiet", conflicts_with_all = OTHER_MODES)]
     detach_on_exit: bool,
 

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 
@@ -148,7 +149,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let Stream { reader, watch } = stream;
     let left = watch.end();
     drop((reader, reading));
-    leave(scope, options, &instance, &left)?;
+    leave(scope, options, &instance, &left, &signals.stop)?;
     match end? {
         End::Asked => Ok(()),
         End::NothingLeft => bail!("streaming: no interface is left here that netoken is attached to"),
@@ -199,18 +200,32 @@ impl Given<'_> {
 }
 
 /// Removes all of it, or says how to.
-fn leave(scope: &Scope, options: &AttachOptions, instance: &Instance, left: &Left) -> Result<()> {
+fn leave(
+    scope: &Scope,
+    options: &AttachOptions,
+    instance: &Instance,
+    left: &Left,
+    stop: &AtomicBool,
+) -> Result<()> {
     if options.detach_on_exit {
-        return detach::remove(scope, left);
+        // What ended the stream is done with: another signal ends the wait for other commands.
+        stop.store(false, Ordering::Relaxed);
+        let locked = State::create_unless(Some(stop))
+            .with_context(|| format!("detaching from {}", scope.ifaces.join(", ")));
+        let (state, lock) = locked.inspect_err(|_| still_attached(scope, left))?;
+        return detach::remove(scope, left, &state, lock);
     }
-    if left.is_replaced_by(instance) {
-        return Ok(());
+    if !left.is_replaced_by(instance) {
+        still_attached(scope, left);
     }
+    Ok(())
+}
+
+fn still_attached(scope: &Scope, left: &Left) {
     for watched in &left.links {
         let name = &watched.link.name;
         note!("still attached to {name}; remove it with: netoken {} --destroy", scope.flags(name));
     }
-    Ok(())
 }
 
 /// An interface that can be attached to.
@@ -392,6 +407,12 @@ impl Job<'_> {
                 note!("{} is down: nothing leaves by it until: {} link set {0} up", link.name, tool("ip"));
             }
             notes.iter().for_each(|note| note!("{}: {note}", link.name));
+            if self.options.detach_on_exit && (replaced || done.moved()) {
+                note!(
+                    "{} was stamped before, and will not be when this ends: --detach-on-exit removes it as well",
+                    link.name
+                );
+            }
         }
         let (before_s, now_s) = (self.slots.0 / 1_000_000_000, self.slots.1 / 1_000_000_000);
         if before_s != now_s {

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::guard::print_json;
 use super::table::table;
-use crate::guard::blocked::{Blocked, read, unblock};
+use crate::guard::blocked::{Blocked, unblock};
 use crate::guard::events::Alert;
 use crate::guard::program::GuardMaps;
 use crate::policy::values::Prefix;
@@ -38,8 +38,7 @@ enum Record<'a> {
 }
 
 /// Prints the sources of an instance that are blocked now, if there are any.
-pub(super) fn print_blocked(json: bool, instance: &str, maps: &GuardMaps) -> Result<()> {
-    let found = read(maps)?;
+pub(super) fn print_blocked(json: bool, instance: &str, found: &[Blocked]) -> Result<()> {
     if json {
         return found.iter().try_for_each(|blocked| print_json(&Record::AutoBlocked { instance, blocked }));
     }

@@ -55,8 +55,7 @@ impl Target {
 }
 
 /// Removes what a stream leaves, wherever it is by now, and tells.
-pub(super) fn remove(scope: &Scope, left: &Left) -> Result<()> {
-    let (state, lock) = State::create()?;
+pub(super) fn remove(scope: &Scope, left: &Left, state: &State, lock: Lock) -> Result<()> {
     if left.is_replaced_by(&state.instance(&scope.instance)) {
         note!("instance '{}' was destroyed meanwhile; what is attached now stays", scope.instance);
         return Ok(());
@@ -73,7 +72,7 @@ pub(super) fn remove(scope: &Scope, left: &Left) -> Result<()> {
     }
     let moved = elsewhere.into_iter().filter_map(tcx::whereabouts);
     targets.extend(moved.map(|(netns, link)| Target { netns: Some(netns), link }));
-    remove_from(scope, &state, lock, targets, true, false)
+    remove_from(scope, state, lock, targets, true, false)
 }
 
 /// Does everything first, and then tells: that nobody can be told must not leave anything behind. What was done is told

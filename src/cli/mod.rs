@@ -5,6 +5,7 @@ mod attach;
 mod blocked;
 mod detach;
 mod difference;
+mod found;
 mod guard;
 mod key;
 mod outdated;

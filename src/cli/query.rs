@@ -1,63 +1,26 @@
 //! `--query`: what is attached where, since when, and what it has done.
 
-use std::collections::BTreeSet;
 use std::io::{self, Write};
-use std::ops::Not;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
-use nix::time::{ClockId, clock_gettime};
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::args::Scope;
-use super::told::{RISK, Remarks, Told};
+use super::detach::first_of;
+use super::found::{Found, Held, Kind, Place, find};
+use super::told::RISK;
 use crate::clock::{self, Source};
 use crate::counters::Counters;
-use crate::events::model::since_epoch;
 use crate::events::show::totals_line;
-use crate::hooks::egress::{self, Stamp, stamps};
-use crate::hooks::loaded::loaded_by;
-use crate::hooks::netlink::Netlink;
+use crate::hooks::egress::{Stamp, stamps};
 use crate::kernel::Kernel;
-use crate::netns::{Netns, look_into};
 use crate::policy::running::{self, Outline};
 use crate::privileges;
 use crate::program::Maps;
-use crate::state::{Instance, State};
+use crate::state::Instance;
 
-/// One filter of ours, as `--json` prints it.
-#[derive(Serialize)]
-#[serde(tag = "type", rename = "hook")]
-struct Hook {
-    /// Name of the network namespace; empty for the one that the command ran in.
-    netns: String,
-    netns_inode: u32,
-    interface: String,
-    #[serde(serialize_with = "hook_name")]
-    hook: egress::Hook,
-    program: u32,
-    /// None at tcx.
-    handle: Option<u32>,
-    priority: Option<u16>,
-    /// None if the pins of its instance are gone.
-    instance: Option<String>,
-    /// When its program was loaded, RFC 3339 in UTC with seconds.
-    since: String,
-    /// Foreign filters that see a packet first and may end its way.
-    filters_before: usize,
-    /// Programs at tcx, in front of all filters.
-    tcx_before: usize,
-    /// Only if it is so: another version of netoken has loaded it, and no command changes what it goes by.
-    #[serde(skip_serializing_if = "Not::not")]
-    outdated: bool,
-    /// What its program was told; nothing if another version of netoken has loaded it.
-    #[serde(flatten)]
-    told: Option<Told>,
-}
-
-fn hook_name<S: Serializer>(hook: &egress::Hook, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(hook.name())
-}
+const STAMPS: Kind = Kind { record: "hook", command: "netoken", risk: RISK };
 
 /// The counters of one instance, as `--json` prints them.
 #[derive(Serialize)]
@@ -71,8 +34,8 @@ struct InstanceCounters<'a> {
 /// The wall clock of an instance's keyed tokens, as `--json` prints it.
 #[derive(Serialize)]
 #[serde(tag = "type", rename = "clock")]
-struct InstanceClock<'a> {
-    instance: &'a str,
+struct InstanceClock {
+    instance: String,
     source: Source,
     /// Unix time as the classifier sees it.
     unix_s: u64,
@@ -80,66 +43,56 @@ struct InstanceClock<'a> {
     slot: u64,
 }
 
-/// An instance and what it holds.
-struct Held {
-    name: String,
-    /// A filter of it was found.
-    is_attached: bool,
-    maps: Maps,
+/// What is read of an instance.
+struct Read {
     counters: Counters,
     /// Where it cannot be read, the rest is as good.
     policy: Result<Option<Outline>>,
+    /// Of no interest where no token is keyed.
+    clock: Option<InstanceClock>,
 }
 
 pub(super) fn run(scope: &Scope) -> Result<()> {
     privileges::check("looking for attached programs")?;
-    // Also without any: what was attached goes on when its state is lost.
-    let state = State::find()?;
-    let instances = state.as_ref().map_or(Vec::new(), State::instances);
-    let hooks = find(scope, &instances)?;
-    let held = match held(scope, instances, &hooks) {
-        Ok(held) => held,
-        Err(error) => {
-            print(scope, &hooks, &[]).context("writing to standard output")?;
-            return Err(error);
-        }
-    };
-    if hooks.is_empty() {
+    let found = find(scope, &STAMPS, |netlink, link, programs| {
+        Ok(stamps(netlink, link.index, programs)?.into_iter().map(place).collect())
+    })?;
+    let (held, failed) = found.read(scope, |_| true, read);
+    if found.hooks.is_empty() {
         nothing(scope, &held)?;
     }
-    print(scope, &hooks, &held).context("writing to standard output")
+    let printed = print(scope, &found, &held).context("writing to standard output");
+    first_of(failed).and(printed)
 }
 
-/// Every instance that has a hook and, unless an interface was named, those that have none.
-fn held(scope: &Scope, instances: Vec<Instance>, hooks: &[Hook]) -> Result<Vec<Held>> {
-    let attached: BTreeSet<&str> = hooks.iter().filter_map(|hook| hook.instance.as_deref()).collect();
-    let mut held = Vec::new();
-    for instance in instances {
-        let is_attached = attached.contains(&*instance.name);
-        if !is_attached && (!scope.ifaces.is_empty() || !scope.wants(Some(&instance.name))) {
-            continue;
-        }
-        match hold(&instance, is_attached) {
-            Ok(one) => held.push(one),
-            Err(error) if is_attached => return Err(error),
-            // It may have been removed meanwhile; an attach that was killed leaves one without all of its maps.
-            Err(error) if instance.pins.exists() => note!(
-                "netoken: {error:#}; nothing is attached with it here, and the next --attach or --destroy mends it"
-            ),
-            Err(_) => {}
-        }
+fn place(stamp: Stamp) -> Place {
+    Place {
+        hook: stamp.hook.name(),
+        program: stamp.program,
+        loaded: stamp.loaded,
+        filter: stamp.filter,
+        filters_before: stamp.before,
+        tcx_before: stamp.tcx_before,
+        to_the_front: stamp.hook.to_the_front(),
     }
-    Ok(held)
 }
 
-fn hold(instance: &Instance, is_attached: bool) -> Result<Held> {
+fn read(instance: &Instance) -> Result<Read> {
     let maps = instance.maps()?;
-    let counters = Counters::read(&maps)?;
-    let policy = running::outline(instance, &maps);
-    Ok(Held { name: instance.name.clone(), is_attached, maps, counters, policy })
+    let clock = if maps.keys.any()? { Some(clock_of(instance, &maps)?) } else { None };
+    Ok(Read { counters: Counters::read(&maps)?, policy: running::outline(instance, &maps), clock })
 }
 
-fn nothing(scope: &Scope, held: &[Held]) -> Result<()> {
+fn clock_of(instance: &Instance, maps: &Maps) -> Result<InstanceClock> {
+    let published = clock::published(&maps.clock)?;
+    let source = Source::choose(Kernel::probe());
+    let unix_s = clock::as_seen(&published, source)?.as_secs();
+    let slot_s = published.slot_ns / 1_000_000_000;
+    let slot = unix_s.checked_div(slot_s).unwrap_or_default();
+    Ok(InstanceClock { instance: instance.name.clone(), source, unix_s, slot_s, slot })
+}
+
+fn nothing(scope: &Scope, held: &[Held<Read>]) -> Result<()> {
     if !scope.ifaces.is_empty() {
         bail!(
             "looking for filters of ours on {0}{2}: there are none; attach one with: netoken {1} --attach",
@@ -165,66 +118,23 @@ fn nothing(scope: &Scope, held: &[Held]) -> Result<()> {
     Ok(())
 }
 
-fn find(scope: &Scope, instances: &[Instance]) -> Result<Vec<Hook>> {
-    // With an interface or a namespace that was named, only there; else everywhere that has a name.
-    let places = match scope.ifaces.is_empty() && scope.netns.is_none() {
-        true => Netns::all()?,
-        false => vec![Netns::current()?],
-    };
-    let programs = loaded_by(instances)?;
-    let boot =
-        SystemTime::now() - clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-    let named = scope.netns.as_deref().unwrap_or_default();
-
-    look_into(&places, |netns| {
-        let name = if netns.name.is_empty() { named } else { &netns.name };
-        let mut netlink = Netlink::connect()?;
-        let links = scope.find_or_all(netlink.links()?)?;
-        let mut found = Vec::new();
-        for link in links {
-            let mut ours = stamps(&mut netlink, link.index, &programs)?;
-            ours.retain(|ours| scope.wants(ours.loaded.instance.as_deref()));
-            found.extend(ours.into_iter().map(|ours| hook(name, netns.inode(), &link.name, ours, boot)));
-        }
-        Ok(found)
-    })
-}
-
-fn hook(netns: &str, netns_inode: u32, interface: &str, ours: Stamp, boot: SystemTime) -> Hook {
-    Hook {
-        netns: netns.to_string(),
-        netns_inode,
-        told: Told::of(&ours.loaded),
-        interface: interface.to_string(),
-        hook: ours.hook,
-        program: ours.program,
-        handle: ours.filter.as_ref().map(|filter| filter.handle),
-        priority: ours.filter.as_ref().map(|filter| filter.priority),
-        outdated: ours.loaded.is_outdated,
-        instance: ours.loaded.instance,
-        since: humantime::format_rfc3339_seconds(since_epoch(boot + ours.loaded.loaded_at)).to_string(),
-        filters_before: ours.before,
-        tcx_before: ours.tcx_before,
-    }
-}
-
-fn print(scope: &Scope, hooks: &[Hook], held: &[Held]) -> Result<()> {
+fn print(scope: &Scope, found: &Found, all: &[Held<Read>]) -> Result<()> {
     let mut out = io::stdout().lock();
     if scope.json {
-        hooks.iter().try_for_each(|hook| print_json(&mut out, hook))?;
-    } else if !hooks.is_empty() {
-        table(&mut out, hooks)?;
+        found.hooks.iter().try_for_each(|hook| print_json(&mut out, hook))?;
+    } else if !found.hooks.is_empty() {
+        found.table(&mut out, &STAMPS)?;
     }
-    for (at, held) in held.iter().enumerate() {
-        let Held { name: instance, is_attached, maps, counters, policy } = held;
+    for (at, Held { instance, is_attached, held: Read { counters, policy, clock } }) in all.iter().enumerate()
+    {
         if scope.json {
             print_json(&mut out, &InstanceCounters { instance, counters })?;
         } else {
-            if at > 0 || !hooks.is_empty() {
+            if at > 0 || !found.hooks.is_empty() {
                 writeln!(out)?;
             }
-            let found = if *is_attached { "" } else { ", no filter here" };
-            writeln!(out, "instance '{instance}'{found}: {}", totals_line(counters, 0))?;
+            let here = if *is_attached { "" } else { ", no filter here" };
+            writeln!(out, "instance '{instance}'{here}: {}", totals_line(counters, 0))?;
         }
         match policy {
             Ok(Some(policy)) if scope.json => print_json(&mut out, policy)?,
@@ -233,10 +143,7 @@ fn print(scope: &Scope, hooks: &[Hook], held: &[Held]) -> Result<()> {
             Ok(None) => writeln!(out, "  policy: none")?,
             Err(error) => note!("netoken: {error:#}"),
         }
-        // Of no interest where no token is keyed.
-        if maps.keys.any()? {
-            print_clock(&mut out, scope, instance, maps)?;
-        }
+        clock.as_ref().map_or(Ok(()), |clock| print_clock(&mut out, scope, clock))?;
     }
     Ok(())
 }
@@ -245,58 +152,16 @@ fn print_json(out: &mut impl Write, record: &impl Serialize) -> Result<()> {
     Ok(writeln!(out, "{}", serde_json::to_string(record)?)?)
 }
 
-fn print_clock(out: &mut impl Write, scope: &Scope, instance: &str, maps: &Maps) -> Result<()> {
-    let published = clock::published(&maps.clock)?;
-    let source = Source::choose(Kernel::probe());
-    let unix = clock::as_seen(&published, source)?;
-    let slot_s = published.slot_ns / 1_000_000_000;
-    let slot = unix.as_secs().checked_div(slot_s).unwrap_or_default();
+fn print_clock(out: &mut impl Write, scope: &Scope, clock: &InstanceClock) -> Result<()> {
     if scope.json {
-        let record = InstanceClock { instance, source, unix_s: unix.as_secs(), slot_s, slot };
-        return print_json(out, &record);
+        return print_json(out, clock);
     }
-    let time = humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + unix);
+    let InstanceClock { source, unix_s, slot_s, slot, .. } = clock;
+    let time = humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(*unix_s));
     writeln!(
         out,
         "  keyed tokens go by {}, which makes it {time}: slot {slot} of {slot_s} s",
         source.name()
     )?;
-    Ok(())
-}
-
-fn table(out: &mut impl Write, hooks: &[Hook]) -> Result<()> {
-    let heads = ["NETNS", "INTERFACE", "HOOK", "PROGRAM", "HANDLE", "PRIORITY", "INSTANCE", "SINCE (UTC)"];
-    let none = || "-".to_string();
-    let rows: Vec<_> = hooks
-        .iter()
-        .map(|hook| {
-            [
-                if hook.netns.is_empty() { none() } else { hook.netns.clone() },
-                hook.interface.clone(),
-                hook.hook.name().to_string(),
-                hook.program.to_string(),
-                hook.handle.map_or_else(none, |handle| format!("{handle:#x}")),
-                hook.priority.map_or_else(none, |priority| priority.to_string()),
-                hook.instance.clone().unwrap_or("(pins lost)".to_string()),
-                hook.since.clone(),
-            ]
-        })
-        .collect();
-    super::table::table(out, heads, &rows)?;
-    hooks.iter().try_for_each(|hook| {
-        let remarks = Remarks {
-            command: "netoken",
-            netns: &hook.netns,
-            interface: &hook.interface,
-            instance: hook.instance.as_deref(),
-            told: hook.told.as_ref(),
-            outdated: hook.outdated,
-            filters_before: hook.filters_before,
-            tcx_before: hook.tcx_before,
-            risk: RISK,
-            to_the_front: hook.hook.to_the_front(),
-        };
-        remarks.write(out)
-    })?;
     Ok(())
 }

@@ -362,7 +362,7 @@ fn run_check(args: &TokenArgs, wanted: &CheckArgs) -> Result<()> {
     let verifier = Verifier { keys: &keys, slots, binds: &binds };
     let checked = verifier.check(wanted.token, &flow, time.unwrap_or_else(clock::now));
     let verdict = Verdict::new(wanted.token, Some(checked.map_err(Reason::Refused)));
-    if args.json {
+    let told = if args.json {
         #[derive(Serialize)]
         #[serde(tag = "type", rename = "check")]
         struct Record {
@@ -372,12 +372,14 @@ fn run_check(args: &TokenArgs, wanted: &CheckArgs) -> Result<()> {
         }
         let record = Record { token: wanted.token, verdict };
         writeln!(io::stdout(), "{}", serde_json::to_string(&record)?)
-            .context("writing to standard output")?;
     } else if checked.is_ok() {
-        writeln!(io::stdout(), "{verdict}").context("writing to standard output")?;
-    }
+        writeln!(io::stdout(), "{verdict}")
+    } else {
+        Ok(())
+    };
     match checked {
-        Ok(_) => Ok(()),
+        Ok(_) => told.context("writing to standard output"),
+        // Also where nobody reads the output, which would be no failure.
         Err(refusal) => bail!("the token {} is not valid: {refusal}", wanted.token),
     }
 }
@@ -432,8 +434,8 @@ fn run_decode(args: &TokenArgs, wanted: &DecodeArgs) -> Result<()> {
         // Somebody may be watching.
         if is_stdin { out.flush().context("writing to standard output") } else { Ok(()) }
     });
-    // What stands before the damage is worth something.
-    out.flush().context("writing to standard output")?;
+    // What stands before the damage is worth something; that nobody reads it does not undo the damage.
+    let told = out.flush().context("writing to standard output");
     read.with_context(|| format!("reading the capture {name}"))?;
     if let Some(link_type) = unknown {
         bail!(
@@ -444,7 +446,7 @@ fn run_decode(args: &TokenArgs, wanted: &DecodeArgs) -> Result<()> {
     if !args.json {
         note!("{syns} SYN{} in {frames} packets", if syns == 1 { "" } else { "s" });
     }
-    Ok(())
+    told
 }
 
 fn print_syn(

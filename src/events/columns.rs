@@ -28,7 +28,8 @@ struct Patient {
 
 impl Patient {
     fn gives_up(&mut self) -> bool {
-        if !self.stop.load(Ordering::Relaxed) {
+        // Once told, for good: a stream that ends uses the flag again.
+        if self.until.is_none() && !self.stop.load(Ordering::Relaxed) {
             return false;
         }
         Instant::now() >= *self.until.get_or_insert_with(|| Instant::now() + GRACE)

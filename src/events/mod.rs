@@ -2,11 +2,12 @@
 //!
 //! [`buffer`] and [`reader`] take events out of the kernel, [`model`] gives them a meaning, [`rules`] and [`interfaces`]
 //! know what is called how, [`show`] prints them in [`columns`], [`watch`] notices when an interface or a filter
-//! disappears, [`stream`] runs all of it until it is told to stop.
+//! disappears, [`stream`] runs all of it until it is told to stop, of which [`look`] knows.
 
 pub mod buffer;
 pub mod columns;
 pub mod interfaces;
+pub mod look;
 pub mod model;
 pub mod reader;
 pub mod rules;

@@ -1,24 +1,19 @@
 //! Runs the metrics stream: reads, prints and watches until it is told to stop, the reader of its output goes
 //! away, or nothing is attached any more.
 
-use std::io;
-use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::look::{LOOK, goes_on};
 use super::reader::Reader;
 use super::show::{Output, Record};
 use super::watch::Watch;
-use crate::clock;
 use crate::counters::Counters;
 use crate::is_closed_pipe;
 use crate::program::Maps;
 
-/// How long a look at the buffer may wait; also how late a signal is noticed at most.
-const LOOK: Duration = Duration::from_millis(100);
 /// How often totals are printed, if they have changed.
 const TOTALS: Duration = Duration::from_secs(1);
 
@@ -70,12 +65,10 @@ impl Stream<'_> {
         output.heads()?;
         output.flush()?;
         let end = loop {
-            if stop.load(Ordering::Relaxed) || is_output_closed() {
+            if !goes_on(&self.maps.clock, stop)? {
                 break End::Asked;
             }
             self.events(reader, output, LOOK)?;
-            // The wall clock may have been set.
-            clock::publish(&self.maps.clock, None)?;
             report_changes(output, watch)?;
             if !watch.has_links() {
                 break End::NothingLeft;
@@ -131,14 +124,4 @@ fn report_changes(output: &mut Output, watch: &mut Watch<'_>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// True once nobody reads standard output any more, also while there is nothing to print.
-fn is_output_closed() -> bool {
-    let stdout = io::stdout();
-    let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
-    match poll(&mut fds, PollTimeout::ZERO) {
-        Ok(_) => fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR)),
-        Err(_) => false,
-    }
 }

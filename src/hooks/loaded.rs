@@ -115,6 +115,27 @@ pub fn loaded_by(instances: &[Instance]) -> Result<HashMap<u32, Loaded>> {
         .collect())
 }
 
+/// Looks at what is attached, and again if a program was loaded meanwhile: one who lists the programs first and then what
+/// is attached would take that for somebody else's. Where others load without end, what was seen last is what there is.
+///
+/// # Errors
+/// The kernel refused to name its programs, or the look failed.
+pub fn look_in_peace<T>(mut look: impl FnMut() -> Result<T>) -> Result<T> {
+    let mut left = TRIES;
+    loop {
+        let mut newest = 0;
+        while let Some(id) = program_after(newest)? {
+            newest = id;
+        }
+        let seen = look()?;
+        left -= 1;
+        // Ids only grow.
+        if left == 0 || program_after(newest)?.is_none() {
+            return Ok(seen);
+        }
+    }
+}
+
 /// Keeps a program loaded; nothing if it has just gone, and with it from wherever it was attached.
 pub(super) fn keep(id: u32) -> Result<Option<OwnedFd>> {
     match libbpf_rs::Program::fd_from_id(id) {
@@ -131,38 +152,32 @@ pub(super) fn program_name(id: u32) -> Result<String> {
     Ok(name.unwrap_or_default().to_string_lossy().into_owned())
 }
 
-/// How often to begin again if programs are loaded while they are listed.
+/// How often to begin again if programs are loaded while they are looked at.
 const TRIES: usize = 20;
+const LISTING: &str = "listing the loaded BPF programs";
 
 /// Every program that is loaded. The iterator ends without a word where the kernel refuses, and a list that is
 /// too short would make our own filters look like somebody else's; so its end is held against the kernel's.
 fn every_program() -> Result<Vec<ProgramInfo>> {
-    let doing = "listing the loaded BPF programs";
     for _ in 0..TRIES {
         let options = ProgInfoQueryOptions::default().include_map_ids(true);
         let programs: Vec<ProgramInfo> = ProgInfoIter::with_query_opts(options).collect();
-        match program_after(programs.last().map_or(0, |program| program.id)) {
-            Ok(None) => return Ok(programs),
-            // It has come meanwhile, or it is the one at which the list broke off.
-            Ok(Some(id)) => match libbpf_rs::Program::fd_from_id(id) {
-                Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
-                    return Err(error).with_context(|| format!("{doing}: looking at program {id}"));
-                }
-                _ => {}
-            },
-            Err(Errno::EPERM) => {
-                bail!(
-                    "{doing}: permission denied; it needs CAP_SYS_ADMIN outside of any user namespace (try sudo)"
-                )
+        let Some(id) = program_after(programs.last().map_or(0, |program| program.id))? else {
+            return Ok(programs);
+        };
+        // It has come meanwhile, or it is the one at which the list broke off.
+        match libbpf_rs::Program::fd_from_id(id) {
+            Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("{LISTING}: looking at program {id}"));
             }
-            Err(errno) => return Err(errno).context(doing),
+            _ => {}
         }
     }
-    bail!("{doing}: others are loaded faster than they can be listed; try again")
+    bail!("{LISTING}: others are loaded faster than they can be listed; try again")
 }
 
 /// The id of the next program after that one; nothing if it is the last.
-fn program_after(id: u32) -> Result<Option<u32>, Errno> {
+fn program_after(id: u32) -> Result<Option<u32>> {
     let mut next = 0;
     // SAFETY: the pointer is valid for the call, which writes one u32 to it.
     let result = unsafe { libbpf_sys::bpf_prog_get_next_id(id, &mut next) };
@@ -170,7 +185,12 @@ fn program_after(id: u32) -> Result<Option<u32>, Errno> {
     match Errno::from_raw(-result) {
         _ if result == 0 => Ok(Some(next)),
         Errno::ENOENT => Ok(None),
-        errno => Err(errno),
+        Errno::EPERM => {
+            bail!(
+                "{LISTING}: permission denied; it needs CAP_SYS_ADMIN outside of any user namespace (try sudo)"
+            )
+        }
+        errno => Err(errno).context(LISTING),
     }
 }
 

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{DIR_VARIABLE, Instance, State};
+use super::{DIR_VARIABLE, Instance, State, in_first_mount_namespace};
 
 /// What the name of a reader's file ends in.
 const READER: &str = "reader";
@@ -44,6 +44,8 @@ pub enum EventsOf {
 #[derive(Debug)]
 pub struct ReaderLock {
     path: PathBuf,
+    /// Where the state is, for every process.
+    state: PathBuf,
     _lock: Flock<File>,
 }
 
@@ -110,7 +112,7 @@ impl State {
                 Ok(mut held) if same_file(&held, &path) => {
                     // Only a name for who is refused.
                     sign(&mut held).ok();
-                    return Ok(ReaderLock { path, _lock: held });
+                    return Ok(ReaderLock { path, state: self.path.clone(), _lock: held });
                 }
                 Ok(_) => continue,
                 Err((mut file, _)) => {
@@ -143,6 +145,9 @@ impl State {
 impl Drop for ReaderLock {
     fn drop(&mut self) {
         fs::remove_file(&self.path).ok();
+        // A destroy meanwhile has left the directory for this file alone; with anything else in it, it stays.
+        let state = self.state.clone();
+        in_first_mount_namespace(move || Ok(fs::remove_dir(state)?)).ok();
     }
 }
 

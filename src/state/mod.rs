@@ -218,7 +218,7 @@ impl State {
             unmount(&path.join("bpf"))?;
             fs::remove_dir(path.join("bpf")).ok();
             fs::remove_file(path.join("lock")).ok();
-            // Not empty while a reader still runs: then it stays.
+            // Not empty while a reader still runs, which then removes it at its end.
             fs::remove_dir(&path).ok();
             Ok(())
         })

@@ -97,6 +97,27 @@ pub fn an_output_that_nobody_reads_does_not_keep_it_alive() -> Result<()> {
     Ok(())
 }
 
+/// As with `guard --watch | head -1`, also while nothing comes in.
+pub fn an_output_that_is_closed_ends_it() -> Result<()> {
+    let world = guarded()?;
+    for flags in ["", "--json"] {
+        // Not inherited, or the watch would read its own output.
+        let (reader, writer) = std::io::pipe()?;
+        let mut command = world.lab.netoken(&format!("guard --watch {flags}"));
+        let mut child = command.stdout(writer).stderr(Stdio::null()).spawn()?;
+        drop(command);
+        let lock = world.lab.run.join("default.guard.reader");
+        wait_until("the watch to begin", || Ok(lock.exists().then_some(())))?;
+        drop(reader);
+        let ended = wait_until("the end of the watch", || Ok(child.try_wait()?));
+        child.kill().ok();
+        child.wait()?;
+        ensure_eq!(ended?.code(), Some(0), "the exit code with '{flags}'");
+        ensure!(!lock.exists(), "its lock is still there");
+    }
+    Ok(())
+}
+
 /// A guard that is attached again has other maps, of which one who watches the old ones would never hear.
 pub fn a_destroyed_guard_ends_the_watch() -> Result<()> {
     let world = guarded()?;

@@ -413,15 +413,38 @@ pub fn slots_have_the_length_that_was_asked_for() -> Result<()> {
     Ok(())
 }
 
-/// A stream puts a clock right that went wrong, as it does after a step of the wall clock.
-pub fn a_stream_follows_a_step_of_the_clock_within_two_seconds() -> Result<()> {
+/// A stream puts a clock right that went wrong, as it does after a step of the wall clock; so does who watches a guard,
+/// which may be all that there is on a host.
+pub fn a_stream_and_a_watch_follow_a_step_of_the_clock_within_two_seconds() -> Result<()> {
     let world = World::new()?;
     let policy = write_policy(&world.lab)?;
     world.lab.ok("key new edge")?;
-    let mut stream = Running::start(
-        &mut world.lab.netoken(&world.args(&format!("-i c0 --attach --json --policy {policy}"))),
+    let map =
+        follows(&world, &world.args(&format!("-i c0 --attach --json --policy {policy}")), "\"attached\"")?;
+    // Without either, any command does it.
+    let right = netoken::clock::published(&map)?;
+    let mut wrong = right;
+    wrong.tai_offset_ns += 3_600_000_000_000;
+    for args in ["key list", "-i c0 --query"] {
+        netoken::clock::write(&map, &wrong)?;
+        world.lab.ok(&if args.starts_with('-') { world.args(args) } else { args.to_string() })?;
+        ensure_eq!(netoken::clock::published(&map)?.tai_offset_ns, right.tai_offset_ns, "after {args}");
+    }
+    world.ok("-i c0 --destroy")?;
+    let rules = world.lab.run.with_extension("guard.toml");
+    fs::write(
+        &rules,
+        "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n",
     )?;
-    stream.wait_for("the stream to begin", |line| line.contains("\"attached\""))?;
+    world.lab.ok(&format!("guard --netns {} -i c0 --attach --rules {}", world.ns, rules.display()))?;
+    follows(&world, "guard --watch", "TIME (UTC)").map(drop)
+}
+
+/// Runs what streams until it has put the clock right several times, and returns the clock. It prints `first` when it has
+/// begun.
+fn follows(world: &World, args: &str, first: &str) -> Result<libbpf_rs::MapHandle> {
+    let mut stream = Running::start(&mut world.lab.netoken(args))?;
+    stream.wait_for("the stream to begin", |line| line.contains(first))?;
     let map = libbpf_rs::MapHandle::from_pinned_path(world.lab.run.join("bpf/default/clock"))?;
     let step = |step_s: i64| -> Result<std::time::Duration> {
         let right = netoken::clock::published(&map)?;
@@ -446,20 +469,10 @@ pub fn a_stream_follows_a_step_of_the_clock_within_two_seconds() -> Result<()> {
             }
             took = step(step_s)?;
         }
-        println!("a step of {step_s} s was picked up after {took:?}");
-        ensure!(took.as_secs_f64() < 2.0, "a step of {step_s} s was picked up after {took:?}");
+        println!("{args}: a step of {step_s} s was picked up after {took:?}");
+        ensure!(took.as_secs_f64() < 2.0, "{args}: a step of {step_s} s was picked up after {took:?}");
     }
-    // Without a stream, any command does it.
-    drop(stream);
-    let right = netoken::clock::published(&map)?;
-    let mut wrong = right;
-    wrong.tai_offset_ns += 3_600_000_000_000;
-    for args in ["key list", "-i c0 --query"] {
-        netoken::clock::write(&map, &wrong)?;
-        world.lab.ok(&if args.starts_with('-') { world.args(args) } else { args.to_string() })?;
-        ensure_eq!(netoken::clock::published(&map)?.tai_offset_ns, right.tai_offset_ns, "after {args}");
-    }
-    Ok(())
+    Ok(map)
 }
 
 /// A time namespace shows a command another boot time than the one that the classifier reads.

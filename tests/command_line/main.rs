@@ -68,7 +68,8 @@ fn everywhere() -> Vec<Trial> {
         names: an_unknown_namespace_is_named;
         progress: what_is_wrong_has_colours_where_they_are_wanted;
         tokens: the_vectors_are_made_and_found_valid a_token_that_is_not_valid_is_exit_code_1_and_says_why
-            a_capture_is_decoded what_is_wrong_with_a_capture_is_named;
+            a_capture_is_decoded what_is_wrong_with_a_capture_is_named
+            an_output_that_nobody_reads_makes_no_wrong_token_right;
         rights: without_rights_the_capabilities_and_the_remedy_are_named;
     ]
 }
@@ -101,6 +102,7 @@ fn with_root() -> Vec<Trial> {
             a_change_while_files_are_read_is_not_missed a_list_that_is_mended_is_noticed a_reload_that_waits_ends_with_a_signal;
         query: the_policy_and_what_programs_were_told_are_shown instances_without_filters_are_shown
             one_instance_can_be_asked_for an_instance_that_is_not_whole_does_not_hide_the_others
+            an_attached_instance_that_cannot_be_read_does_not_hide_the_others
             an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
@@ -110,7 +112,7 @@ fn with_root() -> Vec<Trial> {
             the_files_decide_what_the_kernel_knows
             who_gives_keys_to_the_kernel_waits_for_a_rotation nobody_sees_a_secret
             slots_have_the_length_that_was_asked_for
-            a_stream_follows_a_step_of_the_clock_within_two_seconds
+            a_stream_and_a_watch_follow_a_step_of_the_clock_within_two_seconds
             a_time_namespace_does_not_shift_the_clock;
         state: a_directory_that_cannot_be_made_is_an_error_with_a_remedy
             a_directory_that_is_full_is_named_and_the_policy_stays a_name_that_is_no_utf8_is_a_name
@@ -119,6 +121,7 @@ fn with_root() -> Vec<Trial> {
             what_a_killed_attach_began_to_remember_is_no_policy a_directory_of_others_is_refused
             a_policy_of_an_attach_that_was_killed_is_forgotten a_policy_of_a_load_that_was_killed_is_forgotten;
         guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
+            an_output_that_is_closed_ends_it
             a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;
         upgrade: a_map_of_another_shape_is_replaced_and_the_loss_told
@@ -133,7 +136,8 @@ fn with_root() -> Vec<Trial> {
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace a_hangup_that_the_parent_ignores_stays_ignored detach_on_exit_removes_everything
             a_signal_during_the_attach_detaches_on_exit an_output_that_nobody_reads_does_not_keep_it_alive
-            detach_on_exit_leaves_what_others_use a_sample_counts_all_and_shows_some
+            detach_on_exit_leaves_what_others_use detach_on_exit_names_what_was_there_before
+            a_second_signal_ends_the_wait_of_detach_on_exit a_destroy_leaves_nothing_for_who_streams_or_watches a_sample_counts_all_and_shows_some
             every_syn_is_shown_once the_columns_stand_under_their_heads what_is_counted_is_shown_before_the_count;
         output: an_early_reader_ends_the_stream_in_peace a_closed_pipe_is_no_error_anywhere
             a_closed_output_is_no_panic an_output_that_is_full_is_an_error

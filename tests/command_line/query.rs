@@ -1,11 +1,12 @@
 //! What `--query` shows, and what `--attach` says beside that it has attached.
 
 use std::fs;
+use std::io::pipe;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::look::records;
-use crate::said::said;
+use crate::said::{said, said_to};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
@@ -113,6 +114,41 @@ pub fn an_instance_that_is_not_whole_does_not_hide_the_others() -> Result<()> {
     expect(&shown.err, &["instance 'cut'", "'policies'", "--attach or --destroy mends it"])?;
     world.ok("-i c0 --attach --quiet --instance cut")?;
     expect(&query(&world, "")?, &["instance 'cut': 0 SYNs"])
+}
+
+/// Neither those before it nor those behind it; and a pipe that nobody reads does not make a success of it.
+pub fn an_attached_instance_that_cannot_be_read_does_not_hide_the_others() -> Result<()> {
+    let world = World::new()?;
+    let rules = world.lab.run.with_extension("guard.toml");
+    fs::write(
+        &rules,
+        "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n",
+    )?;
+    let guard = format!("guard --netns {} -i c0", world.ns);
+    for name in ["a", "b", "c"] {
+        world.ok(&format!("-i c0 --attach --quiet --instance {name}"))?;
+        world.lab.ok(&format!("{guard} --attach --hook tc --instance {name} --rules {}", rules.display()))?;
+    }
+    for (query, map, counters) in [
+        (world.args("-i c0 --query"), "policies", "SYNs"),
+        (format!("{guard} --query"), "guard_counters", "seen"),
+    ] {
+        fs::remove_file(world.lab.run.join("bpf/b").join(map))?;
+        let shown = said(&mut world.lab.netoken(&query))?.code(1)?;
+        expect(
+            &shown.out,
+            &[&format!("instance 'a': 0 {counters}"), &format!("instance 'c': 0 {counters}")],
+        )?;
+        ensure!(!shown.out.contains("instance 'b'"), "{shown:#?}");
+        expect(&shown.err, &[map])?;
+        for flags in ["", " --json"] {
+            let (reader, writer) = pipe()?;
+            drop(reader);
+            let query = format!("{query}{flags}");
+            said_to(world.lab.netoken(&query).stdout(writer))?.code(1).context(query)?;
+        }
+    }
+    Ok(())
 }
 
 pub fn an_interface_that_is_down_is_told() -> Result<()> {

@@ -1,5 +1,6 @@
 //! The stream: what it shows, and how it ends when it is asked to.
 
+use std::fs;
 use std::io::pipe;
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
@@ -154,6 +155,79 @@ pub fn detach_on_exit_leaves_what_others_use() -> Result<()> {
     expect_ours(&world.ns, "c0", 1)?;
     world.syns(1)?;
     world.expect_counter("blue", "stamped", 1, "SYNs stamped by the other instance")?;
+    Ok(())
+}
+
+/// Or somebody tries something out on an interface in production, and Ctrl-C takes all of it away.
+pub fn detach_on_exit_names_what_was_there_before() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok("-i c0 --attach --quiet")?;
+    for flags in ["", "--json"] {
+        let args = world.args(&format!("-i c0 -i c1 --attach --detach-on-exit {flags}"));
+        let mut stream = Running::start(&mut world.lab.netoken(&args))?;
+        stream.wait_for("a word about it", |line| line.starts_with("c0 was stamped before"))?;
+        let lines = end(stream, Signal::SIGINT)?;
+        ensure!(!lines.iter().any(|line| line.starts_with("c1 was")), "{lines:#?}");
+        expect_bare(&world.ns, "c0")?;
+        world.ok("-i c0 --attach --quiet")?;
+    }
+    // Where it stays, there is nothing to say.
+    let lines = end(stream(&world, "")?, Signal::SIGINT)?;
+    ensure!(!lines.iter().any(|line| line.contains("was stamped before")), "{lines:#?}");
+    Ok(())
+}
+
+/// Who holds the lock may be stuck.
+pub fn a_second_signal_ends_the_wait_of_detach_on_exit() -> Result<()> {
+    let world = World::new()?;
+    for second in [Signal::SIGINT, Signal::SIGTERM] {
+        let mut stream = stream(&world, "--detach-on-exit")?;
+        let lock = world.lab.hold_lock()?;
+        stream.signal(Signal::SIGINT)?;
+        stream.wait_for("that it waits", |line| line.contains("waiting for another netoken command"))?;
+        stream.signal(second)?;
+        let (code, lines) = stream.end()?;
+        drop(lock);
+        ensure_eq!(code, Some(1), "the exit code: {lines:#?}");
+        let said = lines.join("\n");
+        ensure!(said.contains("detaching from c0: stopped while waiting for"), "{said}");
+        let advice = format!(
+            "still attached to c0; remove it with: netoken --iface c0 --netns {} --destroy",
+            world.ns
+        );
+        ensure!(said.contains(&advice), "'{advice}' expected: {said}");
+        expect_ours(&world.ns, "c0", 1)?;
+        world.ok("-i c0 --destroy")?;
+        expect_no_state(&world.lab)?;
+    }
+    Ok(())
+}
+
+/// Their lock is in the directory while the destroy runs, so it is for them to remove it.
+pub fn a_destroy_leaves_nothing_for_who_streams_or_watches() -> Result<()> {
+    let world = World::new()?;
+    let rules = world.lab.run.with_extension("guard.toml");
+    fs::write(
+        &rules,
+        "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n",
+    )?;
+    let guard = format!("guard --netns {} -i c0", world.ns);
+    world.lab.ok(&format!("{guard} --attach --rules {}", rules.display()))?;
+    for (reader, destroy) in [
+        ("guard --watch".to_string(), format!("{guard} --destroy")),
+        (world.args("-i c0 --attach"), world.args("-i c0 --destroy")),
+    ] {
+        let mut reader = Running::start(&mut world.lab.netoken(&reader))?;
+        reader.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
+        // It notices the destroy when that has finished.
+        reader.signal(Signal::SIGSTOP)?;
+        world.lab.ok(&destroy)?;
+        reader.signal(Signal::SIGCONT)?;
+        let (code, lines) = reader.end()?;
+        ensure_eq!(code, Some(1), "the exit code: {lines:#?}");
+        ensure!(!world.lab.run.exists(), "the state directory is still there: {lines:#?}");
+    }
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! `netoken token`: tokens made, checked and found without the kernel.
 
 use std::fs;
+use std::io::pipe;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::lab::{NETOKEN, Running, wait_until};
-use crate::said::{Said, said};
+use crate::said::{Said, said, said_to};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
 
@@ -215,6 +216,30 @@ pub fn what_is_wrong_with_a_capture_is_named() -> Result<()> {
         ensure_eq!(said.out.matches("isn ").count(), syns, "SYNs shown");
     }
     netoken("token decode /no/such/file")?.code(1)?.err(&["opening the capture", "No such file"])?;
+    Ok(())
+}
+
+/// Nor a capture whole: with a pipe whose reader is gone, the exit code is all that is heard.
+pub fn an_output_that_nobody_reads_makes_no_wrong_token_right() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let vector = &vectors()?[0];
+    let key = key_file(dir.path(), &vector["key_id"], &vector["secret"])?;
+    let token = vector["token"].as_str().context("token")?;
+    let check = format!("token check {token} --json --key-file {} {}", key.display(), flow(vector)?);
+    let whole = pcap(&[record(1, &[1, 1, 1, 1]), record(2, &[1, 1, 1, 1])]);
+    let capture = dir.path().join("capture");
+    let decode = format!("token decode {}", capture.display());
+    let code = |args: &str| -> Result<Option<i32>> {
+        let (reader, writer) = pipe()?;
+        drop(reader);
+        Ok(said_to(Command::new(NETOKEN).args(args.split_whitespace()).stdout(writer))?.code)
+    };
+    ensure_eq!(code(&check)?, Some(0), "the exit code of a right token");
+    ensure_eq!(code(&check.replace(":443", ":444"))?, Some(1), "the exit code of a wrong token");
+    fs::write(&capture, &whole)?;
+    ensure_eq!(code(&decode)?, Some(0), "the exit code of a whole capture");
+    fs::write(&capture, &whole[..whole.len() - 9])?;
+    ensure_eq!(code(&decode)?, Some(1), "the exit code of a capture that was cut short");
     Ok(())
 }
 

@@ -88,6 +88,7 @@ fn main() -> ExitCode {
             a_killed_reader_leaves_nothing_behind_a_destroy a_destroy_waits_for_one_who_looks
             what_was_removed_is_told_before_what_failed a_command_that_waits_names_the_one_it_waits_for
             a_command_that_waited_for_a_destroy_makes_nothing_anew a_policy_that_somebody_reads_can_be_changed
+            every_query_shows_what_is_replaced_in_place_meanwhile
             two_instances_have_two_readers a_reader_knows_interfaces_that_others_attached;
         crash: a_killed_attach_is_repaired_by_the_next a_killed_replacement_is_repaired_by_the_next
             a_killed_destroy_is_finished_by_the_next;

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
 use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,10 +13,14 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::lab::{PATIENCE, Running, wait_until};
+use crate::lab::{PATIENCE, Running, ip, wait_until};
 use crate::look::{expect_bare, expect_no_state, expect_ours, records};
-use crate::support::ensure_eq;
+use crate::support::{ensure_eq, share_of};
 use crate::world::World;
+
+/// Interfaces on which nothing is.
+const MANY: usize = 200;
+const QUERIES: usize = 100;
 
 fn start(world: &World, args: &str) -> Result<Child> {
     let mut command = world.lab.netoken(&world.args(args));
@@ -259,6 +264,48 @@ pub fn a_policy_that_somebody_reads_can_be_changed() -> Result<()> {
     out.read_to_string(&mut rest)?;
     ensure!(rest.contains("name = \"3999\"") || rest.contains("name = '3999'"), "it was cut off");
     ensure!(show.wait()?.success(), "it failed");
+    Ok(())
+}
+
+/// A program that is loaded between two looks of the query is ours all the same. Many interfaces make it look for long.
+pub fn every_query_shows_what_is_replaced_in_place_meanwhile() -> Result<()> {
+    let world = World::new()?;
+    let links = (0..MANY / 2).map(|n| format!("link add name d{n} type veth peer name e{n}"));
+    ip(&world.ns, links)?;
+    world.second_cable()?;
+    let rules = world.lab.run.with_extension("guard.toml");
+    fs::write(
+        &rules,
+        "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n",
+    )?;
+    let guard = format!("guard --netns {}", world.ns);
+    let attach_guard = format!("{guard} -i c1 --attach --hook tc --rules {}", rules.display());
+    for (attach, query, kind) in [
+        (world.args("-i c1 --attach --quiet"), world.args("--query --json"), "hook"),
+        (attach_guard, format!("{guard} --query --json"), "guard_hook"),
+    ] {
+        world.lab.ok(&attach)?;
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let attaches = scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    world.lab.ok(&attach)?;
+                }
+                anyhow::Ok(())
+            });
+            let looks = (0..share_of(QUERIES)?).try_for_each(|round| {
+                let out = world.lab.ok(&query)?;
+                let hooks = records(&out, kind)?;
+                ensure!(
+                    hooks.len() == 1 && hooks[0]["instance"] == "default",
+                    "round {round} of {query}: {out}"
+                );
+                Ok(())
+            });
+            done.store(true, Ordering::Relaxed);
+            looks.and(attaches.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        })?;
+    }
     Ok(())
 }
 

@@ -1,7 +1,6 @@
 //! `netoken guard`: puts the guard on interfaces, gives it its rules, and says what it does.
 
 use std::io::{self, Write};
-use std::ops::Not;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -10,7 +9,6 @@ use serde::{Serialize, Serializer};
 
 use super::args::{Scope, exid, handle, instance};
 use super::blocked::unblock_prefix;
-use super::told::Told;
 use crate::files::Files;
 use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
@@ -183,7 +181,7 @@ const RISK: &str = "before the guard and may let packets pass it by";
 /// What puts the guard in front of tcx programs.
 const TO_THE_FRONT: &str = "--hook xdp";
 
-/// Everything that `netoken guard --json` prints, by its `type`.
+/// What `netoken guard --json` prints, by its `type`; what is attached is printed by [`super::found`].
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum Record<'a> {
@@ -194,30 +192,6 @@ enum Record<'a> {
         /// Somebody else's XDP program that was there.
         #[serde(skip_serializing_if = "Option::is_none")]
         pushed_out: Option<&'a Foreign>,
-    },
-    GuardHook {
-        /// Name of the network namespace; empty for the one that the command ran in.
-        netns: &'a str,
-        netns_inode: u32,
-        interface: &'a str,
-        hook: &'a str,
-        program: u32,
-        /// None if the pins of its instance are gone.
-        instance: Option<&'a str>,
-        since: String,
-        /// Foreign filters that see a packet first and may let it pass the guard by.
-        filters_before: usize,
-        /// Programs at tcx, in front of all filters.
-        tcx_before: usize,
-        /// Of the filter at TC; none at XDP.
-        handle: Option<u32>,
-        priority: Option<u16>,
-        /// What its program was told; nothing if another version of netoken has loaded it.
-        #[serde(flatten)]
-        told: Option<&'a Told>,
-        /// Only if it is so: another version of netoken has loaded it, and no command changes what it goes by.
-        #[serde(skip_serializing_if = "Not::not")]
-        outdated: bool,
     },
     GuardLoaded {
         instance: &'a str,
@@ -362,13 +336,4 @@ fn hook_name(mode: Mode) -> &'static str {
         Mode::Native => "xdp native",
         Mode::Generic => "xdp generic",
     }
-}
-
-/// `found` stands behind the name, for people.
-fn print_counters(scope: &Scope, instance: &str, found: &str, counters: &GuardCounters) -> Result<()> {
-    if scope.json {
-        return print_json(&Record::GuardCounters { instance, counters, lost: None });
-    }
-    writeln!(io::stdout(), "instance '{instance}'{found}: {}", counters.line())
-        .context("writing to standard output")
 }

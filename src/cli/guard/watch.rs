@@ -15,6 +15,7 @@ use crate::cli::reload::Reload;
 use crate::cli::signals::Signals;
 use crate::events::columns::Columns;
 use crate::events::interfaces::Interfaces;
+use crate::events::look::{LOOK, goes_on};
 use crate::files::Files;
 use crate::guard::counters::GuardCounters;
 use crate::guard::events::{Alert, Reader, Seen};
@@ -26,7 +27,6 @@ use crate::state::{EventsOf, State};
 /// Longest time between two looks at the counters.
 const PERIOD: Duration = Duration::from_secs(1);
 const PRINTING: &str = "writing to standard output";
-const POLL: Duration = Duration::from_millis(200);
 
 /// A file of rules, and what it says.
 type Given<'a> = (&'a Path, &'a Rules);
@@ -71,8 +71,8 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
     let mut last = Instant::now();
     let mut attached = IsAttached(true);
     loop {
-        let is_last = signals.is_stopped();
-        for seen in reader.read(if is_last { Duration::ZERO } else { POLL })? {
+        let is_last = !goes_on(&maps.clock, &signals.stop)?;
+        for seen in reader.read(if is_last { Duration::ZERO } else { LOOK })? {
             output.seen(&seen)?;
         }
         for alert in reader.alerts() {

@@ -1,0 +1,220 @@
+//! What both queries do: look where programs of ours are attached, show that, and look into the instances, of which one
+//! that cannot be read hides nothing of the others.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::ops::Not;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Result;
+use nix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+use super::args::Scope;
+use super::table::table;
+use super::told::{Remarks, Told};
+use crate::events::model::since_epoch;
+use crate::hooks::loaded::{Loaded, loaded_by, look_in_peace};
+use crate::hooks::netlink::{Filter, Link, Netlink};
+use crate::netns::{Netns, look_into};
+use crate::state::{Instance, State};
+
+/// What is looked for.
+pub(super) struct Kind {
+    /// The `type` of its records.
+    pub record: &'static str,
+    /// What attaches it.
+    pub command: &'static str,
+    /// What a program may do that sees packets first.
+    pub risk: &'static str,
+}
+
+/// Where a program of ours is on an interface.
+pub(super) struct Place {
+    pub hook: &'static str,
+    pub program: u32,
+    pub loaded: Loaded,
+    /// None at tcx and at XDP.
+    pub filter: Option<Filter>,
+    pub filters_before: usize,
+    pub tcx_before: usize,
+    /// What puts ours in front of those at tcx.
+    pub to_the_front: &'static str,
+}
+
+/// One program of ours on an interface, as `--json` prints it.
+#[derive(Serialize)]
+pub(super) struct Hook {
+    #[serde(rename = "type")]
+    record: &'static str,
+    /// Name of the network namespace; empty for the one that the command ran in.
+    netns: String,
+    netns_inode: u32,
+    interface: String,
+    hook: &'static str,
+    program: u32,
+    /// None at tcx and at XDP.
+    handle: Option<u32>,
+    priority: Option<u16>,
+    /// None if the pins of its instance are gone.
+    instance: Option<String>,
+    /// When its program was loaded, RFC 3339 in UTC with seconds.
+    since: String,
+    /// Foreign filters that see a packet first and may end its way.
+    filters_before: usize,
+    /// Programs at tcx, in front of all filters.
+    tcx_before: usize,
+    /// Only if it is so: another version of netoken has loaded it, and no command changes what it goes by.
+    #[serde(skip_serializing_if = "Not::not")]
+    outdated: bool,
+    /// What its program was told; nothing if another version of netoken has loaded it.
+    #[serde(flatten)]
+    told: Option<Told>,
+    #[serde(skip)]
+    to_the_front: &'static str,
+}
+
+/// What is attached, and the instances that there are.
+pub(super) struct Found {
+    pub hooks: Vec<Hook>,
+    pub instances: Vec<Instance>,
+    /// By which the paths of the instances are valid.
+    _state: Option<State>,
+}
+
+/// Looks for programs of ours: where an interface or a namespace was named only there, else everywhere that has a name.
+/// `look` finds those of an interface among all that are loaded.
+pub(super) fn find(
+    scope: &Scope,
+    kind: &Kind,
+    look: impl Fn(&mut Netlink, &Link, &HashMap<u32, Loaded>) -> Result<Vec<Place>>,
+) -> Result<Found> {
+    let places = match scope.ifaces.is_empty() && scope.netns.is_none() {
+        true => Netns::all()?,
+        false => vec![Netns::current()?],
+    };
+    let boot =
+        SystemTime::now() - clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    let named = scope.netns.as_deref().unwrap_or_default();
+    look_in_peace(|| {
+        // Also without any: what was attached goes on when its state is lost.
+        let state = State::find()?;
+        let instances = state.as_ref().map_or(Vec::new(), State::instances);
+        let programs = loaded_by(&instances)?;
+        let hooks = look_into(&places, |netns| {
+            let name = if netns.name.is_empty() { named } else { &netns.name };
+            let mut netlink = Netlink::connect()?;
+            let mut found = Vec::new();
+            for link in scope.find_or_all(netlink.links()?)? {
+                let mut here = look(&mut netlink, &link, &programs)?;
+                here.retain(|place| scope.wants(place.loaded.instance.as_deref()));
+                found.extend(
+                    here.into_iter().map(|at| hook(kind.record, name, netns.inode(), &link, at, boot)),
+                );
+            }
+            Ok(found)
+        })?;
+        Ok(Found { hooks, instances, _state: state })
+    })
+}
+
+fn hook(
+    record: &'static str,
+    netns: &str,
+    netns_inode: u32,
+    link: &Link,
+    at: Place,
+    boot: SystemTime,
+) -> Hook {
+    Hook {
+        record,
+        netns: netns.to_string(),
+        netns_inode,
+        interface: link.name.clone(),
+        hook: at.hook,
+        program: at.program,
+        handle: at.filter.as_ref().map(|filter| filter.handle),
+        priority: at.filter.as_ref().map(|filter| filter.priority),
+        told: Told::of(&at.loaded),
+        outdated: at.loaded.is_outdated,
+        since: humantime::format_rfc3339_seconds(since_epoch(boot + at.loaded.loaded_at)).to_string(),
+        instance: at.loaded.instance,
+        filters_before: at.filters_before,
+        tcx_before: at.tcx_before,
+        to_the_front: at.to_the_front,
+    }
+}
+
+/// An instance, and what was read of it.
+pub(super) struct Held<T> {
+    pub instance: String,
+    /// A program of it was found.
+    pub is_attached: bool,
+    pub held: T,
+}
+
+impl Found {
+    /// Reads every instance that has a hook and, unless an interface was named, those that have none and are `kept`. With
+    /// what failed of those that have one.
+    pub fn read<T>(
+        &self,
+        scope: &Scope,
+        kept: impl Fn(&Instance) -> bool,
+        read: impl Fn(&Instance) -> Result<T>,
+    ) -> (Vec<Held<T>>, Vec<anyhow::Error>) {
+        let (mut done, mut failed) = (Vec::new(), Vec::new());
+        for instance in &self.instances {
+            let name = Some(instance.name.as_str());
+            let is_attached = self.hooks.iter().any(|hook| hook.instance.as_deref() == name);
+            let is_meant = || scope.ifaces.is_empty() && scope.wants(name) && kept(instance);
+            if !is_attached && !is_meant() {
+                continue;
+            }
+            match read(instance) {
+                Ok(held) => done.push(Held { instance: instance.name.clone(), is_attached, held }),
+                Err(error) if is_attached => failed.push(error),
+                // It may have been removed meanwhile; an attach that was killed leaves one without all of its maps.
+                Err(error) if instance.pins.exists() => note!(
+                    "netoken: {error:#}; nothing is attached with it here, and the next --attach or --destroy mends it"
+                ),
+                Err(_) => {}
+            }
+        }
+        (done, failed)
+    }
+
+    /// Shows where it is attached, to a person.
+    pub fn table(&self, out: &mut impl Write, kind: &Kind) -> io::Result<()> {
+        let heads =
+            ["NETNS", "INTERFACE", "HOOK", "PROGRAM", "HANDLE", "PRIORITY", "INSTANCE", "SINCE (UTC)"];
+        let none = || "-".to_string();
+        let row = |hook: &Hook| {
+            [
+                if hook.netns.is_empty() { none() } else { hook.netns.clone() },
+                hook.interface.clone(),
+                hook.hook.to_string(),
+                hook.program.to_string(),
+                hook.handle.map_or_else(none, |handle| format!("{handle:#x}")),
+                hook.priority.map_or_else(none, |priority| priority.to_string()),
+                hook.instance.clone().unwrap_or("(pins lost)".to_string()),
+                hook.since.clone(),
+            ]
+        };
+        table(out, heads, &self.hooks.iter().map(row).collect::<Vec<_>>())?;
+        self.hooks.iter().try_for_each(|hook| {
+            let remarks = Remarks {
+                command: kind.command,
+                netns: &hook.netns,
+                interface: &hook.interface,
+                instance: hook.instance.as_deref(),
+                told: hook.told.as_ref(),
+                outdated: hook.outdated,
+                filters_before: hook.filters_before,
+                tcx_before: hook.tcx_before,
+                risk: kind.risk,
+                to_the_front: hook.to_the_front,
+            };
+            remarks.write(out)
+        })
+    }
+}
