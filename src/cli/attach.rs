@@ -70,13 +70,10 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         let rings = given.as_ref().map(|given| given.policy().rings()).unwrap_or_default();
         job.keys = keys_for(&scope.instance, rings)
             .with_context(|| format!("attaching to {}", scope.ifaces.join(", ")))?;
-        // Before anything is attached: what a signal ends from here on, --detach-on-exit takes away again.
-        let signals = if options.quiet {
-            Signals::default()
-        } else {
-            Signals::catch(matches!(given, Some(Given::File(..))))?
-        };
-        Ok((job.attach(&lock, &targets, given.as_ref())?, signals))
+        // Before anything is attached: what a signal ends from here on is taken back, or left by a stream as its end leaves it.
+        let signals = Signals::catch(!options.quiet && matches!(given, Some(Given::File(..))))?;
+        let attached = job.attach(&lock, &targets, given.as_ref(), &signals)?;
+        Ok((attached, signals))
     })();
     let (Attached { maps, reading, note, had_policy }, signals) = match attached {
         Ok(attached) => attached,
@@ -273,7 +270,13 @@ fn targets(scope: &Scope) -> Result<Vec<Target>> {
 impl Job<'_> {
     /// Attaches to all of them. A policy that runs is left to be replaced when all else has worked; one that does
     /// not must be there first.
-    fn attach(&mut self, lock: &Lock, targets: &[Target], given: Option<&Given<'_>>) -> Result<Attached> {
+    fn attach(
+        &mut self,
+        lock: &Lock,
+        targets: &[Target],
+        given: Option<&Given<'_>>,
+        signals: &Signals,
+    ) -> Result<Attached> {
         let reading = if self.options.quiet {
             None
         } else {
@@ -322,6 +325,10 @@ impl Job<'_> {
             }
             let (hook, place) = (self.options.hook, self.options.place);
             let name = &self.instance.name;
+            // Behind what takes time.
+            if self.options.quiet {
+                signals.go_on()?;
+            }
             let done = hooks.attach(lock, &target.link, name, program.as_fd(), hook, place)?;
             let lost = (lost > 0).then(|| {
                 let programs = if lost == 1 { "a program".to_string() } else { format!("{lost} programs") };

@@ -1,7 +1,6 @@
 //! What both queries do: look where programs of ours are attached, show that, and look into the instances, of which one
 //! that cannot be read hides nothing of the others.
 
-use std::collections::HashMap;
 use std::io::{self, Write};
 use std::ops::Not;
 use std::time::{Duration, SystemTime};
@@ -14,7 +13,7 @@ use super::args::Scope;
 use super::table::table;
 use super::told::{Remarks, Told};
 use crate::events::model::since_epoch;
-use crate::hooks::loaded::{Loaded, loaded_by, look_in_peace};
+use crate::hooks::loaded::{Loaded, Programs, TRIES, loaded_by};
 use crate::hooks::netlink::{Filter, Link, Netlink};
 use crate::netns::{Netns, look_into};
 use crate::state::{Instance, State};
@@ -87,7 +86,7 @@ pub(super) struct Found {
 pub(super) fn find(
     scope: &Scope,
     kind: &Kind,
-    look: impl Fn(&mut Netlink, &Link, &HashMap<u32, Loaded>) -> Result<Vec<Place>>,
+    look: impl Fn(&mut Netlink, &Link, &Programs) -> Result<Vec<Place>>,
 ) -> Result<Found> {
     let places = match scope.ifaces.is_empty() && scope.netns.is_none() {
         true => Netns::all()?,
@@ -96,26 +95,44 @@ pub(super) fn find(
     let boot =
         SystemTime::now() - clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
     let named = scope.netns.as_deref().unwrap_or_default();
-    look_in_peace(|| {
+    let mut known = Known::now()?;
+    let hooks = look_into(&places, |netns| {
+        let name = if netns.name.is_empty() { named } else { &netns.name };
+        let mut netlink = Netlink::connect()?;
+        let mut found = Vec::new();
+        for link in scope.find_or_all(netlink.links()?)? {
+            let mut here = look(&mut netlink, &link, &known.programs)?;
+            // Something was attached meanwhile, perhaps ours.
+            for _ in 0..TRIES {
+                if !known.programs.is_old() {
+                    break;
+                }
+                known = Known::now()?;
+                here = look(&mut netlink, &link, &known.programs)?;
+            }
+            here.retain(|place| scope.wants(place.loaded.instance.as_deref()));
+            found.extend(here.into_iter().map(|at| hook(kind.record, name, netns.inode(), &link, at, boot)));
+        }
+        Ok(found)
+    })?;
+    Ok(Found { hooks, instances: known.instances, _state: known.state })
+}
+
+/// The instances and programs of one moment.
+struct Known {
+    state: Option<State>,
+    instances: Vec<Instance>,
+    programs: Programs,
+}
+
+impl Known {
+    fn now() -> Result<Known> {
         // Also without any: what was attached goes on when its state is lost.
         let state = State::find()?;
         let instances = state.as_ref().map_or(Vec::new(), State::instances);
         let programs = loaded_by(&instances)?;
-        let hooks = look_into(&places, |netns| {
-            let name = if netns.name.is_empty() { named } else { &netns.name };
-            let mut netlink = Netlink::connect()?;
-            let mut found = Vec::new();
-            for link in scope.find_or_all(netlink.links()?)? {
-                let mut here = look(&mut netlink, &link, &programs)?;
-                here.retain(|place| scope.wants(place.loaded.instance.as_deref()));
-                found.extend(
-                    here.into_iter().map(|at| hook(kind.record, name, netns.inode(), &link, at, boot)),
-                );
-            }
-            Ok(found)
-        })?;
-        Ok(Found { hooks, instances, _state: state })
-    })
+        Ok(Known { state, instances, programs })
+    }
 }
 
 fn hook(

@@ -22,7 +22,7 @@ pub(super) fn advice(command: &str, iface: &str, netns: &str, instance: Option<&
 /// Says if something that was changed does not reach every program of an instance: of its guard, or else of its stamp.
 pub(super) fn tell(state: &State, instance: &str, of_guard: bool) -> Result<()> {
     let programs = loaded_programs(state)?;
-    let outdated = programs.values().filter(|program| {
+    let outdated = programs.all().filter(|(_, program)| {
         let is_meant = program.instance.as_deref() == Some(instance) && program.is_outdated;
         is_meant && (program.role != Role::Stamp) == of_guard
     });

@@ -1,11 +1,11 @@
-//! What other processes tell one that streams.
+//! What other processes tell one that streams, or that has begun to attach.
 
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use signal_hook::consts::{SIGHUP, SIGTERM};
 
 /// Set by signals.
@@ -33,6 +33,17 @@ impl Signals {
         let stop = Arc::clone(&signals.stop);
         ctrlc::set_handler(move || stop.store(true, Ordering::Relaxed)).context("preparing for Ctrl-C")?;
         Ok(signals)
+    }
+
+    /// To be asked where something has been done and more is to follow, by who can take it back.
+    ///
+    /// # Errors
+    /// It was told to stop.
+    pub fn go_on(&self) -> Result<()> {
+        if self.is_stopped() {
+            bail!("stopped by a signal; what was done is taken back");
+        }
+        Ok(())
     }
 
     /// Whether it was told to stop.

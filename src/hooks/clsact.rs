@@ -1,13 +1,12 @@
 //! The clsact hook: attach, find, detach, destroy. A filter is ours if its program bears our name and uses the
 //! maps of the instance in question; everything else on the qdisc is somebody else's and stays as it is.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, anyhow, bail};
 use libbpf_rs::{TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook};
 
-use super::loaded::{Loaded, Role, keep, loaded_programs};
+use super::loaded::{Loaded, Programs, Role, keep, loaded_programs};
 use super::netlink::{Filter, Link, Netlink, Side};
 use super::qdisc::Qdisc;
 use super::tcx;
@@ -60,7 +59,7 @@ pub fn attached(
     netlink: &mut Netlink,
     ifindex: u32,
     side: Side,
-    programs: &HashMap<u32, Loaded>,
+    programs: &Programs,
 ) -> Result<Vec<Attached>> {
     let filters = first_chain(netlink, ifindex, side)?;
     // Most interfaces have none, and no qdisc for them.
@@ -70,7 +69,7 @@ pub fn attached(
     let mut found = Vec::new();
     let (mut before, tcx_before) = (0, tcx::foreign(ifindex, side, programs)?);
     for filter in filters {
-        let ours = filter.program.and_then(|id| Some((id, programs.get(&id)?)));
+        let ours = filter.program.and_then(|id| Some((id, programs.get(id)?)));
         match ours.filter(|(_, loaded)| loaded.role == side.role()) {
             Some((program, loaded)) => {
                 found.push(Attached { filter, program, loaded: loaded.clone(), before, tcx_before });
@@ -165,12 +164,7 @@ impl<'a> Hooks<'a> {
         self.of_instance(link, instance, &loaded_programs(self.state)?)
     }
 
-    fn of_instance(
-        &mut self,
-        link: &Link,
-        instance: &str,
-        programs: &HashMap<u32, Loaded>,
-    ) -> Result<Vec<Attached>> {
+    fn of_instance(&mut self, link: &Link, instance: &str, programs: &Programs) -> Result<Vec<Attached>> {
         let mut found = attached(&mut self.netlink, link.index, self.side, programs)?;
         found.retain(|ours| ours.loaded.instance.as_deref().is_none_or(|name| name == instance));
         Ok(found)

@@ -1,14 +1,13 @@
 //! The way out of an interface, on which the stamp is at clsact or at tcx. Whoever asks for one gets it, and what is at
 //! the other goes when the new one works: a SYN that meets both is stamped once.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 
 use super::clsact::{self, Attachment, Hooks, Place, Taken};
-use super::loaded::{Loaded, loaded_programs};
+use super::loaded::{Loaded, Programs, loaded_programs};
 use super::netlink::{Filter, Link, Netlink, Side};
 use super::qdisc::Qdisc;
 use super::tcx::{
@@ -65,7 +64,7 @@ pub struct Stamp {
 ///
 /// # Errors
 /// The kernel refused to list them.
-pub fn stamps(netlink: &mut Netlink, ifindex: u32, programs: &HashMap<u32, Loaded>) -> Result<Vec<Stamp>> {
+pub fn stamps(netlink: &mut Netlink, ifindex: u32, programs: &Programs) -> Result<Vec<Stamp>> {
     let of_tcx = |ours: AttachedTcx| Stamp {
         hook: Hook::Tcx,
         filter: None,

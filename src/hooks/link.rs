@@ -116,7 +116,7 @@ mod tests {
         assert!(link_header(&link("ib0", LinkLayerType::Infiniband)).is_err());
         let of_kind = |kind: &str, layer| link_header(&Link { kind: kind.into(), ..link("any0", layer) });
         assert_eq!(of_kind("ppp", LinkLayerType::Ppp).unwrap(), LinkHeader::None);
-        assert!(of_kind("", LinkLayerType::Ppp).unwrap_err().to_string().contains("PPP device"));
+        assert!(of_kind("", LinkLayerType::Ppp).unwrap_err().to_string().contains("type Ppp"));
         assert_eq!(of_kind("veth", LinkLayerType::Ether).unwrap(), LinkHeader::Ethernet);
         assert!(of_kind("vrf", LinkLayerType::Ether).unwrap_err().to_string().contains("ports"));
     }

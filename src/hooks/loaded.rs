@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -69,11 +70,48 @@ impl Loaded {
     }
 }
 
-/// Every program of ours that is loaded, in whatever network namespace, by program id.
+/// Every program of ours that was loaded at one moment, in whatever network namespace, by program id.
+#[derive(Debug, Default)]
+pub struct Programs {
+    ours: HashMap<u32, Loaded>,
+    /// The highest id that there was.
+    newest: u32,
+    /// A newer one was asked for.
+    is_old: AtomicBool,
+}
+
+impl Programs {
+    /// What is known of a program, if it is ours.
+    pub fn get(&self, id: u32) -> Option<&Loaded> {
+        // Ids only grow.
+        if id > self.newest {
+            self.is_old.store(true, Ordering::Relaxed);
+        }
+        self.ours.get(&id)
+    }
+
+    /// Whether a program was asked for that has come since, and so looked like somebody else's.
+    pub fn is_old(&self) -> bool {
+        self.is_old.load(Ordering::Relaxed)
+    }
+
+    /// All of them, with their ids.
+    pub fn all(&self) -> impl Iterator<Item = (u32, &Loaded)> {
+        self.ours.iter().map(|(id, loaded)| (*id, loaded))
+    }
+
+    /// Those of one instance.
+    pub fn of_instance(mut self, name: &str) -> Programs {
+        self.ours.retain(|_, program| program.instance.as_deref() == Some(name));
+        self
+    }
+}
+
+/// Every program of ours that is loaded now.
 ///
 /// # Errors
 /// An instance's pins cannot be read, or the kernel refused to list its programs.
-pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
+pub fn loaded_programs(state: &State) -> Result<Programs> {
     loaded_by(&state.instances())
 }
 
@@ -81,7 +119,7 @@ pub fn loaded_programs(state: &State) -> Result<HashMap<u32, Loaded>> {
 ///
 /// # Errors
 /// The same.
-pub fn loaded_by(instances: &[Instance]) -> Result<HashMap<u32, Loaded>> {
+pub fn loaded_by(instances: &[Instance]) -> Result<Programs> {
     let mut owners = HashMap::new();
     // By what the stamp or the guard of an instance has to use, or no command reaches it.
     let mut needed: HashMap<(String, bool), Vec<u32>> = HashMap::new();
@@ -98,7 +136,9 @@ pub fn loaded_by(instances: &[Instance]) -> Result<HashMap<u32, Loaded>> {
             owners.insert(id, instance.name.clone());
         }
     }
-    Ok(every_program()?
+    let all = every_program()?;
+    let newest = all.last().map_or(0, |program| program.id);
+    let ours = all
         .into_iter()
         .filter_map(|program| {
             let (role, maps) = Role::of(&program.name)?;
@@ -112,28 +152,8 @@ pub fn loaded_by(instances: &[Instance]) -> Result<HashMap<u32, Loaded>> {
             let (loaded_at, map_ids) = (program.load_time, program.map_ids);
             ours.then_some((program.id, Loaded { role, loaded_at, instance, is_outdated, map_ids }))
         })
-        .collect())
-}
-
-/// Looks at what is attached, and again if a program was loaded meanwhile: one who lists the programs first and then what
-/// is attached would take that for somebody else's. Where others load without end, what was seen last is what there is.
-///
-/// # Errors
-/// The kernel refused to name its programs, or the look failed.
-pub fn look_in_peace<T>(mut look: impl FnMut() -> Result<T>) -> Result<T> {
-    let mut left = TRIES;
-    loop {
-        let mut newest = 0;
-        while let Some(id) = program_after(newest)? {
-            newest = id;
-        }
-        let seen = look()?;
-        left -= 1;
-        // Ids only grow.
-        if left == 0 || program_after(newest)?.is_none() {
-            return Ok(seen);
-        }
-    }
+        .collect();
+    Ok(Programs { ours, newest, is_old: AtomicBool::new(false) })
 }
 
 /// Keeps a program loaded; nothing if it has just gone, and with it from wherever it was attached.
@@ -153,7 +173,7 @@ pub(super) fn program_name(id: u32) -> Result<String> {
 }
 
 /// How often to begin again if programs are loaded while they are looked at.
-const TRIES: usize = 20;
+pub const TRIES: usize = 20;
 const LISTING: &str = "listing the loaded BPF programs";
 
 /// Every program that is loaded. The iterator ends without a word where the kernel refuses, and a list that is

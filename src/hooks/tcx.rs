@@ -2,7 +2,6 @@
 //! What one of them passes on, drops or redirects does not get to those behind it; what it leaves open does. `tc filter
 //! show` does not list them.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -13,7 +12,7 @@ use libbpf_sys::{
     bpf_prog_query_opts__bindgen_ty_1,
 };
 
-use super::loaded::{Loaded, Role, keep};
+use super::loaded::{Loaded, Programs, Role, keep};
 use super::netlink::{Link, Netlink, Side};
 use crate::kernel::Kernel;
 use crate::netns::Netns;
@@ -100,10 +99,10 @@ pub fn ids(ifindex: u32, side: Side) -> Result<Vec<u32>> {
 ///
 /// # Errors
 /// The kernel refused to say.
-pub fn attached_tcx(ifindex: u32, programs: &HashMap<u32, Loaded>) -> Result<Vec<AttachedTcx>> {
+pub fn attached_tcx(ifindex: u32, programs: &Programs) -> Result<Vec<AttachedTcx>> {
     let (mut found, mut before, mut behind) = (Vec::new(), 0, None);
     for program in ids(ifindex, Side::Egress)? {
-        match programs.get(&program).filter(|loaded| loaded.role == Role::Stamp) {
+        match programs.get(program).filter(|loaded| loaded.role == Role::Stamp) {
             Some(loaded) => found.push(AttachedTcx { program, loaded: loaded.clone(), before, behind }),
             None => before += 1,
         }
@@ -135,8 +134,8 @@ fn link_with(program: u32) -> Result<Option<Link>> {
 ///
 /// # Errors
 /// The kernel refused to say.
-pub fn foreign(ifindex: u32, side: Side, programs: &HashMap<u32, Loaded>) -> Result<usize> {
-    Ok(ids(ifindex, side)?.iter().filter(|id| !programs.contains_key(id)).count())
+pub fn foreign(ifindex: u32, side: Side, programs: &Programs) -> Result<usize> {
+    Ok(ids(ifindex, side)?.iter().filter(|id| programs.get(**id).is_none()).count())
 }
 
 /// What a person is told of programs of others; nothing if there are none. `remedy` is what puts ours in front.

@@ -1,6 +1,6 @@
 //! An instance goes when the last hook that uses it has gone.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use anyhow::Result;
 
 use super::clsact::attached;
 use super::egress::stamps;
-use super::loaded::{Loaded, Role, loaded_programs};
+use super::loaded::{Programs, Role, loaded_programs};
 use super::netlink::{Netlink, Side};
 use super::xdp::attached_xdp;
 use crate::netns::Netns;
@@ -31,11 +31,7 @@ pub fn remove_unused(state: &State, _lock: &Lock, name: &str) -> Result<HashSet<
     let Some(instance) = state.instances().into_iter().find(|instance| instance.name == name) else {
         return Ok(HashSet::new());
     };
-    let of_instance = || -> Result<HashMap<u32, Loaded>> {
-        let mut programs = loaded_programs(state)?;
-        programs.retain(|_, program| program.instance.as_deref() == Some(name));
-        Ok(programs)
-    };
+    let of_instance = || Ok::<_, anyhow::Error>(loaded_programs(state)?.of_instance(name));
     let mut programs = of_instance()?;
     // Once is enough: under the lock none is attached meanwhile.
     let attached = attached_roles(&programs)?;
@@ -43,7 +39,7 @@ pub fn remove_unused(state: &State, _lock: &Lock, name: &str) -> Result<HashSet<
         return Ok(attached);
     }
     let deadline = Instant::now() + LINGER;
-    while !programs.is_empty() {
+    while programs.all().next().is_some() {
         if Instant::now() >= deadline {
             return Ok(roles(&programs));
         }
@@ -68,12 +64,12 @@ pub fn used_where(roles: &HashSet<Role>, of_guard: bool) -> String {
     }
 }
 
-fn roles(programs: &HashMap<u32, Loaded>) -> HashSet<Role> {
-    programs.values().map(|program| program.role).collect()
+fn roles(programs: &Programs) -> HashSet<Role> {
+    programs.all().map(|(_, program)| program.role).collect()
 }
 
 /// What those of these programs do that are attached to an interface of any namespace that can be found.
-fn attached_roles(programs: &HashMap<u32, Loaded>) -> Result<HashSet<Role>> {
+fn attached_roles(programs: &Programs) -> Result<HashSet<Role>> {
     let wanted = roles(programs);
     if wanted.is_empty() {
         return Ok(wanted);
@@ -90,7 +86,7 @@ fn attached_roles(programs: &HashMap<u32, Loaded>) -> Result<HashSet<Role>> {
 }
 
 /// The same of this network namespace.
-fn attached_here(programs: &HashMap<u32, Loaded>) -> Result<HashSet<Role>> {
+fn attached_here(programs: &Programs) -> Result<HashSet<Role>> {
     let mut netlink = Netlink::connect()?;
     let mut found = HashSet::new();
     for link in netlink.links()? {

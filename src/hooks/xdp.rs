@@ -1,7 +1,6 @@
 //! The XDP hook: attach, find, detach. An interface has one place for it, so that whoever is there is either ours or
 //! stays, unless a person says otherwise.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -12,7 +11,7 @@ use libbpf_sys::{
 };
 use serde::Serialize;
 
-use super::loaded::{Loaded, Role, keep, loaded_programs, program_name};
+use super::loaded::{Loaded, Programs, Role, keep, loaded_programs, program_name};
 use super::netlink::Link;
 use crate::netns::tool;
 use crate::object::messages;
@@ -136,10 +135,10 @@ fn present(ifindex: u32) -> Result<Present> {
 ///
 /// # Errors
 /// The kernel refused to say.
-pub fn attached_xdp(ifindex: u32, programs: &HashMap<u32, Loaded>) -> Result<Option<AttachedXdp>> {
+pub fn attached_xdp(ifindex: u32, programs: &Programs) -> Result<Option<AttachedXdp>> {
     let there = present(ifindex)?;
     let ours = |(mode, id): (Mode, u32)| {
-        let loaded = programs.get(&id).filter(|loaded| loaded.role == Role::GuardXdp)?;
+        let loaded = programs.get(id).filter(|loaded| loaded.role == Role::GuardXdp)?;
         Some(AttachedXdp { mode, program: id, loaded: loaded.clone() })
     };
     Ok([(Mode::Native, there.native), (Mode::Generic, there.generic)].into_iter().find_map(ours))

@@ -135,7 +135,8 @@ fn with_root() -> Vec<Trial> {
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace a_hangup_that_the_parent_ignores_stays_ignored detach_on_exit_removes_everything
-            a_signal_during_the_attach_detaches_on_exit an_output_that_nobody_reads_does_not_keep_it_alive
+            a_signal_during_the_attach_detaches_on_exit a_signal_during_a_quiet_attach_leaves_all_or_nothing
+            an_output_that_nobody_reads_does_not_keep_it_alive
             detach_on_exit_leaves_what_others_use detach_on_exit_names_what_was_there_before
             a_second_signal_ends_the_wait_of_detach_on_exit a_destroy_leaves_nothing_for_who_streams_or_watches a_sample_counts_all_and_shows_some
             every_syn_is_shown_once the_columns_stand_under_their_heads what_is_counted_is_shown_before_the_count;

@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::lab::{NETOKEN, Running, wait_until};
-use crate::look::{counter, expect_bare, expect_no_state, expect_ours, ours};
+use crate::look::{counter, expect_bare, expect_no_state, expect_ours, has_clsact, ours};
 use crate::rules::{dir, write};
 use crate::said::sign_of_panic;
 use crate::support::{ensure_eq, sh};
@@ -111,6 +111,48 @@ pub fn a_signal_during_the_attach_detaches_on_exit() -> Result<()> {
     expect_bare(&world.ns, "c0")?;
     expect_bare(&world.ns, "c1")?;
     expect_no_state(&world.lab)
+}
+
+/// Between two interfaces; who has all of them when it hears of the signal stays attached.
+pub fn a_signal_during_a_quiet_attach_leaves_all_or_nothing() -> Result<()> {
+    let rules = "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '0000000000000001'\n";
+    let dir = dir()?;
+    let path = write(dir.path(), "guard.toml", rules)?;
+    for guard in [false, true] {
+        let mut taken_back = 0;
+        for _ in 0..20 {
+            let world = World::new()?;
+            world.second_cable()?;
+            let args = match guard {
+                true => format!(
+                    "guard {} --hook tc --rules {}",
+                    world.args("-i c0 -i c1 --attach"),
+                    path.display()
+                ),
+                false => world.args("-i c0 -i c1 --attach --quiet"),
+            };
+            let process = Running::start(&mut world.lab.netoken(&args))?;
+            wait_until("the qdisc", || Ok(has_clsact(&world.ns, "c0")?.then_some(())))?;
+            process.signal(Signal::SIGTERM)?;
+            let (code, lines) = process.end()?;
+            match code {
+                Some(0) => ensure!(has_clsact(&world.ns, "c1")?, "{lines:#?}"),
+                Some(1) => {
+                    ensure!(lines.iter().any(|line| line.contains("stopped by a signal")), "{lines:#?}");
+                    expect_bare(&world.ns, "c0")?;
+                    expect_bare(&world.ns, "c1")?;
+                    expect_no_state(&world.lab)?;
+                    taken_back += 1;
+                }
+                other => bail!("{other:?}: {lines:#?}"),
+            }
+            if taken_back == 2 {
+                break;
+            }
+        }
+        ensure_eq!(taken_back, 2, "attaches that were taken back");
+    }
+    Ok(())
 }
 
 /// A pager that shows its first page, a terminal after Ctrl-S.

@@ -53,6 +53,9 @@ fn on_link(net: u8, host: u8) -> [String; 2] {
     FAMILIES.map(|family| family.on_link(net, host))
 }
 
+/// How many SYNs may be sent again in a case that does not want it.
+const STALLS_MAX: u64 = 2;
+
 const CLIENT_HOST: u8 = 1;
 const SERVER_HOST: u8 = 2;
 const ROUTER_HOST: u8 = 254;
@@ -195,9 +198,10 @@ impl World {
         kernel_counter(&self.client, "TcpExtTCPSynRetrans")
     }
 
-    /// Fails unless so many SYNs were counted; exactly, but for those that were sent again.
+    /// Fails unless so many SYNs were counted; exactly, but for some that were sent again. More than some is no machine that
+    /// stands still.
     pub fn expect_count(&self, found: u64, wanted: u64, what: &str) -> Result<()> {
-        let again = self.sent_again()?;
+        let again = self.sent_again()?.min(STALLS_MAX);
         ensure!(
             (wanted..=wanted + again).contains(&found),
             "{what}: {found} counted, not {wanted}, with {again} SYNs sent again"

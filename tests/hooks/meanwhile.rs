@@ -1,6 +1,5 @@
 //! What goes while somebody looks at it or removes it.
 
-use std::collections::HashMap;
 use std::fs;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -12,7 +11,7 @@ use libbpf_rs::{TC_EGRESS, TcHook};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use netoken::hooks::clsact::attached;
-use netoken::hooks::loaded::loaded_by;
+use netoken::hooks::loaded::{Programs, loaded_by};
 use netoken::hooks::netlink::{Netlink, Side};
 use netoken::hooks::xdp::attached_xdp;
 use nix::sys::signal::Signal;
@@ -168,7 +167,7 @@ pub fn clsact_is_told_from_what_else_may_be_there() -> Result<()> {
         let mut netlink = Netlink::connect()?;
         ensure_eq!(netlink.filters(index, Side::Egress)?.len(), 0, "filters");
         ensure_eq!(netlink.chains(index, Side::Egress)?.len(), 0, "chains");
-        ensure!(attached_xdp(index, &HashMap::new())?.is_none(), "a program at XDP");
+        ensure!(attached_xdp(index, &Programs::default())?.is_none(), "a program at XDP");
         Ok(())
     })
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use super::rules::{NO_MARKS, load_keys, set_rules};
 use super::{GuardArgs, HookArg, RISK, Record, TO_THE_FRONT, hook_name, print_json};
 use crate::cli::args::Scope;
+use crate::cli::signals::Signals;
 use crate::cli::told::{Before, Said};
 use crate::clock::{self, slots};
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
@@ -82,7 +83,7 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
     };
     let attached = (|| {
         job.keys = load_keys(&doing, &scope.instance, rules)?;
-        job.attach_all(&lock, &links, rules)
+        job.attach_all(&lock, &links, rules, &Signals::catch(false)?)
     })();
     if let Err(error) = attached {
         job.undo(&lock);
@@ -99,7 +100,13 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
 }
 
 impl Job<'_> {
-    fn attach_all(&mut self, lock: &Lock, links: &[Link], rules: Option<&Rules>) -> Result<()> {
+    fn attach_all(
+        &mut self,
+        lock: &Lock,
+        links: &[Link],
+        rules: Option<&Rules>,
+        signals: &Signals,
+    ) -> Result<()> {
         let marks = rules.map_or_else(|| running::marks(self.instance), |rules| Ok(rules.marks()))?;
         if self.args.hook == HookArg::Xdp && marks {
             bail!("attaching the guard: {NO_MARKS}");
@@ -139,6 +146,8 @@ impl Job<'_> {
                     self.prepare(&program.maps, rules)?;
                     ready = true;
                 }
+                // Behind what takes time.
+                signals.go_on()?;
                 match self.attach_one(lock, link, program, kind, why.take()) {
                     // The driver cannot, and nobody asked for more than what fits.
                     Err(error) if self.args.hook == HookArg::Auto && kind == Kind::Xdp => {
@@ -177,7 +186,7 @@ impl Job<'_> {
         let is_ours = |loaded: &Loaded| {
             loaded.role == Role::GuardXdp && loaded.instance.as_deref() == Some(name.as_str())
         };
-        if programs.iter().any(|(id, loaded)| is_ours(loaded) && !here.contains(id)) {
+        if programs.all().any(|(id, loaded)| is_ours(loaded) && !here.contains(&id)) {
             bail!("attaching the guard: instance '{name}' is on another interface at XDP: {NO_MARKS}");
         }
         Ok(())

@@ -326,9 +326,9 @@ fn unblock(scope: &Scope, prefix: Prefix) -> Result<()> {
 
 /// The loaded programs of an instance.
 fn of_instance(state: &State, instance: &str) -> Result<Vec<Loaded>> {
-    let of_ours =
-        |loaded: &Loaded| loaded.role != Role::Stamp && loaded.instance.as_deref() == Some(instance);
-    Ok(loaded_programs(state)?.into_values().filter(of_ours).collect())
+    let programs = loaded_programs(state)?.of_instance(instance);
+    let guards = programs.all().filter(|(_, loaded)| loaded.role != Role::Stamp);
+    Ok(guards.map(|(_, loaded)| loaded.clone()).collect())
 }
 
 fn hook_name(mode: Mode) -> &'static str {

@@ -1,6 +1,5 @@
 //! `netoken guard --query`: where the guard is attached, and what it has counted.
 
-use std::collections::HashMap;
 use std::io::{self, Write};
 
 use anyhow::{Context, Result, bail};
@@ -14,7 +13,7 @@ use crate::guard::blocked::{self, Blocked};
 use crate::guard::counters::GuardCounters;
 use crate::guard::program::GuardMaps;
 use crate::hooks::clsact::attached;
-use crate::hooks::loaded::Loaded;
+use crate::hooks::loaded::Programs;
 use crate::hooks::netlink::{Link, Netlink, Side};
 use crate::hooks::xdp::attached_xdp;
 use crate::privileges;
@@ -41,7 +40,7 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
     first_of(failed).and(printed)
 }
 
-fn look(netlink: &mut Netlink, link: &Link, programs: &HashMap<u32, Loaded>) -> Result<Vec<Place>> {
+fn look(netlink: &mut Netlink, link: &Link, programs: &Programs) -> Result<Vec<Place>> {
     let at_xdp = attached_xdp(link.index, programs)?.map(|ours| Place {
         hook: hook_name(ours.mode),
         program: ours.program,
@@ -64,7 +63,8 @@ fn look(netlink: &mut Netlink, link: &Link, programs: &HashMap<u32, Loaded>) -> 
 }
 
 fn read(instance: &Instance) -> Result<Read> {
-    let maps = GuardMaps::open(&instance.pins)?;
+    let maps = GuardMaps::open(&instance.pins)
+        .with_context(|| format!("opening the guard of instance '{}'", instance.name))?;
     Ok(Read { counters: GuardCounters::read(&maps)?, blocked: blocked::read(&maps)? })
 }
 

@@ -72,18 +72,16 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
     let mut attached = IsAttached(true);
     loop {
         let is_last = !goes_on(&maps.clock, &signals.stop)?;
-        for seen in reader.read(if is_last { Duration::ZERO } else { LOOK })? {
-            output.seen(&seen)?;
-        }
-        for alert in reader.alerts() {
-            output.alert(&alert)?;
-        }
+        output.events(&mut reader, if is_last { Duration::ZERO } else { LOOK })?;
         if is_last || last.elapsed() >= PERIOD {
             last = Instant::now();
             attached.look(&state, &scope.instance)?;
             let now = GuardCounters::read(&maps)?;
             if now != counted {
-                output.counters(&now, reader.lost(&now)?)?;
+                let lost = reader.lost(&now)?;
+                // That has emptied the buffer; what is counted is shown before the count.
+                output.events(&mut reader, Duration::ZERO)?;
+                output.counters(&now, lost)?;
                 counted = now;
             }
         }
@@ -134,6 +132,11 @@ struct Output<'a> {
 impl Output<'_> {
     fn heads(&mut self) -> Result<()> {
         if self.scope.json { Ok(()) } else { self.out.heads().context(PRINTING) }
+    }
+
+    fn events(&mut self, reader: &mut Reader<'_>, timeout: Duration) -> Result<()> {
+        reader.read(timeout)?.iter().try_for_each(|seen| self.seen(seen))?;
+        reader.alerts().iter().try_for_each(|alert| self.alert(alert))
     }
 
     fn seen(&mut self, seen: &Seen) -> Result<()> {
