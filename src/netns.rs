@@ -1,13 +1,15 @@
 //! Network namespaces: which one we are in, which ones have names, and doing something in another one.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::fstatfs;
 
@@ -17,6 +19,18 @@ const NAMED: &str = "/run/netns";
 const NSFS_MAGIC: i64 = 0x6e73_6673;
 /// The namespace of the calling thread: a command may have moved it.
 const CURRENT: &str = "/proc/thread-self/ns/net";
+
+/// There is no network namespace of that name or path; says so.
+#[derive(Clone, Debug)]
+pub struct NoSuchNetns(String);
+
+impl fmt::Display for NoSuchNetns {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for NoSuchNetns {}
 
 /// A network namespace, held open.
 #[derive(Debug)]
@@ -45,16 +59,22 @@ impl Netns {
     /// A namespace by its name, as `ip netns` lists it, or by the path of its file.
     ///
     /// # Errors
+    /// [`NoSuchNetns`] if there is none.
     /// There is none; the message lists those with a name.
     pub fn open(name_or_path: &str) -> Result<Netns> {
         let path = match name_or_path.contains('/') {
             true => PathBuf::from(name_or_path),
             false => Path::new(NAMED).join(name_or_path),
         };
-        let file = File::open(&path).with_context(|| {
+        let file = File::open(&path).map_err(|error| {
             let names = names();
             let known = if names.is_empty() { "there are none".to_string() } else { names.join(", ") };
-            format!("opening the network namespace {} (those with a name: {known})", path.display())
+            let doing =
+                format!("opening the network namespace {} (those with a name: {known})", path.display());
+            match error.kind() {
+                io::ErrorKind::NotFound => anyhow!(NoSuchNetns(format!("{doing}: {error}"))),
+                _ => anyhow!(error).context(doing),
+            }
         })?;
         // Entering would tell it too, but as one error number for several reasons.
         if !fstatfs(&file).is_ok_and(|fs| fs.filesystem_type().0 == NSFS_MAGIC) {

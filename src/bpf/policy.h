@@ -34,8 +34,9 @@ static __always_inline const struct netoken_generation *this_generation(void)
 /*
  * Who sends it. Only the TCP socket of this host that opens the connection is a sender: what is
  * forwarded has none, and what a raw or packet socket writes is not that socket's connection. What
- * came in by an interface is forwarded, even if it still has a socket, as a bridge leaves it: the
- * kernel would tell the user as that one's user namespace calls him, where anybody can be root.
+ * came by another interface is forwarded, even if it still has a socket, as a bridge or a redirect
+ * leaves it: the kernel would tell the user as that one's user namespace calls him, where anybody
+ * can be root.
  */
 static __always_inline void gather_sender(struct search *search, struct __sk_buff *skb,
 					  const struct netoken_generation *gen)

@@ -87,11 +87,14 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let prepared = prepared.and_then(|stream| {
         let output = Output::new(scope.json, RuleNames::of(&instance), Arc::clone(&signals.stop))
             .context("preparing standard output")?;
+        running::confirm(&instance, &maps)?;
+        if options.quiet {
+            signals.go_on(&doing)?;
+        }
         // Last of all, so that no failure leaves another policy than there was.
         if had_policy {
             given.as_ref().map_or(Ok(()), |given| given.put(&instance, &maps, &progress))?;
         }
-        running::confirm(&instance, &maps)?;
         job.set_slots(&maps)?;
         Ok((stream, output, job.renewal.take().and_then(Renewal::finish)))
     });
@@ -327,7 +330,7 @@ impl Job<'_> {
             let name = &self.instance.name;
             // Behind what takes time.
             if self.options.quiet {
-                signals.go_on()?;
+                signals.go_on(&format!("attaching to {}", target.link.name))?;
             }
             let done = hooks.attach(lock, &target.link, name, program.as_fd(), hook, place)?;
             let lost = (lost > 0).then(|| {

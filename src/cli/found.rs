@@ -171,6 +171,11 @@ pub(super) struct Held<T> {
 }
 
 impl Found {
+    /// Whether there is an instance of that name, and of that kind.
+    pub fn has_instance(&self, name: &str, kept: impl Fn(&Instance) -> bool) -> bool {
+        self.instances.iter().any(|instance| instance.name == name && kept(instance))
+    }
+
     /// Reads every instance that has a hook and, unless an interface was named, those that have none and are `kept`. With
     /// what failed of those that have one.
     pub fn read<T>(

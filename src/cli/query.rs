@@ -59,7 +59,7 @@ pub(super) fn run(scope: &Scope) -> Result<()> {
     })?;
     let (held, failed) = found.read(scope, |_| true, read);
     if found.hooks.is_empty() {
-        nothing(scope, &held)?;
+        nothing(scope, &found)?;
     }
     let printed = print(scope, &found, &held).context("writing to standard output");
     first_of(failed).and(printed)
@@ -92,7 +92,7 @@ fn clock_of(instance: &Instance, maps: &Maps) -> Result<InstanceClock> {
     Ok(InstanceClock { instance: instance.name.clone(), source, unix_s, slot_s, slot })
 }
 
-fn nothing(scope: &Scope, held: &[Held<Read>]) -> Result<()> {
+fn nothing(scope: &Scope, found: &Found) -> Result<()> {
     if !scope.ifaces.is_empty() {
         bail!(
             "looking for filters of ours on {0}{2}: there are none; attach one with: netoken {1} --attach",
@@ -105,7 +105,7 @@ fn nothing(scope: &Scope, held: &[Held<Read>]) -> Result<()> {
             }
         );
     }
-    if scope.is_one_instance && held.is_empty() {
+    if scope.is_one_instance && !found.has_instance(&scope.instance, |_| true) {
         bail!(
             "looking for instance '{}': there is none; netoken --query lists all, and netoken {} --attach makes it",
             scope.instance,

@@ -18,7 +18,7 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// Without a file that could be loaded again, SIGHUP ends the stream: the terminal is gone. Where the parent has it
+    /// Without a file that could be loaded again, SIGHUP ends the stream, or what attaches: the terminal is gone. Where the parent has it
     /// ignored, as `nohup` does, it stays so. Not so SIGINT, which a shell has ignored in whatever a script starts in the
     /// background: Ctrl-C is to end the stream with the script.
     pub fn catch(has_file: bool) -> Result<Signals> {
@@ -35,13 +35,13 @@ impl Signals {
         Ok(signals)
     }
 
-    /// To be asked where something has been done and more is to follow, by who can take it back.
+    /// To be asked where something has been done and more is to follow, by who can take it back. `doing` begins the message.
     ///
     /// # Errors
     /// It was told to stop.
-    pub fn go_on(&self) -> Result<()> {
+    pub fn go_on(&self, doing: &str) -> Result<()> {
         if self.is_stopped() {
-            bail!("stopped by a signal; what was done is taken back");
+            bail!("{doing}: stopped by a signal; taking back what was done");
         }
         Ok(())
     }

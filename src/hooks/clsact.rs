@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use anyhow::{Context, Result, anyhow, bail};
 use libbpf_rs::{TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook};
 
-use super::loaded::{Loaded, Programs, Role, keep, loaded_programs};
+use super::loaded::{Loaded, Programs, Role, keep, loaded_programs, look_with};
 use super::netlink::{Filter, Link, Netlink, Side};
 use super::qdisc::Qdisc;
 use super::tcx;
@@ -157,11 +157,11 @@ impl<'a> Hooks<'a> {
     /// # Errors
     /// The kernel refused to list them.
     pub fn attached(&mut self, link: &Link, instance: &str) -> Result<Vec<Attached>> {
-        // As with the programs at tcx.
+        // Most interfaces have nothing there, and to list all programs is what takes time.
         if self.netlink.filters(link.index, self.side)?.is_empty() {
             return Ok(Vec::new());
         }
-        self.of_instance(link, instance, &loaded_programs(self.state)?)
+        look_with(self.state, |programs| self.of_instance(link, instance, programs))
     }
 
     fn of_instance(&mut self, link: &Link, instance: &str, programs: &Programs) -> Result<Vec<Attached>> {

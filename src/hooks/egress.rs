@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 
 use super::clsact::{self, Attachment, Hooks, Place, Taken};
-use super::loaded::{Loaded, Programs, loaded_programs};
+use super::loaded::{Loaded, Programs, look_with};
 use super::netlink::{Filter, Link, Netlink, Side};
 use super::qdisc::Qdisc;
 use super::tcx::{
@@ -194,7 +194,7 @@ impl<'a> Egress<'a> {
         if ids(link.index, Side::Egress)?.is_empty() {
             return Ok(Vec::new());
         }
-        let mut found = attached_tcx(link.index, &loaded_programs(self.state)?)?;
+        let mut found = look_with(self.state, |programs| attached_tcx(link.index, programs))?;
         found.retain(|ours| ours.loaded.instance.as_deref().is_none_or(|name| name == instance));
         Ok(found)
     }

@@ -41,12 +41,13 @@ pub fn find_link<'a>(links: &'a [Link], name: &str, netns: &str) -> Result<&'a L
 /// What stands in front of the network header in what the device's egress hook sees.
 ///
 /// # Errors
-/// Devices of this type have a header that the classifier cannot skip.
+/// Devices of this type have a header that the classifier cannot skip, or hooks that packets do not pass.
 pub fn link_header(link: &Link) -> Result<LinkHeader> {
     match link.layer {
-        // vrf_ip_out() of the kernel looks for a qdisc that queues, finds none, and hands the packet to the port.
+        // On the way out, vrf_ip_out() of the kernel looks for a qdisc that queues, and else hands the packet to the port; on
+        // the way in, vrf_ip_rcv() gets it behind the hooks of the port.
         LinkLayerType::Ether if link.kind == "vrf" => bail!(
-            "attaching to {}: it is a VRF, which what this host opens in it passes by; attach to its ports",
+            "attaching to {}: it is a VRF, whose packets pass the hooks of its ports, and not its own; attach to its ports",
             link.name
         ),
         LinkLayerType::Ether | LinkLayerType::Loopback => Ok(LinkHeader::Ethernet),

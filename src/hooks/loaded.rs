@@ -115,6 +115,21 @@ pub fn loaded_programs(state: &State) -> Result<Programs> {
     loaded_by(&state.instances())
 }
 
+/// Looks at what is attached, by the programs that are loaded, and again if something was attached meanwhile.
+///
+/// # Errors
+/// They cannot be listed, or the look failed.
+pub(super) fn look_with<T>(state: &State, mut look: impl FnMut(&Programs) -> Result<T>) -> Result<T> {
+    let mut tries = 1..TRIES;
+    loop {
+        let programs = loaded_programs(state)?;
+        let seen = look(&programs)?;
+        if !programs.is_old() || tries.next().is_none() {
+            return Ok(seen);
+        }
+    }
+}
+
 /// The same where these are all instances that there are.
 ///
 /// # Errors

@@ -13,7 +13,7 @@ use nix::unistd::User;
 use super::values::Interface;
 use crate::hooks::link::find_link;
 use crate::hooks::netlink::{Link, Netlink};
-use crate::netns::Netns;
+use crate::netns::{Netns, NoSuchNetns};
 use crate::state::in_first_mount_namespace;
 
 /// The root of every cgroup hierarchy has this number.
@@ -27,9 +27,34 @@ pub struct Names {
     users: Mutex<HashMap<String, Option<u32>>>,
     mount: Mutex<Option<PathBuf>>,
     /// By what they are called; the one without a name is that of the thread. What hindered a look is known as well.
-    places: Mutex<HashMap<String, Result<Arc<Place>, String>>>,
+    places: Mutex<HashMap<String, Result<Arc<Place>, Hindrance>>>,
     /// What those are called that can be found, by their numbers.
     called: OnceLock<HashMap<u32, String>>,
+}
+
+/// Why a network namespace was not looked into.
+#[derive(Clone, Debug)]
+enum Hindrance {
+    NoSuch(NoSuchNetns),
+    Other(String),
+}
+
+impl From<anyhow::Error> for Hindrance {
+    fn from(error: anyhow::Error) -> Hindrance {
+        match error.downcast::<NoSuchNetns>() {
+            Ok(none) => Hindrance::NoSuch(none),
+            Err(other) => Hindrance::Other(format!("{other:#}")),
+        }
+    }
+}
+
+impl From<Hindrance> for anyhow::Error {
+    fn from(hindrance: Hindrance) -> anyhow::Error {
+        match hindrance {
+            Hindrance::NoSuch(none) => none.into(),
+            Hindrance::Other(text) => anyhow!(text),
+        }
+    }
 }
 
 /// A network namespace as it was when it was looked into.
@@ -88,7 +113,7 @@ impl Names {
     /// namespace too if that has a name, so that it is known whoever reads the policy, and wherever.
     ///
     /// # Errors
-    /// The namespace does not exist or cannot be entered.
+    /// The namespace does not exist, which is [`NoSuchNetns`], or cannot be entered.
     pub fn interface(&self, name: &str) -> Result<Interface> {
         remember(&self.interfaces, name, || {
             // A colon cannot be in the name of an interface.
@@ -103,8 +128,8 @@ impl Names {
     }
 
     fn place(&self, name: &str) -> Result<Arc<Place>> {
-        let look = || Ok(Place::look(name).map(Arc::new).map_err(|error| format!("{error:#}")));
-        remember(&self.places, name, look)?.map_err(|error| anyhow!(error))
+        let look = || Ok(Place::look(name).map(Arc::new).map_err(Hindrance::from));
+        Ok(remember(&self.places, name, look)??)
     }
 
     fn place_of(&self, inode: u32) -> Option<Arc<Place>> {

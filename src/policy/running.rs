@@ -180,6 +180,17 @@ fn give_numbers(policy: &Policy, before: &Memory) -> Result<(Vec<u32>, u32, Vec<
 }
 
 impl Memory {
+    /// What its text says, by what the names in it meant when it was put into use.
+    fn policy(&self, path: &Path, text: &str) -> Result<Policy> {
+        let names = Names::known(&self.interfaces, &self.cgroups);
+        let options = Options { allow_missing: true, is_checked: true, ..Options::default() };
+        Ok(read::read_with(path, text, &options, names)?.policy)
+    }
+
+    fn hit_numbers(&self) -> Vec<u32> {
+        self.hits.iter().map(|(_, number)| *number).collect()
+    }
+
     /// What the names in a policy mean. Sorted, so that of interfaces with the same name the newest comes last.
     ///
     /// # Errors
@@ -232,13 +243,10 @@ pub fn read(instance: &Instance, maps: &Maps) -> Result<Running> {
 fn remembered(instance: &Instance, generation: u64) -> Result<Running> {
     let remembered = Remembered(&instance.policy_dir);
     let memory: Memory = remembered.memory(generation)?;
-    let text = remembered.text(generation)?;
-    let names = Names::known(&memory.interfaces, &memory.cgroups);
-    let options = Options { allow_missing: true, is_checked: true, ..Options::default() };
-    let checked = read::read_with(&remembered.text_path(generation), &text, &options, names)?;
+    let policy = memory.policy(&remembered.text_path(generation), &remembered.text(generation)?)?;
     Ok(Running {
-        policy: checked.policy,
-        hits: memory.hits.into_iter().map(|(_, hits)| hits).collect(),
+        policy,
+        hits: memory.hit_numbers(),
         generation,
         loaded: humantime::parse_rfc3339(&memory.loaded)?,
         source: memory.source,
@@ -260,13 +268,14 @@ pub fn restore(instance: &Instance, maps: &Maps) -> Result<bool> {
     let files = Remembered(&instance.policy_dir);
     let Some(before) = files.newest() else { return Ok(false) };
     let restore = || -> Result<()> {
-        let Running { policy, hits, .. } = remembered(instance, before)?;
-        let memory: Memory = files.memory(before)?;
+        let (text, memory) = (files.text(before)?, files.memory::<Memory>(before)?);
+        let policy = memory.policy(&files.text_path(before), &text)?;
         let rings = maps.ring_numbers(&policy)?;
         let names = Naming { instance: &instance.name, rings: &rings };
-        let compiled = compile(&policy, names, &hits).map_err(|refused| anyhow::anyhow!(refused))?;
+        let compiled =
+            compile(&policy, names, &memory.hit_numbers()).map_err(|refused| anyhow::anyhow!(refused))?;
         let put = |number| maps.install_as(number, &compiled, None);
-        files.put(None, &files.text(before)?, &memory, put).map(drop)
+        files.put(None, &text, &memory, put).map(drop)
     };
     let doing = || {
         format!(

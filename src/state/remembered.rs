@@ -10,7 +10,8 @@
 //! them, whenever a command was killed. Who has not, because the maps are gone or of another version, takes the newest
 //! `.json`: a load that was killed has left none, and is not taken for what ran.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -123,8 +124,10 @@ impl Remembered<'_> {
     fn write(self, number: u64, text: &str, memory: &impl Serialize) -> Result<()> {
         let path = self.text_path(number);
         let write = || -> Result<()> {
-            // For root alone: it may hold static tokens, and the directory above may be one that others can read.
+            // For root alone: it may hold static tokens, and the directory above may be one that others can read. One that an
+            // older version has made is not.
             make_dir(self.0)?;
+            fs::set_permissions(self.0, Permissions::from_mode(0o700))?;
             fs::write(&path, text)?;
             fs::write(self.path(number, BEGUN), serde_json::to_vec(memory)?)?;
             Ok(())
@@ -163,11 +166,13 @@ mod tests {
     #[test]
     fn what_nothing_went_by_is_found_by_its_number_alone() {
         let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
         let remembered = Remembered(dir.path());
         let put =
             |running, text: &str| remembered.put(running, text, &text.to_uppercase(), |_| Ok(())).unwrap();
         assert_eq!(put(None, "one"), 1);
         is(remembered, 1, "one");
+        assert_eq!(fs::metadata(dir.path()).unwrap().permissions().mode() & 0o777, 0o700);
         assert_eq!(remembered.newest(), None);
         // The attach that wanted it was killed; the next one wants another.
         assert_eq!(put(None, "other"), 1);

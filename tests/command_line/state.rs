@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{self, Permissions};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -206,8 +207,12 @@ pub fn kill_while_it_fills(
         Ok((is_there || running.child.try_wait()?.is_some()).then_some(()))
     })?;
     running.child.kill()?;
-    running.child.wait()?;
-    Ok(!is_in_use()?)
+    let ended = running.child.wait()?;
+    match (ended.signal(), ended.code()) {
+        (Some(_), _) => Ok(!is_in_use()?),
+        (_, Some(0)) => Ok(false),
+        _ => bail!("it failed by itself: {ended}"),
+    }
 }
 
 /// With ever more to fill, until the moment was not missed.

@@ -3,10 +3,10 @@
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::lab::{Lab, ip, kernel_counter};
+use crate::lab::{Lab, expect_count, ip, kernel_counter};
 use crate::support::{ensure_eq, sh};
 
 /// The client's interface, and the router's towards the server.
@@ -52,9 +52,6 @@ impl Family {
 fn on_link(net: u8, host: u8) -> [String; 2] {
     FAMILIES.map(|family| family.on_link(net, host))
 }
-
-/// How many SYNs may be sent again in a case that does not want it.
-const STALLS_MAX: u64 = 2;
 
 const CLIENT_HOST: u8 = 1;
 const SERVER_HOST: u8 = 2;
@@ -198,15 +195,9 @@ impl World {
         kernel_counter(&self.client, "TcpExtTCPSynRetrans")
     }
 
-    /// Fails unless so many SYNs were counted; exactly, but for some that were sent again. More than some is no machine that
-    /// stands still.
+    /// Fails unless so many SYNs of the client were counted.
     pub fn expect_count(&self, found: u64, wanted: u64, what: &str) -> Result<()> {
-        let again = self.sent_again()?.min(STALLS_MAX);
-        ensure!(
-            (wanted..=wanted + again).contains(&found),
-            "{what}: {found} counted, not {wanted}, with {again} SYNs sent again"
-        );
-        Ok(())
+        expect_count(&self.client, found, wanted, what)
     }
 
     /// Fails unless these verdicts have been counted so often, and no others.

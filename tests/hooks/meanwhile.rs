@@ -69,10 +69,7 @@ pub fn a_look_finds_what_is_there_while_interfaces_go() -> Result<()> {
         over.store(true, Ordering::Release);
         remove.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         looked
-    })?;
-    let looks = looks.into_inner();
-    ensure!(looks >= INTERFACES / PIECE, "{looks} looks in all");
-    Ok(())
+    })
 }
 
 /// Of one interface, by whatever takes it away; what is on the other is removed and told all the same.

@@ -8,15 +8,12 @@ use std::process::Output;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::lab::{Lab, PATIENCE, kernel_counter, wait_until};
+use crate::lab::{Lab, PATIENCE, expect_count, wait_until};
 use crate::look::counter;
 
 /// Include/uapi/linux/tcp.h.
 const TCP_SAVE_SYN: libc::c_int = 27;
 const TCP_SAVED_SYN: libc::c_int = 28;
-
-/// How many SYNs may be sent again in a case that does not want it.
-const STALLS_MAX: u64 = 2;
 
 /// The server's address, and a port on which nobody listens.
 const NOBODY: &str = "10.77.0.2:9";
@@ -89,16 +86,9 @@ impl World {
         })
     }
 
-    /// Fails unless an instance has counted so many SYNs; exactly, but for some that the client's TCP sent again.
-    /// More than some is no machine that stands still.
+    /// Fails unless an instance has counted so many SYNs of the client.
     pub fn expect_counter(&self, instance: &str, name: &str, wanted: u64, what: &str) -> Result<()> {
-        let found = counter(&self.lab, &self.ns, instance, name)?;
-        let again = kernel_counter(&self.ns, "TcpExtTCPSynRetrans")?.min(STALLS_MAX);
-        ensure!(
-            (wanted..=wanted + again).contains(&found),
-            "{what}: {found} counted, not {wanted}, with {again} SYNs sent again"
-        );
-        Ok(())
+        expect_count(&self.ns, counter(&self.lab, &self.ns, instance, name)?, wanted, what)
     }
 
     /// A listener on the server that keeps every SYN.

@@ -327,3 +327,18 @@ fn in_lines(text: &str, name: &str) -> Option<u64> {
 pub fn host(addr: IpAddr, port: u16) -> String {
     std::net::SocketAddr::new(addr, port).to_string()
 }
+
+/// How many SYNs may be sent again in a case that does not want it.
+const STALLS_MAX: u64 = 2;
+
+/// Fails unless so many SYNs were counted; exactly, but for some that the TCP of this namespace has sent again, because a
+/// machine that had much to do let an answer wait for a second. More than some is no such machine.
+#[allow(dead_code)]
+pub fn expect_count(ns: &str, found: u64, wanted: u64, what: &str) -> Result<()> {
+    let again = kernel_counter(ns, "TcpExtTCPSynRetrans")?.min(STALLS_MAX);
+    ensure!(
+        (wanted..=wanted + again).contains(&found),
+        "{what}: {found} counted, not {wanted}, with {again} SYNs sent again"
+    );
+    Ok(())
+}

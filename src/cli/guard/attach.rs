@@ -147,7 +147,7 @@ impl Job<'_> {
                     ready = true;
                 }
                 // Behind what takes time.
-                signals.go_on()?;
+                signals.go_on(&format!("attaching the guard to {}", link.name))?;
                 match self.attach_one(lock, link, program, kind, why.take()) {
                     // The driver cannot, and nobody asked for more than what fits.
                     Err(error) if self.args.hook == HookArg::Auto && kind == Kind::Xdp => {
@@ -161,7 +161,9 @@ impl Job<'_> {
             }
             self.notes.extend(before.note(&told).map(|note| format!("{}: {note}", link.name)));
         }
-        running::confirm(self.instance, &GuardMaps::open(&self.instance.pins)?)
+        // Where that fails, it is still found by its number.
+        GuardMaps::open(&self.instance.pins).and_then(|maps| running::confirm(self.instance, &maps)).ok();
+        Ok(())
     }
 
     /// What is known of the guard of this instance that is on the interface's way in.

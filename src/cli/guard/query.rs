@@ -34,7 +34,7 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
     let has_rules = |instance: &Instance| instance.has_guard() && instance.guard_dir.exists();
     let (held, failed) = found.read(scope, has_rules, read);
     if found.hooks.is_empty() {
-        nothing(scope, &held)?;
+        nothing(scope, &found, has_rules)?;
     }
     let printed = print(scope, &found, &held).context("writing to standard output");
     first_of(failed).and(printed)
@@ -68,7 +68,7 @@ fn read(instance: &Instance) -> Result<Read> {
     Ok(Read { counters: GuardCounters::read(&maps)?, blocked: blocked::read(&maps)? })
 }
 
-fn nothing(scope: &Scope, held: &[Held<Read>]) -> Result<()> {
+fn nothing(scope: &Scope, found: &Found, has_rules: impl Fn(&Instance) -> bool) -> Result<()> {
     if !scope.ifaces.is_empty() {
         bail!(
             "looking for the guard on {0}: it is not there; attach it with: netoken guard {1} --attach --rules FILE",
@@ -76,7 +76,7 @@ fn nothing(scope: &Scope, held: &[Held<Read>]) -> Result<()> {
             scope.flags(&scope.ifaces[0])
         );
     }
-    if scope.is_one_instance && held.is_empty() {
+    if scope.is_one_instance && !found.has_instance(&scope.instance, has_rules) {
         bail!(
             "looking for the guard of instance '{}': there is none; netoken guard --query lists all, and netoken \
              guard {} --attach --rules FILE makes it",

@@ -10,6 +10,7 @@ use super::super::report::Problem;
 use super::super::values::{Cgroup, Interface, List, Mark, Prefix, Range, merge_prefixes, merge_ranges};
 use super::fields::FileReader;
 use super::{Known, SetOf, Sets, Span};
+use crate::netns::NoSuchNetns;
 
 impl FileReader<'_> {
     /// A list that is nothing but one set is shared with all other rules that name it.
@@ -152,8 +153,12 @@ impl FileReader<'_> {
                     }
                     list.push(interface);
                 }
-                Err(error) => {
-                    good &= self.missing(span, format!("{error:#}"), known);
+                Err(error) if !error.is::<NoSuchNetns>() => {
+                    good = false;
+                    self.error(span, format!("looking for interface '{name}': {error:#}"));
+                }
+                Err(none) => {
+                    good &= self.missing(span, none.to_string(), known);
                     // Like one that is not there, or a rule about nothing else would not be there either.
                     list.push(Interface { name: name.into(), netns: 0, index: 0 });
                 }
