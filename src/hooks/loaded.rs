@@ -130,10 +130,10 @@ pub(super) fn look_with<T>(state: &State, mut look: impl FnMut(&Programs) -> Res
     }
 }
 
-/// The same where these are all instances that there are.
+/// Every program of ours that is loaded now, where these are all instances that there are.
 ///
 /// # Errors
-/// The same.
+/// As [`loaded_programs`].
 pub fn loaded_by(instances: &[Instance]) -> Result<Programs> {
     let mut owners = HashMap::new();
     // By what the stamp or the guard of an instance has to use, or no command reaches it.
