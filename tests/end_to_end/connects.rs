@@ -59,6 +59,10 @@ pub fn cases() -> Vec<Trial> {
             has_md5,
         ));
     }
+    cases.push(case("a router can ask for its neighbours as soon as it is made", NET, || {
+        let (world, router) = World::routed(true, Hook::Router)?;
+        no_address_is_tentative(&world, &router)
+    }));
     cases.push(case("a SYN over IPv4 is right behind source NAT", &with("nft"), || {
         let (world, router) = World::routed(false, Hook::Router)?;
         crate::support::sh(&format!(
@@ -78,6 +82,20 @@ fn direct(family: Family, tx: bool) -> Result<()> {
 
 fn routed(family: Family, tx: bool, hook: Hook) -> Result<()> {
     works(&World::routed(tx, hook)?.0, family, "")
+}
+
+/// IFA_F_TENTATIVE of include/uapi/linux/if_addr.h: whether somebody else has the address is not known yet.
+const TENTATIVE: u32 = 0x40;
+
+/// The columns of /proc/net/if_inet6 are address, interface number, prefix length, scope, flags, name.
+fn no_address_is_tentative(world: &World, ns: &str) -> Result<()> {
+    let table = world.lab.within(ns, || Ok(std::fs::read_to_string("/proc/thread-self/net/if_inet6")?))?;
+    ensure!(table.lines().any(|line| line.starts_with("fe80")), "no link-local address in\n{table}");
+    for line in table.lines() {
+        let flags = line.split_whitespace().nth(4).with_context(|| format!("no flags in {line}"))?;
+        ensure!(u32::from_str_radix(flags, 16)? & TENTATIVE == 0, "tentative: {line}");
+    }
+    Ok(())
 }
 
 /// Before the hook is there no SYN is stamped, then every one is, and no kernel on the way complains.

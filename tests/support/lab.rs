@@ -55,7 +55,20 @@ impl Lab {
         let names = roles.map(|role| format!("{}-{role}", self.prefix));
         self.namespaces.extend(names.iter().cloned());
         ip("", names.iter().map(|name| format!("netns add {name}")))?;
+        names.iter().try_for_each(|name| self.trust_addresses(name))?;
         Ok(names)
+    }
+
+    /// Turns duplicate address detection off for what will be made in a namespace. Until it is done, which takes up to
+    /// two seconds, a router has no link-local address to ask for its neighbours from, and after three it gives up.
+    fn trust_addresses(&self, ns: &str) -> Result<()> {
+        self.within(ns, || {
+            for scope in ["all", "default"] {
+                let setting = format!("/proc/sys/net/ipv6/conf/{scope}/accept_dad");
+                fs::write(&setting, "0").with_context(|| format!("setting {setting}"))?;
+            }
+            Ok(())
+        })
     }
 
     /// Joins two namespaces by a veth pair, up, with TX checksum offload on or off at both ends.
