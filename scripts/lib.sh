@@ -155,6 +155,18 @@ newest_clang() {
 	echo "$newest"
 }
 
+# Prints the folder of what the newest clang builds. It begins with the dependencies that are built already, which no
+# clang has a part in.
+target_of_newest_clang() {
+	local target
+	target="${CARGO_TARGET_DIR:-$(repo_root)/target}"
+	if [ -d "$target/quick" ] && [ ! -d "$target/newest-clang/quick" ]; then
+		mkdir -p "$target/newest-clang"
+		cp -a "$target/quick" "$target/newest-clang/"
+	fi
+	echo "$target/newest-clang"
+}
+
 need_cargo() {
 	local installed="${CARGO_HOME:-$HOME/.cargo}/bin"
 	if ! command -v cargo >/dev/null && [ -x "$installed/cargo" ]; then

@@ -45,7 +45,7 @@ pub enum LinkHeader {
 }
 
 /// What is fixed for one loaded program.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// What stands in front of the network header, which decides which program is loaded.
     pub link_header: LinkHeader,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
 
-use crate::lab::{PATIENCE, Running, kernel_counter};
+use crate::lab::{Lab, PATIENCE, Running, kernel_counter};
 use crate::sockets::{Listener, connect};
 use crate::support::{Need, ensure_eq};
 use crate::world::{Family, World};
@@ -149,7 +149,7 @@ fn memory() -> Result<()> {
         "after {CONNECTIONS} connections: {all} kB, of which {of_files} kB are the program file and libraries"
     );
     // The file of a program that is not optimised is larger than all that may be used.
-    let counted = if cfg!(debug_assertions) { all - of_files } else { all };
+    let counted = if Lab::is_optimised() { all } else { all - of_files };
     ensure!(counted < LIMIT_KIB, "{counted} kB, more than {LIMIT_KIB} kB");
     stream.signal(Signal::SIGINT)?;
     stream.end().map(drop)
@@ -157,7 +157,7 @@ fn memory() -> Result<()> {
 
 fn first_stamp() -> Result<()> {
     // Without optimisation the program itself is slow, and nobody runs it so.
-    const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 1000 } else { 150 });
+    let limit = Duration::from_millis(if Lab::is_optimised() { 150 } else { 1000 });
     // One that nothing came between is enough, and ends it.
     const TRIES: usize = 30;
     let mut best = Duration::MAX;
@@ -177,11 +177,11 @@ fn first_stamp() -> Result<()> {
             Ok(took)
         })?;
         best = best.min(took);
-        if best < LIMIT {
+        if best < limit {
             break;
         }
     }
     println!("from the command to the first stamped SYN: {best:?}");
-    ensure!(best < LIMIT, "it took {best:?}, more than {LIMIT:?}");
+    ensure!(best < limit, "it took {best:?}, more than {limit:?}");
     Ok(())
 }

@@ -35,7 +35,7 @@ built() {
 }
 
 build() {
-	local target="${CARGO_TARGET_DIR:-$root/target}" newest tests=(--test packets) name kernels
+	local target newest tests=(--test packets) name kernels
 	say "building the test programs"
 	while read -r name _ _ kernels; do
 		if [ "$program" = "$name" ] || [[ -z "$program" && "$kernels" != asked ]]; then
@@ -47,7 +47,8 @@ build() {
 	keep_objects clang "${CLANG:-clang}" "$work/artifacts"
 
 	newest="$(newest_clang)"
-	(cd "$root" && CLANG="$newest" cargo build --lib --quiet --target-dir "$target/newest-clang" \
+	target="$(target_of_newest_clang)"
+	(cd "$root" && CLANG="$newest" cargo test --no-run --quiet --profile quick --test packets --target-dir "$target" \
 		--message-format=json-render-diagnostics) | artifacts >"$work/artifacts.newest"
 	keep_objects newest-clang "$newest" "$work/artifacts.newest"
 }

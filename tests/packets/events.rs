@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use libbpf_rs::{MapHandle, PerfBuffer, PerfBufferBuilder};
 use netoken::counters::Counters;
-use netoken::program::LinkHeader;
 use netoken::program::Settings;
 use netoken::types::{Event, Verdict};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -217,7 +216,8 @@ pub fn an_event_says_which_policy_decided() -> Result<()> {
 /// What would find no reader is not sent; the counters do not mind.
 pub fn without_a_reader_syns_are_counted_but_make_no_event() -> Result<()> {
     on_one_cpu(|| {
-        let mut bench = Bench::new(LinkHeader::Ethernet)?;
+        let mut bench = Bench::load(Settings::default())?;
+        bench.set_policy(POLICY)?;
         let map = MapHandle::try_from(&bench.program.maps.events)?;
         let log = Log::default();
         let buffer = log.open(&map)?;
@@ -232,7 +232,8 @@ pub fn without_a_reader_syns_are_counted_but_make_no_event() -> Result<()> {
 
 pub fn what_is_not_a_syn_makes_no_event() -> Result<()> {
     on_one_cpu(|| {
-        let mut bench = Bench::new(LinkHeader::Ethernet)?;
+        let mut bench = Bench::load(Settings::default())?;
+        bench.set_policy(POLICY)?;
         bench.program.maps.set_reader(true)?;
         let map = MapHandle::try_from(&bench.program.maps.events)?;
         let log = Log::default();

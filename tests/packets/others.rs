@@ -100,7 +100,7 @@ pub fn what_is_not_a_syn_passes_untouched() -> Result<()> {
         untouched(&mut bench, what, &frame)?;
         number += 1;
     }
-    ensure!(bench_total(&bench)? == 0, "a counter moved");
+    ensure!(bench.counted()? == 0, "a counter moved");
     println!("not a SYN: {number} kinds of packets");
     Ok(())
 }
@@ -128,10 +128,6 @@ fn untouched(bench: &mut Bench, what: &str, frame: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fn bench_total(bench: &Bench) -> Result<u64> {
-    Ok(netoken::counters::Counters::read(&bench.program.maps)?.total())
-}
-
 /// Every value of the flag byte: only SYN without ACK, RST and FIN counts.
 pub fn only_a_syn_counts() -> Result<()> {
     let mut bench = Bench::new(LinkHeader::Ethernet)?;
@@ -144,7 +140,7 @@ pub fn only_a_syn_counts() -> Result<()> {
     }
     // URG, PSH, ECE and CWR are free: 16 values, two families.
     ensure!(syns == 32, "{syns} SYNs");
-    let total = bench_total(&bench)?;
+    let total = bench.counted()?;
     ensure!(total == syns, "the counters say {total}, there were {syns} SYNs");
     Ok(())
 }

@@ -71,8 +71,7 @@ action = "drop"
 "#;
 
 pub fn the_first_rule_that_matches_decides() -> Result<()> {
-    let mut bench = Bench::load(Settings::default())?;
-    bench.set_policy(RULES)?;
+    let mut bench = Bench::under(RULES)?;
     for (dst, port, verdict) in [
         ("10.0.0.1", 443, Verdict::VERDICT_DROPPED),
         ("10.0.0.1", 444, Verdict::VERDICT_NO_POLICY),
@@ -109,9 +108,9 @@ pub fn the_first_rule_that_matches_decides() -> Result<()> {
 }
 
 pub fn a_default_is_for_both_families_and_rules_beat_it() -> Result<()> {
-    let mut bench = Bench::load(Settings::default())?;
     let rules = RULES.replace("a1b2c3d4e5f60718", "0000000000000001");
-    bench.set_policy(&format!("default = {{ action = 'stamp', token = 'a1b2c3d4e5f60718' }}\n{rules}"))?;
+    let default = "default = { action = 'stamp', token = 'a1b2c3d4e5f60718' }";
+    let mut bench = Bench::under(&format!("{default}\n{rules}"))?;
     for dst in ["11.0.0.1", "2001:db9::1", "10.0.0.1", "2001:db8:2::1"] {
         bench.expect(dst, &syn().options(LINUX).to(dst, 444).build(), Verdict::VERDICT_STAMPED)?;
     }
@@ -123,7 +122,7 @@ pub fn a_default_is_for_both_families_and_rules_beat_it() -> Result<()> {
 
 /// IPv4 addresses are stored mapped into IPv6, which is no business of a policy's reader.
 pub fn a_prefix_is_for_its_own_family() -> Result<()> {
-    let mut bench = Bench::load(Settings::default())?;
+    let mut bench = Bench::under("")?;
     let rule = |dst: &str, port: u16| {
         let port = if port == 0 { String::new() } else { format!("port = {port}\n") };
         format!("[[rule]]\nname = \"{dst}\"\ndst = \"{dst}\"\n{port}action = \"drop\"\n")
@@ -163,8 +162,7 @@ pub fn without_any_policy_nothing_changes() -> Result<()> {
 }
 
 pub fn each_rule_stamps_its_own_token() -> Result<()> {
-    let mut bench = Bench::load(Settings::default())?;
-    bench.set_policy(
+    let mut bench = Bench::under(
         r#"
         default = { action = "stamp", token = "1111111111111111" }
         [[rule]]
@@ -186,7 +184,7 @@ pub fn each_rule_stamps_its_own_token() -> Result<()> {
 
 /// Policy comes first: what it skips or drops is not looked at any further.
 pub fn skip_and_drop_come_before_everything_else() -> Result<()> {
-    let mut bench = Bench::load(Settings::default())?;
+    let mut bench = Bench::under("")?;
     for (action, verdict) in [("skip", Verdict::VERDICT_SKIPPED), ("drop", Verdict::VERDICT_DROPPED)] {
         bench.set_policy(&format!("default = {{ action = '{action}' }}"))?;
         for packet in failures().into_iter().map(|(packet, _)| packet).chain([syn(), syn().v6()]) {

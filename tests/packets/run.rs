@@ -2,6 +2,7 @@
 //! bytes, and which counter moved. What it should have done is in [`crate::oracle`].
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_sys::{bpf_prog_test_run_opts, bpf_test_run_opts};
@@ -48,9 +49,13 @@ pub struct Outcome {
     pub frame: Vec<u8>,
 }
 
+/// Classifiers for one test after the other: to load one takes longer than most tests do.
+static LOADED: Mutex<Vec<(Settings, Arc<Program>)>> = Mutex::new(Vec::new());
+
 /// A loaded classifier.
 pub struct Bench {
-    pub program: Program,
+    pub program: Arc<Program>,
+    began: Counters,
     before: Counters,
     pub path: Path,
     /// The policy says that a SYN that cannot be stamped is dropped.
@@ -65,14 +70,14 @@ impl Bench {
 
     /// The same, with other settings.
     pub fn stamping(settings: Settings) -> Result<Bench> {
-        let bench = Bench::load(settings)?;
+        let bench = Bench::shared(settings)?;
         bench.program.maps.set_policy(&Policy::stamp_all(Token(TOKEN)))?;
         Ok(bench)
     }
 
     /// Stamps every SYN, and drops those that cannot be.
     pub fn strict(settings: Settings) -> Result<Bench> {
-        let mut bench = Bench::load(settings)?;
+        let mut bench = Bench::shared(settings)?;
         bench.set_policy(&format!(
             "default = {{ action = 'stamp', token = '{}', when_full = 'drop' }}",
             Token(TOKEN)
@@ -81,17 +86,46 @@ impl Bench {
         Ok(bench)
     }
 
-    /// Has no policy yet.
+    /// Does what this policy says.
+    pub fn under(policy: &str) -> Result<Bench> {
+        let bench = Bench::shared(Settings::default())?;
+        bench.set_policy(policy)?;
+        Ok(bench)
+    }
+
+    /// Was never used, has no policy yet, and is for one test alone: for those that change more of it than the policy.
     pub fn load(settings: Settings) -> Result<Bench> {
-        let program = Program::load(settings, None)?;
-        let before = Counters::read(&program.maps)?;
-        let link_len = if settings.link_header == LinkHeader::Ethernet { 14 } else { 0 };
+        Bench::with(Arc::new(Program::load(settings, None)?), settings.link_header)
+    }
+
+    /// One that nobody uses now.
+    fn shared(settings: Settings) -> Result<Bench> {
+        let loaded = || LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_free =
+            |(its, program): &&(Settings, Arc<Program>)| *its == settings && Arc::strong_count(program) == 1;
+        let free = loaded().iter().find(is_free).map(|(_, program)| program.clone());
+        if let Some(program) = free {
+            return Bench::with(program, settings.link_header);
+        }
+        let bench = Bench::load(settings)?;
+        loaded().push((settings, bench.program.clone()));
+        Ok(bench)
+    }
+
+    fn with(program: Arc<Program>, link_header: LinkHeader) -> Result<Bench> {
+        let began = Counters::read(&program.maps)?;
+        let link_len = if link_header == LinkHeader::Ethernet { 14 } else { 0 };
         let path = Path { link_len, mtu: 65536, gso: false };
-        Ok(Bench { program, before, path, drops_when_full: false })
+        Ok(Bench { program, before: began.clone(), began, path, drops_when_full: false })
     }
 
     pub fn set_policy(&self, toml: &str) -> Result<()> {
         self.program.maps.set_policy(&Policy::from_toml(toml)?)
+    }
+
+    /// SYNs that this test has had counted so far.
+    pub fn counted(&self) -> Result<u64> {
+        Ok(Counters::read(&self.program.maps)?.total() - self.began.total())
     }
 
     /// Runs a frame; at most one counter moved, by one.

@@ -17,6 +17,9 @@ use nix::fcntl::{Flock, FlockArg};
 /// The program under test, as cargo built it.
 pub const NETOKEN: &str = env!("CARGO_BIN_EXE_netoken");
 
+/// Names another one, which is optimised like the release, for what is measured.
+const RELEASE: &str = "NETOKEN_TEST_RELEASE";
+
 /// How long something that must happen may take.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -125,10 +128,16 @@ impl Lab {
 
     /// The program under test with these arguments, not started yet. Its state is the laboratory's.
     pub fn netoken(&self, args: &str) -> Command {
-        let mut command = Command::new(NETOKEN);
+        let mut command = Command::new(env::var_os(RELEASE).unwrap_or_else(|| NETOKEN.into()));
         command.args(args.split_whitespace()).stdin(Stdio::null());
         command.env("NETOKEN_RUN", &self.run).env("NETOKEN_KEYS", self.keys());
         command
+    }
+
+    /// Whether the program under test is optimised like the release.
+    #[allow(dead_code)]
+    pub fn is_optimised() -> bool {
+        !cfg!(debug_assertions) || env::var_os(RELEASE).is_some()
     }
 
     /// What NETOKEN_KEYS names in it. Beside the state directory, which netoken removes when it is empty.
