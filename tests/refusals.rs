@@ -83,9 +83,8 @@ fn stamps_and_guards() -> Result<()> {
     stream.wait_for("an event", |line| line.contains("\"type\":\"syn\""))?;
     drop(stream);
 
-    let rules = world.lab.run.with_extension("guard.toml");
     let rule = "[[rule]]\nname = 'server'\ndst = '10.77.0.1'\nmode = 'drop'\ntokens = '4e45544f4b454e31'\n";
-    fs::write(&rules, rule)?;
+    let rules = world.lab.file("guard.toml", rule)?;
     let guard = format!("guard --netns {} --iface c0", world.ns);
     world.lab.ok(&format!("{guard} --attach --hook xdp --rules {}", rules.display()))?;
     world.lab.ok(&format!("{guard} --destroy"))?;

@@ -330,7 +330,11 @@ fn print_json(record: &impl Serialize) -> Result<()> {
 
 fn list(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
     let keys = dir.load()?;
-    let live = live(&args.instance)?;
+    // What cannot be known of the instance hides nothing of the files.
+    let (live, unknown) = match live(&args.instance) {
+        Ok(live) => (live, Ok(())),
+        Err(error) => (None, Err(error.context("looking for what has been done with the keys"))),
+    };
     let now = SystemTime::now();
     let records = keys
         .iter()
@@ -351,7 +355,8 @@ fn list(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
         })
         .collect::<Result<Vec<_>>>()?;
     if args.json {
-        return records.iter().try_for_each(print_json);
+        records.iter().try_for_each(print_json)?;
+        return unknown;
     }
     if records.is_empty() {
         note!(
@@ -359,7 +364,7 @@ fn list(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
             dir.path().display(),
             args.flag()
         );
-        return Ok(());
+        return unknown;
     }
     let number = |value: Option<u64>| value.map_or("-".to_string(), |value| value.to_string());
     let rows: Vec<_> = records
@@ -385,7 +390,7 @@ fn list(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
     for ring in rings.into_iter().filter(|ring| signer(&keys, *ring).is_none()) {
         note!("no key of ring '{ring}' signs: rules that name it leave their SYNs as they are");
     }
-    Ok(())
+    unknown
 }
 
 /// Nobody wants to know the age of a month in seconds.

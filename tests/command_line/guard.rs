@@ -1,6 +1,5 @@
 //! `netoken guard --watch` at the terminal.
 
-use std::fs;
 use std::os::fd::AsFd;
 use std::process::Stdio;
 
@@ -21,8 +20,7 @@ const RULES: &str =
 /// A guard at the server.
 fn guarded() -> Result<World> {
     let world = World::new()?;
-    let rules = world.lab.run.with_extension("guard.toml");
-    fs::write(&rules, RULES)?;
+    let rules = world.lab.file("guard.toml", RULES)?;
     world.lab.ok(&format!("guard {} --attach --rules {}", place(&world), rules.display()))?;
     Ok(world)
 }
@@ -141,9 +139,8 @@ pub fn a_destroyed_guard_ends_the_watch() -> Result<()> {
 pub fn a_watch_leaves_the_rules_of_another_guard_alone() -> Result<()> {
     for waits in [false, true] {
         let world = guarded()?;
-        let (rules, others) =
-            (world.lab.run.with_extension("guard.toml"), world.lab.run.with_extension("good.toml"));
-        fs::write(&others, RULES.replace("'all'", "'others'"))?;
+        let rules = world.lab.file("guard.toml", RULES)?;
+        let others = world.lab.file("others.toml", RULES.replace("'all'", "'others'"))?;
         let args = format!("guard --watch --rules {}", rules.display());
         let mut watch = Running::start(&mut world.lab.netoken(&args))?;
         watch.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;

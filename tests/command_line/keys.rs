@@ -9,7 +9,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use netoken::keys::file::KeyDir;
 use serde_json::Value;
 
-use crate::lab::{Lab, Running, wait_until};
+use crate::lab::{Lab, OBSERVE, Running, wait_until};
 use crate::said::{Said, said};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -98,6 +98,9 @@ pub fn nothing_is_written_for_an_instance_that_cannot_be_told() -> Result<()> {
         run(lab, step)?.code(1)?.err(&["instance 'default'", "policies"]).context(step)?;
         ensure_eq!(files()?, before, "the files after {step}");
     }
+    // Nor is anything hidden.
+    let shown = run(lab, "key list")?.code(1)?;
+    ensure!(shown.out.contains("signing") && shown.err.contains("policies"), "{shown:#?}");
     world.ok("-i c0 --attach --quiet")?;
     run(lab, "key rotate edge")?.code(0)?.err(&["key 1 of ring 'edge' (verify-only)"]).map(drop)
 }
@@ -261,8 +264,10 @@ pub fn who_gives_keys_to_the_kernel_waits_for_a_rotation() -> Result<()> {
     let policy = write_policy(&world.lab)?;
     world.lab.ok("key new edge")?;
     world.lab.ok("key rotate edge")?;
-    let rules = world.lab.run.with_extension("guard.toml");
-    fs::write(&rules, "[[rule]]\nname = 'all'\ndst = '192.0.2.0/24'\nmode = 'observe'\nkeys = ['edge']\n")?;
+    let rules = world.lab.file(
+        "guard.toml",
+        "[[rule]]\nname = 'all'\ndst = '192.0.2.0/24'\nmode = 'observe'\nkeys = ['edge']\n",
+    )?;
     let rules = rules.display();
     let dir = KeyDir::at(world.lab.keys().join("default"));
     let commands = [
@@ -431,11 +436,7 @@ pub fn a_stream_and_a_watch_follow_a_step_of_the_clock_within_two_seconds() -> R
         ensure_eq!(netoken::clock::published(&map)?.tai_offset_ns, right.tai_offset_ns, "after {args}");
     }
     world.ok("-i c0 --destroy")?;
-    let rules = world.lab.run.with_extension("guard.toml");
-    fs::write(
-        &rules,
-        "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n",
-    )?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
     world.lab.ok(&format!("guard --netns {} -i c0 --attach --rules {}", world.ns, rules.display()))?;
     follows(&world, "guard --watch", "TIME (UTC)").map(drop)
 }

@@ -1,8 +1,5 @@
 //! Policy files: what is wrong is shown, and what is wrong changes nothing.
 
-use std::fs;
-use std::path::PathBuf;
-
 use anyhow::{Context, Result, ensure};
 
 use crate::lab::Lab;
@@ -32,13 +29,6 @@ const BAD: [(&str, &str, &str); 7] = [
     ("default = { action = \"stamp\", token = \"001122334\" }\n", ".toml:1:39", "16 hexadecimal digits"),
 ];
 
-fn write(lab: &Lab, text: &str) -> Result<PathBuf> {
-    // Not in the state directory, which netoken removes when it is empty.
-    let path = lab.run.with_extension("toml");
-    fs::write(&path, text)?;
-    Ok(path)
-}
-
 pub fn a_missing_file_is_named() -> Result<()> {
     let lab = Lab::new()?;
     said(&mut lab.netoken("-i lo --attach --policy /no/such/policy.toml"))?.code(1)?.err(&[
@@ -55,9 +45,8 @@ pub fn a_missing_file_is_named() -> Result<()> {
 pub fn a_bad_file_is_named_with_the_line() -> Result<()> {
     let lab = Lab::new()?;
     for (text, line, word) in BAD {
-        let path = write(&lab, text)?;
+        let path = lab.file("policy.toml", text)?;
         let said = said(&mut lab.netoken(&format!("-i lo --attach --policy {}", path.display())));
-        fs::remove_file(&path)?;
         let name = path.display().to_string();
         said?.code(1)?.err(&["checking the policy", &name, line, word]).with_context(|| text.to_string())?;
     }
@@ -70,9 +59,8 @@ pub fn a_rejected_file_changes_nothing_that_runs() -> Result<()> {
     world.syns(3)?;
     let before = ours(&world.ns, "c0")?;
     for (text, _, _) in BAD {
-        let path = write(&world.lab, text)?;
+        let path = world.lab.file("policy.toml", text)?;
         let result = world.fails(&format!("-i c0 --attach --quiet --priority 9 --policy {}", path.display()));
-        fs::remove_file(&path)?;
         result.with_context(|| text.to_string())?;
         ensure_eq!(ours(&world.ns, "c0")?, before, "the filter after {text:?}");
     }
@@ -83,11 +71,10 @@ pub fn a_rejected_file_changes_nothing_that_runs() -> Result<()> {
 
 pub fn a_policy_is_summed_up() -> Result<()> {
     let world = World::new()?;
-    let path = write(&world.lab, GOOD)?;
+    let path = world.lab.file("policy.toml", GOOD)?;
     let said = said(
         &mut world.lab.netoken(&world.args(&format!("-i c0 --attach --quiet --policy {}", path.display()))),
     );
-    fs::remove_file(&path)?;
     let said = said?.code(0)?.err(&["attached to c0 egress", "policy: 1 rule, default: skip"])?;
     ensure!(!said.err.contains("2222222222222222"), "{said:#?}");
     world.expect_token("2222222222222222", "the token of the rule")

@@ -5,6 +5,7 @@ use std::io::pipe;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::lab::OBSERVE;
 use crate::look::records;
 use crate::said::{said, said_to};
 use crate::support::{ensure_eq, sh};
@@ -119,11 +120,7 @@ pub fn an_instance_that_is_not_whole_does_not_hide_the_others() -> Result<()> {
 /// Neither those before it nor those behind it; and a pipe that nobody reads does not make a success of it.
 pub fn an_attached_instance_that_cannot_be_read_does_not_hide_the_others() -> Result<()> {
     let world = World::new()?;
-    let rules = world.lab.run.with_extension("guard.toml");
-    fs::write(
-        &rules,
-        "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n",
-    )?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
     let guard = format!("guard --netns {} -i c0", world.ns);
     for name in ["a", "b", "c"] {
         world.ok(&format!("-i c0 --attach --quiet --instance {name}"))?;

@@ -13,7 +13,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use nix::mount::{MntFlags, MsFlags};
 use nix::sys::signal::Signal;
 
-use crate::lab::{NETOKEN, Running, wait_until};
+use crate::lab::{NETOKEN, OBSERVE, Running, wait_until};
 use crate::look::{expect_bare, expect_ours};
 use crate::progress::write_policy;
 use crate::said::said;
@@ -153,11 +153,7 @@ pub fn a_query_names_a_broken_instance() -> Result<()> {
 /// What is attached goes on without its state, and a query that does not find that says that nothing is there.
 pub fn a_query_finds_what_is_attached_without_its_state() -> Result<()> {
     let world = World::new()?;
-    let rules = world.lab.run.with_extension("guard.toml");
-    fs::write(
-        &rules,
-        "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '0000000000000001'\n",
-    )?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
     world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
     let guard = |args: &str| format!("guard --netns {} -i c0 {args}", world.ns);
     world.lab.ok(&guard(&format!("--attach --hook tc --rules {}", rules.display())))?;

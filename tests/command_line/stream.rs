@@ -1,6 +1,5 @@
 //! The stream: what it shows, and how it ends when it is asked to.
 
-use std::fs;
 use std::io::pipe;
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
@@ -13,7 +12,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::lab::{NETOKEN, Running, wait_until};
+use crate::lab::{NETOKEN, OBSERVE, Running, wait_until};
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours, has_clsact, ours};
 use crate::rules::{dir, write};
 use crate::said::sign_of_panic;
@@ -249,11 +248,7 @@ pub fn a_second_signal_ends_the_wait_of_detach_on_exit() -> Result<()> {
 /// Their lock is in the directory while the destroy runs, so it is for them to remove it.
 pub fn a_destroy_leaves_nothing_for_who_streams_or_watches() -> Result<()> {
     let world = World::new()?;
-    let rules = world.lab.run.with_extension("guard.toml");
-    fs::write(
-        &rules,
-        "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n",
-    )?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
     let guard = format!("guard --netns {} -i c0", world.ns);
     world.lab.ok(&format!("{guard} --attach --rules {}", rules.display()))?;
     for (reader, destroy) in [

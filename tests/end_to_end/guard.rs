@@ -57,9 +57,7 @@ pub fn cases() -> Vec<Trial> {
 }
 
 pub fn write(world: &World, name: &str, text: &str) -> Result<String> {
-    let path = world.lab.run.with_extension(name);
-    std::fs::write(&path, text)?;
-    Ok(path.display().to_string())
+    Ok(world.lab.file(name, text)?.display().to_string())
 }
 
 pub fn rules(world: &World, mode: &str, accepts: &str) -> Result<String> {

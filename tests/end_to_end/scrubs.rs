@@ -145,11 +145,10 @@ fn tun(family: Family) -> Result<()> {
     ip(&ns, [format!("link set {TUN} up")])?;
     let bits = if family == Family::V4 { 24 } else { 64 };
     lab.addr(&ns, TUN, &format!("{}/{bits}", family.addr(9, 1)))?;
-    let path = lab.run.with_extension("guard.toml");
     let text = format!(
         "[[rule]]\nname = 'all'\ndst = ['10.0.0.0/8', 'fd00::/8']\nmode = 'drop'\nscrub = true\n{STATIC}\n"
     );
-    std::fs::write(&path, text)?;
+    let path = lab.file("guard.toml", text)?;
     let place = format!("--netns {ns} --iface {TUN}");
     let said = lab.ok(&format!("guard {place} --attach --json --rules {}", path.display()))?;
     ensure!(said.contains("clsact ingress"), "{said}");

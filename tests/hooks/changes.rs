@@ -114,14 +114,15 @@ pub fn changes_are_json_lines_too() -> Result<()> {
 pub fn another_instance_of_the_same_name_ends_the_stream_and_stays() -> Result<()> {
     for flags in ["", "--detach-on-exit"] {
         let world = World::new()?;
-        let path = world.lab.run.with_extension("policy.toml");
-        let policy = |token: &str| format!("default = {{ action = 'stamp', token = '{token}' }}\n");
-        std::fs::write(&path, policy("1111111111111111"))?;
+        let policy = |token: &str| {
+            world.lab.file("policy.toml", format!("default = {{ action = 'stamp', token = '{token}' }}\n"))
+        };
+        let path = policy("1111111111111111")?;
         let mut stream = stream(&world, &format!("-i c0 --policy {} --watch {flags}", path.display()))?;
         stream.signal(Signal::SIGSTOP)?;
         world.ok("-i c0 --destroy")?;
         world.ok("-i c0 --attach --quiet --token 2222222222222222")?;
-        std::fs::write(&path, policy("3333333333333333"))?;
+        policy("3333333333333333")?;
         stream.signal(Signal::SIGCONT)?;
         stream.wait_for("why it ends", |line| line.contains("instance 'default' was destroyed"))?;
         let (code, lines) = stream.end()?;
@@ -146,8 +147,8 @@ fn expect_stays(world: &World) -> Result<()> {
 /// The same if that happens while a reload waits for who does it.
 pub fn a_reload_that_has_waited_leaves_another_instance_alone() -> Result<()> {
     let world = World::new()?;
-    let path = world.lab.run.with_extension("policy.toml");
-    std::fs::write(&path, "default = { action = 'stamp', token = '1111111111111111' }\n")?;
+    let path =
+        world.lab.file("policy.toml", "default = { action = 'stamp', token = '1111111111111111' }\n")?;
     let mut stream = stream(&world, &format!("-i c0 --policy {}", path.display()))?;
     let lock = world.lab.hold_lock()?;
     stream.signal(Signal::SIGHUP)?;
@@ -167,8 +168,8 @@ pub fn a_reload_that_has_waited_leaves_another_instance_alone() -> Result<()> {
 /// After its last look: a reload waits for the lock, and a signal ends that.
 pub fn an_interface_that_is_renamed_at_last_is_detached_on_exit() -> Result<()> {
     let world = World::new()?;
-    let path = world.lab.run.with_extension("policy.toml");
-    std::fs::write(&path, "default = { action = 'stamp', token = '1111111111111111' }\n")?;
+    let path =
+        world.lab.file("policy.toml", "default = { action = 'stamp', token = '1111111111111111' }\n")?;
     let mut stream = stream(&world, &format!("-i c0 --detach-on-exit --policy {}", path.display()))?;
     let lock = world.lab.hold_lock()?;
     stream.signal(Signal::SIGHUP)?;

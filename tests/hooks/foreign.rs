@@ -17,6 +17,7 @@ use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessa
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 
+use crate::lab::OBSERVE;
 use crate::look::{expect_bare, expect_no_state, expect_ours, foreign, has_clsact, ours, records};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -218,11 +219,7 @@ pub fn tcx_programs_that_run_before_are_told() -> Result<()> {
     let index = ifindex(&world, "c0")?;
     let add = |place| tcx_link(index, place, 0);
     let said = |args: &str| Ok::<_, anyhow::Error>(String::from_utf8(world.run(args)?.stderr)?);
-    let rules = world.lab.run.with_extension("guard.toml");
-    fs::write(
-        &rules,
-        "[[rule]]\nname = 'all'\ndst = '10.77.0.0/24'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n",
-    )?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
     let guard = format!("guard -i c0 --netns {}", world.ns);
 
     let there = world.lab.within(&world.ns, || {

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::foreign::{add_filter, ifindex};
-use crate::lab::wait_until;
+use crate::lab::{OBSERVE, wait_until};
 use crate::look::{
     counter, expect_bare, expect_no_state, expect_ours, expect_unloaded, filters, map_id, ours, records,
 };
@@ -93,11 +93,8 @@ pub fn a_failed_attach_leaves_the_slots_as_they_were() -> Result<()> {
         let clocks = records(&world.ok("--query --json")?, "clock")?;
         Ok(clocks.first().context("no clock in the query")?["slot_s"].clone())
     };
-    let path = world.lab.run.with_extension("guard.toml");
     let guard = |ifaces: &str, slot_s: u32| {
-        let rule =
-            "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n";
-        fs::write(&path, format!("slots = {{ length = {slot_s} }}\n{rule}"))?;
+        let path = world.lab.file("guard.toml", format!("slots = {{ length = {slot_s} }}\n{OBSERVE}"))?;
         let args = format!("{ifaces} --attach --hook tc --rules {}", path.display());
         let output = world.lab.run(&format!("guard --netns {} {args}", world.ns))?;
         let said = String::from_utf8(output.stderr)?;
@@ -129,11 +126,7 @@ pub fn a_failed_attach_leaves_the_slots_as_they_were() -> Result<()> {
 /// The guard has made the maps, which stay.
 pub fn a_first_attach_that_fails_beside_a_guard_leaves_no_policy() -> Result<()> {
     let world = World::new()?;
-    let path = world.lab.run.with_extension("guard.toml");
-    fs::write(
-        &path,
-        "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n",
-    )?;
+    let path = world.lab.file("guard.toml", OBSERVE)?;
     let guard = |args: &str| world.lab.ok(&format!("guard --netns {} -i c0 {args}", world.ns));
     guard(&format!("--attach --hook xdp --rules {}", path.display()))?;
     sh(&format!("tc -n {} qdisc add dev c0 ingress", world.ns))?;
@@ -197,11 +190,7 @@ pub fn the_last_destroy_removes_policy_and_counters() -> Result<()> {
 pub fn a_destroy_says_if_the_other_program_uses_the_instance() -> Result<()> {
     let world = World::new()?;
     world.second_cable()?;
-    let rules = world.lab.run.with_extension("guard.toml");
-    fs::write(
-        &rules,
-        "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n",
-    )?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
     let guard = |args: &str| world.lab.run(&format!("guard --netns {} -i c0 {args}", world.ns));
     let attach = || {
         let output = guard(&format!("--attach --hook tc --rules {}", rules.display()))?;
@@ -321,11 +310,7 @@ pub fn destroy_without_an_interface_takes_all() -> Result<()> {
 pub fn a_guard_that_cannot_move_everywhere_stays_where_it_was() -> Result<()> {
     let world = World::new()?;
     world.second_cable()?;
-    let rules = world.lab.run.with_extension("guard.toml");
-    fs::write(
-        &rules,
-        "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '4e45544f4b454e31'\n",
-    )?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
     let rules = rules.display();
     let guard = |args: &str| world.lab.run(&format!("guard --netns {} {args}", world.ns));
     let ok = |args: &str| {

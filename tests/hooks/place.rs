@@ -1,7 +1,5 @@
 //! Priority and handle: chosen, moved, taken.
 
-use std::fs;
-
 use anyhow::{Result, ensure};
 
 use crate::look::{expect_ours, filters, ours};
@@ -132,8 +130,7 @@ pub fn a_guard_that_marks_goes_where_there_are_marks() -> Result<()> {
     world.second_cable()?;
     let rules = "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'mark'\nmark = { valid = 1, refused = 2 }\n\
                  tokens = '0000000000000001'\n";
-    let path = world.lab.run.with_extension("marks.toml");
-    fs::write(&path, rules)?;
+    let path = world.lab.file("marks.toml", rules)?;
     let guard = |args: &str| format!("guard --netns {} {args}", world.ns);
     world.lab.ok(&guard(&format!("-i c0 --attach --rules {}", path.display())))?;
     let refused = world.lab.run(&guard("-i c1 --attach --hook xdp"))?;

@@ -238,8 +238,8 @@ pub fn a_program_that_has_moved_is_detached_on_exit() -> Result<()> {
 
     // After its last look: a reload waits for the lock, and a signal ends that.
     let mut world = World::new()?;
-    let path = world.lab.run.with_extension("policy.toml");
-    std::fs::write(&path, "default = { action = 'stamp', token = '1111111111111111' }\n")?;
+    let path =
+        world.lab.file("policy.toml", "default = { action = 'stamp', token = '1111111111111111' }\n")?;
     let args = format!("-i c0 --attach --hook tcx --detach-on-exit --policy {}", path.display());
     let mut stream = Running::start(&mut world.lab.netoken(&world.args(&args)))?;
     stream.wait_for("the heads", |line| line.contains("VERDICT"))?;

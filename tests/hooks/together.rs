@@ -13,7 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::lab::{PATIENCE, Running, ip, wait_until};
+use crate::lab::{OBSERVE, PATIENCE, Running, ip, wait_until};
 use crate::look::{expect_bare, expect_no_state, expect_ours, records};
 use crate::support::{ensure_eq, share_of};
 use crate::world::World;
@@ -165,11 +165,7 @@ fn is_waited_for() -> Result<bool> {
 /// Who keeps the file system busy for longer than a command waits.
 pub fn what_was_removed_is_told_before_what_failed() -> Result<()> {
     let world = World::new()?;
-    let rules = world.lab.run.with_extension("guard.toml");
-    std::fs::write(
-        &rules,
-        "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n",
-    )?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
     let guard = format!("guard --netns {} -i c0", world.ns);
     for (attach, destroy, kind) in [
         (world.args("-i c0 --attach --quiet"), world.args("-i c0 --destroy --json"), Some("removed")),
@@ -223,8 +219,7 @@ pub fn a_command_that_waits_names_the_one_it_waits_for() -> Result<()> {
 /// What happens to the instance while a command waits for its turn is done by hand: a real destroy is too quick.
 pub fn a_command_that_waited_for_a_destroy_makes_nothing_anew() -> Result<()> {
     let world = World::new()?;
-    let policy = world.lab.run.with_extension("policy.toml");
-    fs::write(&policy, "default = { action = 'skip' }\n")?;
+    let policy = world.lab.file("policy.toml", "default = { action = 'skip' }\n")?;
     for command in [format!("policy load {}", policy.display()), "guard --show".to_string()] {
         world.ok("-i c0 --attach --quiet")?;
         let lock = File::options().read(true).write(true).open(world.lab.run.join("lock"))?;
@@ -248,10 +243,9 @@ pub fn a_command_that_waited_for_a_destroy_makes_nothing_anew() -> Result<()> {
 pub fn a_policy_that_somebody_reads_can_be_changed() -> Result<()> {
     let world = World::new()?;
     world.ok("-i c0 --attach --quiet")?;
-    let policy = world.lab.run.with_extension("policy.toml");
     let rules: String =
         (1..4000).map(|n| format!("[[rule]]\nname = '{n}'\nport = {n}\naction = 'skip'\n")).collect();
-    fs::write(&policy, rules)?;
+    let policy = world.lab.file("policy.toml", rules)?;
     world.lab.ok(&format!("policy load {}", policy.display()))?;
     let mut show = world.lab.netoken("policy show --toml").stdout(Stdio::piped()).spawn()?;
     let mut out = show.stdout.take().context("its output")?;
@@ -273,11 +267,7 @@ pub fn every_query_shows_what_is_replaced_in_place_meanwhile() -> Result<()> {
     let links = (0..MANY / 2).map(|n| format!("link add name d{n} type veth peer name e{n}"));
     ip(&world.ns, links)?;
     world.second_cable()?;
-    let rules = world.lab.run.with_extension("guard.toml");
-    fs::write(
-        &rules,
-        "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\ntokens = '0000000000000001'\n",
-    )?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
     let guard = format!("guard --netns {}", world.ns);
     let attach_guard = format!("{guard} -i c1 --attach --hook tc --rules {}", rules.display());
     for (attach, query, kind) in [

@@ -23,6 +23,11 @@ const RELEASE: &str = "NETOKEN_TEST_RELEASE";
 /// How long something that must happen may take.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// A rule for a guard that looks at everything and lets everything pass.
+#[allow(dead_code)]
+pub const OBSERVE: &str =
+    "[[rule]]\nname = 'all'\ndst = ['0.0.0.0/0', '::/0']\nmode = 'observe'\ntokens = '0000000000000001'\n";
+
 const LOOPBACK_UP: &str = "link set lo up";
 
 /// One case's own small world.
@@ -145,6 +150,19 @@ impl Lab {
         self.run.with_extension("keys")
     }
 
+    fn files(&self) -> PathBuf {
+        self.run.with_extension("files")
+    }
+
+    /// Writes a file, in place of the one that has this name, and returns its path.
+    #[allow(dead_code)]
+    pub fn file(&self, name: &str, text: impl AsRef<[u8]>) -> Result<PathBuf> {
+        fs::create_dir_all(self.files())?;
+        let path = self.files().join(name);
+        fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        Ok(path)
+    }
+
     /// Runs the program under test and returns what it printed, successful or not.
     pub fn run(&self, args: &str) -> Result<Output> {
         self.netoken(args).output().with_context(|| format!("running netoken {args}"))
@@ -188,9 +206,7 @@ impl Drop for Lab {
         while nix::mount::umount(&self.run.join("bpf")).is_ok() {}
         fs::remove_dir_all(&self.run).ok();
         fs::remove_dir_all(self.keys()).ok();
-        for file in ["guard.toml", "policy.toml", "marks.toml", "good.toml"] {
-            fs::remove_file(self.run.with_extension(file)).ok();
-        }
+        fs::remove_dir_all(self.files()).ok();
     }
 }
 
