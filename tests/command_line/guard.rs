@@ -148,9 +148,9 @@ pub fn a_watch_leaves_the_rules_of_another_guard_alone() -> Result<()> {
             let _lock = world.lab.hold_lock()?;
             watch.signal(Signal::SIGHUP)?;
             watch.wait_for("that it waits", |line| line.contains("waiting for"))?;
-            watch.signal(Signal::SIGSTOP)?;
+            watch.pause()?;
         } else {
-            watch.signal(Signal::SIGSTOP)?;
+            watch.pause()?;
             watch.signal(Signal::SIGHUP)?;
         }
         world.lab.ok(&format!("guard {} --destroy", place(&world)))?;

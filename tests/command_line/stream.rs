@@ -12,7 +12,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::lab::{NETOKEN, OBSERVE, Running, wait_until};
+use crate::lab::{NETOKEN, OBSERVE, Running, expect_count, wait_until};
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours, has_clsact, ours};
 use crate::rules::{dir, write};
 use crate::said::sign_of_panic;
@@ -34,8 +34,22 @@ fn end(stream: Running, signal: Signal) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-fn shown(lines: &[String]) -> usize {
-    lines.iter().filter(|line| line.contains("10.77.0.2:9")).count()
+fn shown(lines: &[String]) -> u64 {
+    lines.iter().filter(|line| line.contains("10.77.0.2:9")).count() as u64
+}
+
+/// The numbers of SYNs and of stamped ones in a line of totals.
+fn totals(line: &str) -> Option<(u64, u64)> {
+    let (syns, rest) = line.strip_prefix("-- ")?.split_once(" SYN")?;
+    let (_, stamped) = rest.split_once(", ")?;
+    Some((syns.parse().ok()?, stamped.split_once(" stamped")?.0.parse().ok()?))
+}
+
+/// Fails unless the last totals are of so many SYNs, all of them stamped.
+fn expect_totals(world: &World, lines: &[String], wanted: u64) -> Result<()> {
+    let last = lines.iter().rev().find_map(|line| totals(line)).context("no totals")?;
+    ensure_eq!(last.0, last.1, "stamped SYNs");
+    expect_count(&world.ns, last.0, wanted, "SYNs in the totals")
 }
 
 pub fn ctrl_c_and_sigterm_end_it_in_peace() -> Result<()> {
@@ -44,7 +58,7 @@ pub fn ctrl_c_and_sigterm_end_it_in_peace() -> Result<()> {
         let stream = stream(&world, "")?;
         world.syns(1)?;
         let lines = end(stream, signal)?;
-        ensure_eq!(shown(&lines), 1, "SYNs shown before {signal}: {lines:#?}");
+        expect_count(&world.ns, shown(&lines), 1, &format!("SYNs shown before {signal}: {lines:#?}"))?;
         ensure!(lines.iter().any(|line| line.starts_with("-- ")), "no totals: {lines:#?}");
         let advice = format!("netoken --iface c0 --netns {} --destroy", world.ns);
         let last = lines.iter().filter(|line| line.contains("still attached to c0")).collect::<Vec<_>>();
@@ -258,7 +272,7 @@ pub fn a_destroy_leaves_nothing_for_who_streams_or_watches() -> Result<()> {
         let mut reader = Running::start(&mut world.lab.netoken(&reader))?;
         reader.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
         // It notices the destroy when that has finished.
-        reader.signal(Signal::SIGSTOP)?;
+        reader.pause()?;
         world.lab.ok(&destroy)?;
         reader.signal(Signal::SIGCONT)?;
         let (code, lines) = reader.end()?;
@@ -273,22 +287,21 @@ pub fn every_syn_is_shown_once() -> Result<()> {
     let stream = stream(&world, "")?;
     world.syns(200)?;
     let lines = end(stream, Signal::SIGINT)?;
-    ensure_eq!(shown(&lines), 200, "SYNs shown");
-    let totals = lines.iter().rfind(|line| line.starts_with("-- ")).context("no totals")?;
-    ensure!(totals.contains("200 SYNs, 200 stamped"), "{totals}");
-    Ok(())
+    expect_count(&world.ns, shown(&lines), 200, "SYNs shown")?;
+    expect_totals(&world, &lines, 200)
 }
 
 pub fn what_is_counted_is_shown_before_the_count() -> Result<()> {
     let world = World::new()?;
     let mut stream = stream(&world, "")?;
     // Both are due when it goes on: events that nobody has taken out of the buffer, and totals.
-    stream.signal(Signal::SIGSTOP)?;
+    stream.pause()?;
     world.syns(200)?;
     thread::sleep(Duration::from_millis(1100));
     stream.signal(Signal::SIGCONT)?;
-    stream.wait_for("the totals", |line| line.starts_with("-- 200 SYNs, 200 stamped"))?;
-    ensure_eq!(shown(&stream.seen), 200, "SYNs shown before the totals");
+    stream.wait_for("the totals", |line| totals(line).is_some_and(|(syns, _)| syns >= 200))?;
+    expect_count(&world.ns, shown(&stream.seen), 200, "SYNs shown before the totals")?;
+    expect_totals(&world, &stream.seen, 200)?;
     end(stream, Signal::SIGINT).map(drop)
 }
 
@@ -341,11 +354,9 @@ pub fn a_sample_counts_all_and_shows_some() -> Result<()> {
         Ok(())
     })?;
     let lines = end(stream, Signal::SIGINT)?;
-    ensure_eq!(shown(&lines), 10, "SYNs shown of 100: {lines:#?}");
+    expect_count(&world.ns, shown(&lines), 10, &format!("SYNs shown of 100: {lines:#?}"))?;
     world.expect_counter("default", "stamped", 100, "SYNs counted")?;
-    let totals = lines.iter().rfind(|line| line.starts_with("-- ")).context("no totals")?;
-    ensure!(totals.contains("100 SYNs, 100 stamped"), "{totals}");
-    Ok(())
+    expect_totals(&world, &lines, 100)
 }
 
 /// Without CAP_IPC_LOCK all buffers of a user share a limit (kernel.perf_event_mlock_kb).

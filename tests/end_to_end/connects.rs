@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::lab::PATIENCE;
+use crate::lab::{PATIENCE, kernel_counter, wait_until};
 use crate::segment::{ECE_CWR, KIND_MD5, KIND_MPTCP, TOKEN};
 use crate::sockets::{Listener, connect_with, echo, exchange};
 use crate::support::{Need, ensure_eq};
@@ -61,7 +61,7 @@ pub fn cases() -> Vec<Trial> {
     }
     cases.push(case("a router can ask for its neighbours as soon as it is made", NET, || {
         let (world, router) = World::routed(true, Hook::Router)?;
-        no_address_is_tentative(&world, &router)
+        asks_nobody_for_leave(&world, &router)
     }));
     cases.push(case("a SYN over IPv4 is right behind source NAT", &with("nft"), || {
         let (world, router) = World::routed(false, Hook::Router)?;
@@ -87,14 +87,19 @@ fn routed(family: Family, tx: bool, hook: Hook) -> Result<()> {
 /// IFA_F_TENTATIVE of include/uapi/linux/if_addr.h: whether somebody else has the address is not known yet.
 const TENTATIVE: u32 = 0x40;
 
-/// The columns of /proc/net/if_inet6 are address, interface number, prefix length, scope, flags, name.
-fn no_address_is_tentative(world: &World, ns: &str) -> Result<()> {
-    let table = world.lab.within(ns, || Ok(std::fs::read_to_string("/proc/thread-self/net/if_inet6")?))?;
-    ensure!(table.lines().any(|line| line.starts_with("fe80")), "no link-local address in\n{table}");
-    for line in table.lines() {
-        let flags = line.split_whitespace().nth(4).with_context(|| format!("no flags in {line}"))?;
-        ensure!(u32::from_str_radix(flags, 16)? & TENTATIVE == 0, "tentative: {line}");
-    }
+/// Its link-local addresses become usable without a question whether they are anybody else's.
+fn asks_nobody_for_leave(world: &World, ns: &str) -> Result<()> {
+    // The columns are address, interface number, prefix length, scope, flags, name.
+    let is_usable = |line: &str| {
+        let flags = line.split_whitespace().nth(4).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+        line.starts_with("fe80") && flags.is_some_and(|flags| flags & TENTATIVE == 0)
+    };
+    wait_until("both link-local addresses", || {
+        let table =
+            world.lab.within(ns, || Ok(std::fs::read_to_string("/proc/thread-self/net/if_inet6")?))?;
+        Ok((table.lines().filter(|line| is_usable(line)).count() == 2).then_some(()))
+    })?;
+    ensure_eq!(kernel_counter(ns, "Icmp6OutNeighborSolicits")?, 0, "neighbour solicitations");
     Ok(())
 }
 

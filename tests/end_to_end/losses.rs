@@ -74,6 +74,8 @@ fn lost(family: Family, at_client: bool) -> Result<()> {
     world.attach("")?;
     let listener = Listener::open(&world, family)?;
     let (stamped_before, retransmitted_before) = acquainted(&world, &listener)?;
+    // Only the client tries again: an answer that the server repeats may come before the client's second SYN.
+    world.set(&world.server, "ipv4/tcp_synack_retries", "0")?;
     let tap = Tap::receiver(&world.lab, &world.server, IN)?;
     let (ns, interface) = if at_client { (&world.client, OUT) } else { (&world.server, IN) };
     netem(ns, "add", interface, "loss 100%")?;

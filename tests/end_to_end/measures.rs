@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
+use netoken::program::{Program, Settings};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::lab::{Lab, PATIENCE, Running, kernel_counter};
 use crate::sockets::{Listener, connect};
@@ -137,8 +139,10 @@ fn memory() -> Result<()> {
         }
         Ok(())
     })?;
-    let all = format!("\"syns\":{CONNECTIONS},");
-    stream.wait_for("totals of all", |line| line.contains("\"type\":\"totals\"") && line.contains(&all))?;
+    stream.wait_for("totals of all", |line| {
+        let record: Value = serde_json::from_str(line).unwrap_or_default();
+        record["type"] == "totals" && record["syns"].as_u64() >= Some(CONNECTIONS)
+    })?;
     let status = std::fs::read_to_string(format!("/proc/{}/status", stream.child.id()))?;
     let kib = |name: &str| -> Result<u64> {
         let line = status.lines().find(|line| line.starts_with(name)).context("no such line")?;
@@ -160,8 +164,12 @@ fn first_stamp() -> Result<()> {
     let limit = Duration::from_millis(if Lab::is_optimised() { 150 } else { 1000 });
     // One that nothing came between is enough, and ends it.
     const TRIES: usize = 30;
-    let mut best = Duration::MAX;
+    let (mut best, mut load) = (Duration::MAX, Duration::MAX);
     for _ in 0..TRIES {
+        // What the kernel takes to verify the program, which is most of it, says how fast the machine is today.
+        let start = Instant::now();
+        Program::load(Settings::default(), None)?;
+        load = load.min(start.elapsed());
         let world = World::new(true)?;
         let listener = Listener::open(&world, Family::V4)?;
         let took = world.lab.within(&world.client, || {
@@ -177,11 +185,13 @@ fn first_stamp() -> Result<()> {
             Ok(took)
         })?;
         best = best.min(took);
-        if best < limit {
+        if best < limit.max(load * 2) {
             break;
         }
     }
-    println!("from the command to the first stamped SYN: {best:?}");
-    ensure!(best < limit, "it took {best:?}, more than {limit:?}");
+    println!(
+        "from the command to the first stamped SYN: {best:?}, of which the kernel takes {load:?} to load it"
+    );
+    ensure!(best < limit.max(load * 2), "it took {best:?}, more than {limit:?} and more than twice {load:?}");
     Ok(())
 }

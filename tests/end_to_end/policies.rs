@@ -136,7 +136,8 @@ fn by_destination(family: Family) -> Result<()> {
             Dropped => expect_dropped(&world, addr).context(what)?,
         }
         let event = stream.wait_for("the event", |line| {
-            line.contains("\"type\":\"syn\"") && line.contains(&format!("\"dport\":{port},"))
+            let to = [format!("\"dst\":\"{}\"", addr.ip()), format!("\"dport\":{port},")];
+            line.contains("\"type\":\"syn\"") && to.iter().all(|part| line.contains(part))
         })?;
         let event: Value = serde_json::from_str(&event)?;
         ensure_eq!(event["rule"], rule, "rule for {addr}");

@@ -58,6 +58,9 @@ fn policies(to: SocketAddr) -> [(String, [u8; 8]); 2] {
 
 fn reloads() -> Result<()> {
     let world = World::new(false)?;
+    // More connections than ports, of which one that the client closed first is kept for a minute.
+    world.set(&world.client, "ipv4/tcp_tw_reuse", "1")?;
+    world.set(&world.client, "ipv4/ip_local_port_range", "1024 65535")?;
     let listener = Listener::open(&world, Family::V4)?;
     let policies = policies(listener.addr);
     let files: Vec<_> = (0..2).map(|at| world.lab.run.join(format!("reload-{at}.toml"))).collect();

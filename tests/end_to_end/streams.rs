@@ -5,7 +5,7 @@ use libtest_mimic::Trial;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::lab::{Running, wait_until};
+use crate::lab::Running;
 use crate::segment::TOKEN;
 use crate::sockets::{Listener, exchange};
 use crate::support::{Hex, ensure_eq};
@@ -96,11 +96,7 @@ fn lost(more: usize) -> Result<()> {
     let frame = Frame::syn(world.client_addr(Family::V4), to, &LINUX_OPTIONS, b"")?;
     let send = |count: usize| (0..count).try_for_each(|_| sender.send(&frame, Checksum::Partial, 0));
 
-    stream.signal(Signal::SIGSTOP)?;
-    let status = format!("/proc/{}/stat", stream.child.id());
-    wait_until("the reader to stop", || {
-        Ok(std::fs::read_to_string(&status)?.contains(") T ").then_some(()))
-    })?;
+    stream.pause()?;
     sys::on_one_cpu(|| -> Result<()> {
         send(SYNS)?;
         stream.signal(Signal::SIGCONT)?;

@@ -119,7 +119,7 @@ pub fn another_instance_of_the_same_name_ends_the_stream_and_stays() -> Result<(
         };
         let path = policy("1111111111111111")?;
         let mut stream = stream(&world, &format!("-i c0 --policy {} --watch {flags}", path.display()))?;
-        stream.signal(Signal::SIGSTOP)?;
+        stream.pause()?;
         world.ok("-i c0 --destroy")?;
         world.ok("-i c0 --attach --quiet --token 2222222222222222")?;
         policy("3333333333333333")?;
@@ -153,7 +153,7 @@ pub fn a_reload_that_has_waited_leaves_another_instance_alone() -> Result<()> {
     let lock = world.lab.hold_lock()?;
     stream.signal(Signal::SIGHUP)?;
     stream.wait_for("that it waits", |line| line.contains("waiting for"))?;
-    stream.signal(Signal::SIGSTOP)?;
+    stream.pause()?;
     drop(lock);
     world.ok("-i c0 --destroy")?;
     world.ok("-i c0 --attach --quiet --token 2222222222222222")?;

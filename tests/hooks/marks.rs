@@ -3,10 +3,11 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
 
-use crate::lab::{Lab, wait_until};
+use crate::lab::{Lab, PATIENCE, wait_until};
 use crate::look::{expect_no_state, has_clsact};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -64,7 +65,8 @@ fn number_is_used_again() -> Result<bool> {
     let used = number(&first)?;
     sh(&format!("ip netns del {first}"))?;
 
-    let mut tries = 0;
+    // Numbers are also those of what lies in /proc: it may be gone for good.
+    let (mut tries, began) = (0, Instant::now());
     let found = wait_until("a new namespace with the number of the deleted one", || {
         tries += 1;
         let ns = lab.netns(&format!("next{tries}"))?;
@@ -75,7 +77,8 @@ fn number_is_used_again() -> Result<bool> {
             let named = fs::read_dir("/run/netns")?.flatten();
             // One of them may go while we look.
             let mut numbers = named.filter_map(|entry| Some(fs::metadata(entry.path()).ok()?.ino()));
-            return Ok(numbers.any(|number| number == used).then_some(None));
+            let is_lost = numbers.any(|number| number == used) || began.elapsed() > PATIENCE / 4;
+            return Ok(is_lost.then_some(None));
         }
         Ok((got == used).then_some(Some(ns)))
     })?;

@@ -114,7 +114,7 @@ fn goes_while_it_is_removed(tool: &str, command: &str) -> Result<bool> {
     let left = wait_until("the first to be removed", || {
         destroy.signal(Signal::SIGCONT)?;
         thread::sleep(Duration::from_millis(1));
-        destroy.signal(Signal::SIGSTOP)?;
+        destroy.pause()?;
         wait_until("it to stop", || {
             let stat = fs::read_to_string(&stat)?;
             Ok((stat.contains(") T ") || stat.contains(") Z ")).then_some(()))

@@ -270,6 +270,14 @@ impl Running {
         Ok(nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id().cast_signed()), signal)?)
     }
 
+    /// Stops it until it gets SIGCONT, and comes back when it has stopped.
+    #[allow(dead_code)]
+    pub fn pause(&self) -> Result<()> {
+        self.signal(nix::sys::signal::Signal::SIGSTOP)?;
+        let status = format!("/proc/{}/stat", self.child.id());
+        wait_until("the process to stop", || Ok(fs::read_to_string(&status)?.contains(") T ").then_some(())))
+    }
+
     /// Waits for its end, and returns its exit code and all that it printed.
     pub fn end(mut self) -> Result<(Option<i32>, Vec<String>)> {
         let status = wait_until("the process to end", || Ok(self.child.try_wait()?))?;
