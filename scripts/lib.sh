@@ -161,8 +161,8 @@ target_of_newest_clang() {
 	local target
 	target="${CARGO_TARGET_DIR:-$(repo_root)/target}"
 	if [ -d "$target/quick" ] && [ ! -d "$target/newest-clang/quick" ]; then
-		mkdir -p "$target/newest-clang"
-		cp -a "$target/quick" "$target/newest-clang/"
+		mkdir -p "$target/newest-clang/quick"
+		cp -a "$target/quick/"{.fingerprint,build,deps} "$target/newest-clang/quick/"
 	fi
 	echo "$target/newest-clang"
 }

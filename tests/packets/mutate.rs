@@ -80,8 +80,6 @@ pub fn mutants_get_what_the_oracle_says() -> Result<()> {
         *verdicts.entry(name(verdict)).or_default() += 1;
     }
     println!("mutation: {mutants} mutants: {verdicts:?}");
-    // The rarest comes once in 220 times, which is not often enough for the few of a machine that is emulated.
-    let wanted = if mutants < MUTANTS { 5 } else { 7 };
-    ensure!(verdicts.len() >= wanted, "too few verdicts: {verdicts:?}");
+    ensure!(verdicts.len() >= 7, "too few verdicts: {verdicts:?}");
     Ok(())
 }
