@@ -13,6 +13,7 @@ use super::args::Scope;
 use super::table::table;
 use super::told::{Remarks, Told};
 use crate::events::model::since_epoch;
+use crate::hooks::link::link_header;
 use crate::hooks::loaded::{Loaded, Programs, TRIES, loaded_by};
 use crate::hooks::netlink::{Filter, Link, Netlink};
 use crate::netns::{Netns, look_into};
@@ -66,6 +67,9 @@ pub(super) struct Hook {
     /// Only if it is so: another version of netoken has loaded it, and no command changes what it goes by.
     #[serde(skip_serializing_if = "Not::not")]
     outdated: bool,
+    /// Only if it is so: the device has another link header than its program skips, which finds nothing.
+    #[serde(skip_serializing_if = "Not::not")]
+    link_changed: bool,
     /// What its program was told; nothing if another version of netoken has loaded it.
     #[serde(flatten)]
     told: Option<Told>,
@@ -154,6 +158,7 @@ fn hook(
         priority: at.filter.as_ref().map(|filter| filter.priority),
         told: Told::of(&at.loaded),
         outdated: at.loaded.is_outdated,
+        link_changed: link_header(link).ok() != Some(at.loaded.link_header),
         since: humantime::format_rfc3339_seconds(since_epoch(boot + at.loaded.loaded_at)).to_string(),
         instance: at.loaded.instance,
         filters_before: at.filters_before,
@@ -231,6 +236,7 @@ impl Found {
                 instance: hook.instance.as_deref(),
                 told: hook.told.as_ref(),
                 outdated: hook.outdated,
+                link_changed: hook.link_changed,
                 filters_before: hook.filters_before,
                 tcx_before: hook.tcx_before,
                 risk: kind.risk,

@@ -5,20 +5,6 @@ use anyhow::Result;
 use crate::hooks::loaded::{Role, loaded_programs};
 use crate::state::State;
 
-/// What is said of such a program where it is listed. `command` is the one that attached it; `netns` may be empty.
-pub(super) fn advice(command: &str, iface: &str, netns: &str, instance: Option<&str>) -> String {
-    let flag = |name: &str, value: &str| match value {
-        "" | "default" => String::new(),
-        value => format!(" --{name} {value}"),
-    };
-    format!(
-        "{iface}: another version of netoken is attached, and no command changes what it goes by; replace it: {command} \
-         --iface {iface}{}{} --attach",
-        flag("netns", netns),
-        flag("instance", instance.unwrap_or_default())
-    )
-}
-
 /// Says if something that was changed does not reach every program of an instance: of its guard, or else of its stamp.
 pub(super) fn tell(state: &State, instance: &str, of_guard: bool) -> Result<()> {
     let programs = loaded_programs(state)?;

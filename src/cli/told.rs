@@ -5,7 +5,6 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use super::outdated::advice;
 use crate::guard;
 use crate::hooks::loaded::{Loaded, Role};
 use crate::hooks::tcx;
@@ -64,6 +63,7 @@ pub(super) struct Remarks<'a> {
     pub instance: Option<&'a str>,
     pub told: Option<&'a Told>,
     pub outdated: bool,
+    pub link_changed: bool,
     /// Foreign filters.
     pub filters_before: usize,
     /// Programs at tcx, in front of all filters.
@@ -93,8 +93,19 @@ impl Remarks<'_> {
         if let Some(told) = self.told.filter(|told| !told.is_usual()) {
             writeln!(out, "{place}: {told}")?;
         }
+        let again = self.attach_again();
         if self.outdated {
-            writeln!(out, "{}", advice(self.command, self.interface, self.netns, self.instance))?;
+            writeln!(
+                out,
+                "{place}: another version of netoken is attached, and no command changes what it goes by; replace it: {again}"
+            )?;
+        }
+        if self.link_changed {
+            writeln!(
+                out,
+                "{place}: its link header is another one than when it was attached to, and no SYN is found in its packets; \
+                 attach again: {again}"
+            )?;
         }
         if let Some(remark) = tcx::remark(self.tcx_before, self.risk, self.to_the_front) {
             writeln!(out, "{place}: {remark}")?;
@@ -104,6 +115,17 @@ impl Remarks<'_> {
             1 => writeln!(out, "{place}: another filter runs {}", self.risk),
             n => writeln!(out, "{place}: {n} other filters run {}", self.risk),
         }
+    }
+
+    /// The command that does.
+    fn attach_again(&self) -> String {
+        let flag = |name: &str, value: &str| match value {
+            "" | "default" => String::new(),
+            value => format!(" --{name} {value}"),
+        };
+        let (netns, instance) =
+            (flag("netns", self.netns), flag("instance", self.instance.unwrap_or_default()));
+        format!("{} --iface {}{netns}{instance} --attach", self.command, self.interface)
     }
 }
 

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use crate::guard::program as guard;
 use crate::guard::types as guard_types;
 use crate::pins;
-use crate::program::{PROGRAM_NAME, PROGRAM_NAME_L3, config_among};
+use crate::program::{LinkHeader, PROGRAM_NAME, PROGRAM_NAME_L3, config_among};
 use crate::state::{Instance, State};
 use crate::types::Config;
 
@@ -30,14 +30,16 @@ pub enum Role {
 }
 
 impl Role {
-    /// By the name of a program and those of its maps; the name alone anybody can have.
-    fn of(name: &OsStr) -> Option<(Role, &'static [&'static str])> {
+    /// By the name of a program, with the header that it skips, and those of its maps; the name alone anybody can have.
+    fn of(name: &OsStr) -> Option<(Role, LinkHeader, &'static [&'static str])> {
         const STAMP: &[&str] = &["policies", "counters", "events", "live", "scratches"];
         const GUARD: &[&str] = &["guard_rules", "guard_counters", "guard_live"];
         match name.to_str()? {
-            PROGRAM_NAME | PROGRAM_NAME_L3 => Some((Role::Stamp, STAMP)),
-            guard::PROGRAM_NAME | guard::PROGRAM_NAME_L3 => Some((Role::Guard, GUARD)),
-            guard::PROGRAM_NAME_XDP => Some((Role::GuardXdp, GUARD)),
+            PROGRAM_NAME => Some((Role::Stamp, LinkHeader::Ethernet, STAMP)),
+            PROGRAM_NAME_L3 => Some((Role::Stamp, LinkHeader::None, STAMP)),
+            guard::PROGRAM_NAME => Some((Role::Guard, LinkHeader::Ethernet, GUARD)),
+            guard::PROGRAM_NAME_L3 => Some((Role::Guard, LinkHeader::None, GUARD)),
+            guard::PROGRAM_NAME_XDP => Some((Role::GuardXdp, LinkHeader::Ethernet, GUARD)),
             _ => None,
         }
     }
@@ -48,6 +50,8 @@ impl Role {
 pub struct Loaded {
     /// Where programs of its name are attached.
     pub role: Role,
+    /// What it takes to stand in front of the network header.
+    pub link_header: LinkHeader,
     /// Time since boot at which it was loaded.
     pub loaded_at: Duration,
     /// The instance whose maps it uses; none if its pins are gone.
@@ -156,7 +160,7 @@ pub fn loaded_by(instances: &[Instance]) -> Result<Programs> {
     let ours = all
         .into_iter()
         .filter_map(|program| {
-            let (role, maps) = Role::of(&program.name)?;
+            let (role, link_header, maps) = Role::of(&program.name)?;
             let instance = program.map_ids.iter().find_map(|id| owners.get(id).cloned());
             // One whose pins are gone is ours if it has our maps.
             let ours = instance.is_some() || has_maps(&program.map_ids, maps);
@@ -165,7 +169,8 @@ pub fn loaded_by(instances: &[Instance]) -> Result<Programs> {
                 needed.is_none_or(|ids| ids.len() < 2 || ids.iter().any(|id| !program.map_ids.contains(id)))
             });
             let (loaded_at, map_ids) = (program.load_time, program.map_ids);
-            ours.then_some((program.id, Loaded { role, loaded_at, instance, is_outdated, map_ids }))
+            let loaded = Loaded { role, link_header, loaded_at, instance, is_outdated, map_ids };
+            ours.then_some((program.id, loaded))
         })
         .collect();
     Ok(Programs { ours, newest, is_old: AtomicBool::new(false) })

@@ -10,7 +10,7 @@ use libtest_mimic::Trial;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, Socket, Type};
 
-use crate::lab::{Lab, PATIENCE, ip};
+use crate::lab::{Lab, OBSERVE, PATIENCE, ip};
 use crate::segment::{Segment, TOKEN};
 use crate::skbs::{Bench, payload};
 use crate::support::ensure_eq;
@@ -36,6 +36,7 @@ pub fn cases() -> Vec<Trial> {
             has_tun,
         ));
     }
+    cases.push(case_if("that a device has another link header since is told", NET, link_changed, has_tun));
     cases
 }
 
@@ -96,6 +97,39 @@ fn tun(family: Family) -> Result<()> {
     ensure_eq!((syn.src, syn.dst), (from, to), "the flow");
     let counters = lab.ok(&format!("{place} --query --json"))?;
     ensure!(counters.contains("\"no_policy\":0") && !counters.contains("\"stamped\":0"), "{counters}");
+    Ok(())
+}
+
+/// As a bond has with its first port: what is attached skips a header that is not there, or none.
+fn link_changed() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ns = lab.netns("client")?;
+    let device = lab.within(&ns, || sys::open_tun(TUN))?;
+    let place = format!("--netns {ns} --iface {TUN}");
+    let rules = lab.file("guard.toml", OBSERVE)?;
+    let guard = format!("--attach --rules {}", rules.display());
+    for (command, first, again) in
+        [("", "--attach --quiet", "--attach --quiet"), ("guard ", &guard, "--attach")]
+    {
+        let says = |changed: bool| {
+            let remedy = format!("attach again: netoken {command}--iface {TUN} --netns {ns} --attach");
+            let query = |form: &str| lab.ok(&format!("{command}{place} --query{form}"));
+            let (text, json) = (query("")?, query(" --json")?);
+            ensure_eq!(text.contains(&remedy), changed, "{text}");
+            ensure_eq!(json.contains("\"link_changed\":true"), changed, "{json}");
+            anyhow::Ok(())
+        };
+        lab.ok(&format!("{command}{place} {first}"))?;
+        says(false)?;
+        sys::set_link_type(&device, libc::ARPHRD_ETHER)?;
+        says(true)?;
+        lab.ok(&format!("{command}{place} {again}"))?;
+        says(false)?;
+        sys::set_link_type(&device, libc::ARPHRD_NONE)?;
+        says(true)?;
+        lab.ok(&format!("{command}{place} {again}"))?;
+        says(false)?;
+    }
     Ok(())
 }
 

@@ -117,6 +117,16 @@ pub fn open_tun(name: &str) -> Result<File> {
     Ok(file)
 }
 
+/// Changes the type of a tun device that is down, one of ARPHRD_.
+pub fn set_link_type(device: &File, link_type: u16) -> Result<()> {
+    // SAFETY: the argument is a number, and the kernel keeps nothing.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETLINK, libc::c_int::from(link_type)) };
+    if result < 0 {
+        return Err(io::Error::last_os_error()).context("changing the type of a tun device");
+    }
+    Ok(())
+}
+
 /// An instruction: opcode, registers and immediate value, as instruction-set.rst of the kernel has them.
 type Instruction = (u8, u8, i32);
 
