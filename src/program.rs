@@ -77,6 +77,15 @@ impl Default for Settings {
     }
 }
 
+impl Settings {
+    /// What of it the classifier reads on this kernel: where two are equal, one program does for both.
+    pub fn as_read(self) -> Settings {
+        let mtu_bytes =
+            if Kernel::probe().has_check_mtu { Settings::default().mtu_bytes } else { self.mtu_bytes };
+        Settings { mtu_bytes, ..self }
+    }
+}
+
 /// All maps that an instance keeps for its stamp.
 const KEPT: [&str; 13] = [
     "policies",

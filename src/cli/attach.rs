@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
+use super::loads::Loads;
 use super::policy::{Progress, load_keys, put as put_policy, read_by as read_policy};
 use super::reload::Reload;
 use super::signals::Signals;
@@ -20,7 +21,7 @@ use crate::events::show::{Output, Record};
 use crate::events::stream::{self, End};
 use crate::events::watch::{Left, Watch};
 use crate::files::Files;
-use crate::hooks::egress::{Done, Egress};
+use crate::hooks::egress::{Done, Egress, Hook};
 use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::hooks::tcx;
@@ -287,10 +288,15 @@ impl Job<'_> {
         };
         self.instance.create()?;
         self.renewal = Some(self.instance.renew(Program::wanted_maps()?)?);
-        let mut attached: Option<Attached> = None;
+        let mut note = None;
+        let mut had_policy = false;
         let mut hooks = Egress::open(self.state)?;
         let netns_ino = Netns::current()?.inode();
+        let load = |settings| Program::load(settings, Some(&self.instance.pins));
+        let mut loads = Loads::new();
         for target in targets {
+            let (hook, place, name) = (self.options.hook, self.options.place, &self.instance.name);
+            let hook = hooks.hook_for(&target.link, name, hook, place)?;
             let ours = hooks.loaded(&target.link, &self.instance.name)?;
             let lost = ours.iter().filter(|loaded| loaded.instance.is_none()).count();
             let before = Before::of(ours.into_iter().next());
@@ -304,8 +310,15 @@ impl Job<'_> {
                 mtu_bytes: target.link.mtu_bytes,
                 faults: 0,
             };
-            let program = Program::load(settings, Some(&self.instance.pins))?;
-            let first = attached.is_none();
+            let first = note.is_none();
+            // At tcx an interface takes its program with it to another namespace, and is found there by that.
+            let own;
+            let program = if hook == Hook::Tcx && !first {
+                own = load(settings)?;
+                &own
+            } else {
+                loads.get(settings.as_read(), load)?
+            };
             if first {
                 self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
                 // Where nobody goes by others, what is attached begins with these.
@@ -326,8 +339,6 @@ impl Job<'_> {
                 let default = Given::Token(Policy::stamp_all(Token::DEFAULT));
                 given.unwrap_or(&default).put(self.instance, &program.maps, self.progress)?;
             }
-            let (hook, place) = (self.options.hook, self.options.place);
-            let name = &self.instance.name;
             // Behind what takes time.
             if self.options.quiet {
                 signals.go_on(&format!("attaching to {}", target.link.name))?;
@@ -339,19 +350,20 @@ impl Job<'_> {
             });
             self.done.push((target.link.clone(), done, lost.into_iter().chain(before.note(&told)).collect()));
             if first {
-                let note = match (given, running) {
+                note = Some(match (given, running) {
                     (Some(given), _) => format!("policy: {}", given.policy().summary()),
                     (None, true) => format!("policy: as instance '{}' had it", self.instance.name),
                     (None, false) => format!(
                         "policy: stamp every SYN with the default token {} (--token or --policy changes it)",
                         Token::DEFAULT
                     ),
-                };
-                attached = Some(Attached { maps: program.maps, reading: None, note, had_policy: running });
+                });
+                had_policy = running;
             }
         }
-        let attached = attached.context("there is no interface to attach to")?;
-        Ok(Attached { reading, ..attached })
+        let first = note.zip(loads.into_first());
+        let (note, Program { maps, .. }) = first.context("there is no interface to attach to")?;
+        Ok(Attached { maps, reading, note, had_policy })
     }
 
     /// To be done when all else has worked: who makes and checks tokens already goes by these at once.

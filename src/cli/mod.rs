@@ -8,6 +8,7 @@ mod difference;
 mod found;
 mod guard;
 mod key;
+mod loads;
 mod outdated;
 mod policy;
 mod query;

@@ -61,7 +61,7 @@ pub enum Kind {
 }
 
 /// What is fixed for one loaded program.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// Which of the programs.
     pub kind: Kind,

@@ -199,8 +199,20 @@ impl<'a> Egress<'a> {
         Ok(found)
     }
 
-    /// Attaches `program`, in the place of ours if that is there already. Where nothing is `wanted` it stays at the hook
-    /// where it is; a place is one at clsact. Afterwards exactly one stamp of this instance is on the way out.
+    /// Where a stamp of an instance goes: where it is, if nothing is `wanted`. A place is one at clsact.
+    ///
+    /// # Errors
+    /// The kernel refused to list what is there.
+    pub fn hook_for(&self, link: &Link, instance: &str, wanted: Option<Hook>, place: Place) -> Result<Hook> {
+        if let Some(wanted) = wanted {
+            return Ok(wanted);
+        }
+        let stays = !place.is_chosen() && !self.at_tcx(link, instance)?.is_empty();
+        Ok(if stays { Hook::Tcx } else { Hook::Clsact })
+    }
+
+    /// Attaches `program`, in the place of ours if that is there already. Afterwards exactly one stamp of this instance is on
+    /// the way out.
     ///
     /// # Errors
     /// The kernel refused; then everything is as it was.
@@ -210,12 +222,11 @@ impl<'a> Egress<'a> {
         link: &Link,
         instance: &str,
         program: BorrowedFd<'_>,
-        wanted: Option<Hook>,
+        hook: Hook,
         place: Place,
     ) -> Result<Done> {
         let at_tcx = self.at_tcx(link, instance)?;
-        let stays = if at_tcx.is_empty() || place.is_chosen() { Hook::Clsact } else { Hook::Tcx };
-        match wanted.unwrap_or(stays) {
+        match hook {
             Hook::Clsact => {
                 let attachment = self.clsact.attach(lock, link, instance, program, place)?;
                 match take_tcx(lock, link, &at_tcx) {

@@ -9,12 +9,12 @@ use netlink_packet_core::{
     NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkLayerType, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkLayerType, LinkMessage};
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
-use super::replies::{self, dumped, error_number, messages};
+use super::replies::{self, answer, error_number, messages};
 
 /// Of include/uapi/linux/rtnetlink.h.
 const RTM_NEWCHAIN: u16 = 100;
@@ -76,6 +76,17 @@ pub struct Filter {
     pub program: Option<u32>,
 }
 
+/// Ids of the programs at an interface's XDP hook, 0 where there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct XdpPrograms {
+    /// The driver runs it.
+    pub native: u32,
+    /// The kernel runs it, behind the driver.
+    pub generic: u32,
+    /// The hardware runs it.
+    pub hardware: u32,
+}
+
 /// A connection to rtnetlink in the network namespace in which it was made.
 pub struct Netlink {
     socket: Socket,
@@ -101,6 +112,22 @@ impl Netlink {
     pub fn links(&mut self) -> Result<Vec<Link>> {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
         self.dump(request, libc::RTM_NEWLINK, replies::link).context("listing the interfaces")
+    }
+
+    /// What is at an interface's XDP hook; nothing if the interface has just gone.
+    ///
+    /// # Errors
+    /// The kernel answered with an error.
+    pub fn xdp_programs(&mut self, ifindex: u32) -> Result<XdpPrograms> {
+        // Not by bpf_xdp_query() of libbpf, which has the kernel list all interfaces to find one.
+        let mut message = LinkMessage::default();
+        message.header.index = ifindex;
+        message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        match self.ask(RouteNetlinkMessage::GetLink(message), NLM_F_ACK, libc::RTM_NEWLINK, replies::xdp) {
+            Ok(found) => Ok(found.and_then(|found| found.first().copied()).unwrap_or_default()),
+            Err(error) if is_no_device(&error) => Ok(XdpPrograms::default()),
+            Err(error) => Err(error.context(format!("asking for the XDP program of interface {ifindex}"))),
+        }
     }
 
     /// Whether an interface has a clsact qdisc. It is asked for that one: in a list of all, which the kernel continues by
@@ -202,16 +229,31 @@ impl Netlink {
         read: impl Fn(&[u8]) -> Option<T>,
     ) -> Result<Vec<T>> {
         for _ in 0..TRIES {
-            self.sequence += 1;
-            let bytes = serialize(request.clone(), NLM_F_REQUEST | NLM_F_DUMP, self.sequence);
-            self.socket.send(&bytes, 0).context("sending a netlink request")?;
-            let receive = || Ok(self.socket.recv_from_full().context("receiving a netlink reply")?.0);
-            if let Some(found) = dumped(self.sequence, kind, &read, receive)? {
+            if let Some(found) = self.ask(request.clone(), NLM_F_DUMP, kind, &read)? {
                 return Ok(found);
             }
         }
         bail!("they change faster than they can be listed; try again")
     }
+
+    /// What one answer says; nothing if that is not all, because it has changed meanwhile.
+    fn ask<T>(
+        &mut self,
+        request: RouteNetlinkMessage,
+        flags: u16,
+        kind: u16,
+        read: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Option<Vec<T>>> {
+        self.sequence += 1;
+        let bytes = serialize(request, NLM_F_REQUEST | flags, self.sequence);
+        self.socket.send(&bytes, 0).context("sending a netlink request")?;
+        let receive = || Ok(self.socket.recv_from_full().context("receiving a netlink reply")?.0);
+        answer(self.sequence, kind, read, receive)
+    }
+}
+
+fn is_no_device(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) == Some(libc::ENODEV)
 }
 
 fn tc_message(ifindex: u32, parent: TcHandle) -> TcMessage {

@@ -10,10 +10,13 @@ use netlink_packet_core::{
 use netlink_packet_route::link::{LinkFlags, LinkHeader};
 use netlink_packet_route::tc::TcHeader;
 
-use super::netlink::{Filter, Link};
+use super::netlink::{Filter, Link, XdpPrograms};
 
 /// Of include/uapi/linux/if_link.h.
 const IFLA_INFO_KIND: u16 = 1;
+const IFLA_XDP_DRV_PROG_ID: u16 = 5;
+const IFLA_XDP_SKB_PROG_ID: u16 = 6;
+const IFLA_XDP_HW_PROG_ID: u16 = 7;
 /// Of include/uapi/linux/rtnetlink.h.
 const TCA_CHAIN: u16 = 11;
 /// Of include/uapi/linux/pkt_cls.h.
@@ -41,12 +44,12 @@ pub(super) fn error_number(message: &NetlinkBuffer<&[u8]>) -> Option<i32> {
     (code < 0).then_some(-code)
 }
 
-/// All that a dump lists in messages of one kind; nothing if the kernel says that it has changed meanwhile, and so may
-/// have been passed over in part.
+/// All that an answer says in messages of one kind, be it a dump or one that was asked to end with an acknowledgement;
+/// nothing if the kernel says that what it lists has changed meanwhile, and so may have been passed over in part.
 ///
 /// # Errors
 /// The kernel answered with an error, or nothing can be received.
-pub(super) fn dumped<T>(
+pub(super) fn answer<T>(
     sequence: u32,
     kind: u16,
     read: impl Fn(&[u8]) -> Option<T>,
@@ -62,7 +65,7 @@ pub(super) fn dumped<T>(
                 (NLMSG_DONE | NLMSG_ERROR, Some(error)) => {
                     return Err(io::Error::from_raw_os_error(error).into());
                 }
-                (NLMSG_DONE, None) => return Ok(is_whole.then_some(found)),
+                (NLMSG_DONE | NLMSG_ERROR, None) => return Ok(is_whole.then_some(found)),
                 (of, _) if of == kind => found.extend(read(message.payload())),
                 _ => {}
             }
@@ -94,6 +97,18 @@ pub(super) fn link(payload: &[u8]) -> Option<Link> {
         layer: header.link_layer_type,
         kind: kind_of_link.unwrap_or_default(),
         is_up: header.flags.contains(LinkFlags::Up),
+    })
+}
+
+/// What a message about an interface says of its XDP hook.
+pub(super) fn xdp(payload: &[u8]) -> Option<XdpPrograms> {
+    let header = LinkHeader::parse(payload).ok()?;
+    let found = attribute(payload.get(header.buffer_len()..)?, libc::IFLA_XDP).unwrap_or_default();
+    let id = |kind| attribute(found, kind).and_then(number).unwrap_or_default();
+    Some(XdpPrograms {
+        native: id(IFLA_XDP_DRV_PROG_ID),
+        generic: id(IFLA_XDP_SKB_PROG_ID),
+        hardware: id(IFLA_XDP_HW_PROG_ID),
     })
 }
 
@@ -194,6 +209,20 @@ mod tests {
     }
 
     #[test]
+    fn programs_at_xdp_are_read_each_by_who_runs_it() {
+        let id = |kind, id: u32| attribute_of(kind, &id.to_ne_bytes());
+        let of = |at: &[u8]| {
+            xdp(&[emitted(&LinkHeader::default()), attribute_of(libc::IFLA_XDP, at)].concat()).unwrap()
+        };
+        // Behind what says that there are several.
+        let several =
+            [attribute_of(2, &[4]), id(IFLA_XDP_HW_PROG_ID, 9), id(IFLA_XDP_SKB_PROG_ID, 8)].concat();
+        assert_eq!(of(&several), XdpPrograms { native: 0, generic: 8, hardware: 9 });
+        assert_eq!(of(&id(IFLA_XDP_DRV_PROG_ID, 7)), XdpPrograms { native: 7, generic: 0, hardware: 0 });
+        assert_eq!(of(&attribute_of(2, &[0])), XdpPrograms::default());
+    }
+
+    #[test]
     fn a_filter_is_read_whatever_its_name() {
         let handle = TcHandle { major: 0, minor: 5 };
         let header = TcHeader { info: 20 << 16 | 3, handle, ..TcHeader::default() };
@@ -219,10 +248,12 @@ mod tests {
             emitted(&LinkHeader::default()),
             attribute_of(libc::IFLA_IFNAME, b"c0\0"),
             attribute_of(libc::IFLA_PROP_LIST, &attribute_of(libc::IFLA_ALT_IFNAME, b"uplink\0")),
+            attribute_of(libc::IFLA_XDP, &attribute_of(IFLA_XDP_DRV_PROG_ID, &99u32.to_ne_bytes())),
         ]
         .concat();
         for len in 0..payload.len() {
             link(&payload[..len]);
+            xdp(&payload[..len]);
             filter(&payload[..len]);
             chain(&payload[..len]);
             messages(&payload[..len]).ok();
@@ -233,7 +264,7 @@ mod tests {
 
     fn dump_of(datagrams: &[Vec<u8>]) -> Result<Option<Vec<u32>>> {
         let mut left = VecDeque::from(datagrams.to_vec());
-        dumped(2, libc::RTM_NEWLINK, number, || left.pop_front().context("nothing more"))
+        answer(2, libc::RTM_NEWLINK, number, || left.pop_front().context("nothing more"))
     }
 
     #[test]
@@ -250,5 +281,8 @@ mod tests {
         assert_eq!(dump_of(&[entry(0, 1), done(flag, 0)]).unwrap(), None);
         let error = dump_of(&[entry(0, 1), done(0, -libc::ENODEV)]).unwrap_err();
         assert_eq!(error.downcast::<io::Error>().unwrap().raw_os_error(), Some(libc::ENODEV));
+        // As one ends that is no dump.
+        let acknowledged = [entry(0, 1), message(NLMSG_ERROR, 0, 2, &[0; 4])];
+        assert_eq!(dump_of(&acknowledged).unwrap(), Some(vec![1]));
     }
 }

@@ -7,12 +7,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use anyhow::{Context, Result, anyhow, bail};
 use libbpf_sys::{
     XDP_FLAGS_DRV_MODE, XDP_FLAGS_REPLACE, XDP_FLAGS_SKB_MODE, XDP_FLAGS_UPDATE_IF_NOEXIST,
-    bpf_xdp_attach_opts, bpf_xdp_query_opts,
+    bpf_xdp_attach_opts,
 };
 use serde::Serialize;
 
 use super::loaded::{Loaded, Programs, Role, keep, loaded_programs, program_name};
-use super::netlink::Link;
+use super::netlink::{Link, Netlink, XdpPrograms};
 use crate::netns::tool;
 use crate::object::messages;
 use crate::state::{Lock, State};
@@ -101,34 +101,8 @@ impl XdpAttachment {
     }
 }
 
-/// Ids of the programs at an interface's XDP hook. One that runs in hardware is nobody's that we know.
-#[derive(Clone, Copy, Debug, Default)]
-struct Present {
-    native: u32,
-    generic: u32,
-    hardware: u32,
-}
-
-impl Present {
-    fn is_empty(self) -> bool {
-        [self.native, self.generic, self.hardware] == [0; 3]
-    }
-}
-
-fn present(ifindex: u32) -> Result<Present> {
-    let mut opts = bpf_xdp_query_opts {
-        sz: size_of::<bpf_xdp_query_opts>() as libbpf_sys::size_t,
-        ..Default::default()
-    };
-    // SAFETY: `opts` is a whole structure whose size says so.
-    let result = unsafe { libbpf_sys::bpf_xdp_query(ifindex.cast_signed(), 0, &mut opts) };
-    match -result {
-        0 => Ok(Present { native: opts.drv_prog_id, generic: opts.skb_prog_id, hardware: opts.hw_prog_id }),
-        // What has just gone has no programs.
-        libc::ENODEV => Ok(Present::default()),
-        error => Err(std::io::Error::from_raw_os_error(error))
-            .with_context(|| format!("asking for the XDP program of interface {ifindex}")),
-    }
+fn present(ifindex: u32) -> Result<XdpPrograms> {
+    Netlink::connect()?.xdp_programs(ifindex)
 }
 
 /// Our program on an interface, if it is there.
@@ -142,6 +116,18 @@ pub fn attached_xdp(ifindex: u32, programs: &Programs) -> Result<Option<Attached
         Some(AttachedXdp { mode, program: id, loaded: loaded.clone() })
     };
     Ok([(Mode::Native, there.native), (Mode::Generic, there.generic)].into_iter().find_map(ours))
+}
+
+/// Our programs in the network namespace of the calling thread, with the indices of their interfaces.
+///
+/// # Errors
+/// The kernel refused to say.
+pub fn at_xdp(programs: &Programs) -> Result<Vec<(u32, AttachedXdp)>> {
+    let mut found = Vec::new();
+    for link in Netlink::connect()?.links()? {
+        found.extend(attached_xdp(link.index, programs)?.map(|ours| (link.index, ours)));
+    }
+    Ok(found)
 }
 
 /// Changes what is there, if that is still `old`: the kernel compares, so that nobody else's program is pushed out
@@ -239,7 +225,7 @@ pub fn attach_xdp(
 }
 
 /// The program that is there, and who runs it; nobody that we can ask if the hardware does.
-fn foreign(there: Present) -> Result<Option<(Option<Mode>, Foreign)>> {
+fn foreign(there: XdpPrograms) -> Result<Option<(Option<Mode>, Foreign)>> {
     let places =
         [(Some(Mode::Native), there.native), (Some(Mode::Generic), there.generic), (None, there.hardware)];
     let Some((mode, program)) = places.into_iter().find(|(_, id)| *id != 0) else { return Ok(None) };
@@ -268,7 +254,7 @@ pub fn undo_xdp(
 /// The kernel refused.
 pub fn take_xdp(state: &State, _lock: &Lock, link: &Link, instance: &str) -> Result<Option<(Mode, OwnedFd)>> {
     // To list all programs is what takes time, and most interfaces have none.
-    if present(link.index)?.is_empty() {
+    if present(link.index)? == XdpPrograms::default() {
         return Ok(None);
     }
     let ours = attached_xdp(link.index, &loaded_programs(state)?)?

@@ -12,7 +12,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::lab::{NETOKEN, OBSERVE, Running, expect_count, wait_until};
+use crate::lab::{NETOKEN, OBSERVE, Running, expect_count, ip, wait_until};
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours, has_clsact, ours};
 use crate::rules::{dir, write};
 use crate::said::sign_of_panic;
@@ -126,7 +126,7 @@ pub fn a_signal_during_the_attach_detaches_on_exit() -> Result<()> {
     expect_no_state(&world.lab)
 }
 
-/// Between two interfaces; who has all of them when it hears of the signal stays attached.
+/// Between two of many interfaces; who has all of them when it hears of the signal stays attached.
 pub fn a_signal_during_a_quiet_attach_leaves_all_or_nothing() -> Result<()> {
     let rules = "[[rule]]\nname = 'all'\ndst = '10.0.0.0/8'\nmode = 'observe'\ntokens = '0000000000000001'\n";
     let dir = dir()?;
@@ -136,13 +136,16 @@ pub fn a_signal_during_a_quiet_attach_leaves_all_or_nothing() -> Result<()> {
         for _ in 0..20 {
             let world = World::new()?;
             world.second_cable()?;
+            // One after the other takes long enough to hear of the signal meanwhile.
+            let between: Vec<String> = (0..60).map(|at| format!("a{at}")).collect();
+            ip(
+                &world.ns,
+                between.iter().map(|name| format!("link add {name} type veth peer name to-{name}")),
+            )?;
+            let all = format!("-i c0 -i {} -i c1 --attach", between.join(" -i "));
             let args = match guard {
-                true => format!(
-                    "guard {} --hook tc --rules {}",
-                    world.args("-i c0 -i c1 --attach"),
-                    path.display()
-                ),
-                false => world.args("-i c0 -i c1 --attach --quiet"),
+                true => format!("guard {} --hook tc --rules {}", world.args(&all), path.display()),
+                false => world.args(&format!("{all} --quiet")),
             };
             let process = Running::start(&mut world.lab.netoken(&args))?;
             wait_until("the qdisc", || Ok(has_clsact(&world.ns, "c0")?.then_some(())))?;
@@ -152,6 +155,8 @@ pub fn a_signal_during_a_quiet_attach_leaves_all_or_nothing() -> Result<()> {
                 Some(0) => ensure!(has_clsact(&world.ns, "c1")?, "{lines:#?}"),
                 Some(1) => {
                     ensure!(lines.iter().any(|line| line.contains("stopped by a signal")), "{lines:#?}");
+                    let qdiscs = sh(&format!("tc -n {} qdisc show", world.ns))?;
+                    ensure!(!qdiscs.contains("clsact"), "{qdiscs}");
                     expect_bare(&world.ns, "c0")?;
                     expect_bare(&world.ns, "c1")?;
                     expect_no_state(&world.lab)?;

@@ -264,6 +264,10 @@ fn marks() -> Result<()> {
     refused(&format!("--iface lo --hook tc --rules {marks}"))?;
     let text = world.lab.ok("guard --show")?;
     ensure!(text.contains("mode drop"), "{text}");
+    // Two of one command share a program, of which one may not stay there either.
+    world.lab.ok(&format!("guard {} --iface lo --attach --hook xdp --rules {drops}", place(&world)))?;
+    refused(&format!("--iface lo --hook tc --rules {marks}"))?;
+    world.lab.ok(&format!("guard --netns {} --iface lo --detach", world.server))?;
     // From XDP they move together.
     ensure_eq!(attach(&world, "tc", &marks)?["hook"], "clsact ingress", "hook");
     Ok(())

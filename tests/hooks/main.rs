@@ -12,6 +12,7 @@ mod half;
 #[allow(dead_code)]
 mod lab;
 mod look;
+mod many;
 mod marks;
 mod meanwhile;
 mod names;
@@ -90,6 +91,7 @@ fn main() -> ExitCode {
             a_command_that_waited_for_a_destroy_makes_nothing_anew a_policy_that_somebody_reads_can_be_changed
             every_query_shows_what_is_replaced_in_place_meanwhile
             two_instances_have_two_readers a_reader_knows_interfaces_that_others_attached;
+        many: interfaces_that_are_told_the_same_share_a_program many_interfaces_take_no_longer_each;
         crash: a_killed_attach_is_repaired_by_the_next a_killed_replacement_is_repaired_by_the_next
             a_killed_destroy_is_finished_by_the_next;
     ];
@@ -98,6 +100,7 @@ fn main() -> ExitCode {
         foreign: tcx_programs_that_run_before_are_told;
         tcx: attaching_twice_keeps_the_hook_and_destroy_leaves_nothing
             programs_of_others_stay_in_their_order_behind_ours
+            at_tcx_each_interface_has_a_program_of_its_own
             it_moves_between_clsact_and_tcx_and_no_syn_passes_unstamped moving_leaves_a_clsact_of_others
             a_second_interface_that_is_full_leaves_the_first_as_it_was
             an_attach_that_cannot_remove_another_of_ours_changes_nothing two_instances_can_be_at_two_hooks

@@ -12,6 +12,7 @@ use serde_json::Value;
 use crate::foreign::{ifindex, tcx_link, tcx_link_of};
 use crate::lab::Running;
 use crate::look::{counter, expect_bare, expect_no_state, expect_ours, has_clsact, ours, records};
+use crate::many::programs;
 use crate::replace::while_connecting;
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -88,6 +89,20 @@ pub fn programs_of_others_stay_in_their_order_behind_ours() -> Result<()> {
     world.ok("-i c0 --destroy")?;
     ensure_eq!(there(&world, "c0")?, before, "the programs of others after --destroy");
     expect_no_state(&world.lab)
+}
+
+/// By which it is found where the interface is moved to.
+pub fn at_tcx_each_interface_has_a_program_of_its_own() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    world.ok("-i c0 -i c1 --attach --quiet --hook tcx")?;
+    let at_tcx = programs(&world, "")?;
+    ensure!(at_tcx.len() == 2 && at_tcx[0] != at_tcx[1], "{at_tcx:?}");
+    // There they stay.
+    world.ok("-i c0 -i c1 --attach --quiet")?;
+    let again = programs(&world, "")?;
+    ensure!(again.len() == 2 && again[0] != again[1] && again[0] > at_tcx[1], "{at_tcx:?}, then {again:?}");
+    Ok(())
 }
 
 pub fn it_moves_between_clsact_and_tcx_and_no_syn_passes_unstamped() -> Result<()> {

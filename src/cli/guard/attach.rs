@@ -1,12 +1,14 @@
 //! `netoken guard --attach`: puts the guard on interfaces, all of them or none.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::HashSet;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 
 use super::rules::{NO_MARKS, load_keys, set_rules};
 use super::{GuardArgs, HookArg, RISK, Record, TO_THE_FRONT, hook_name, print_json};
 use crate::cli::args::Scope;
+use crate::cli::loads::Loads;
 use crate::cli::signals::Signals;
 use crate::cli::told::{Before, Said};
 use crate::clock::{self, slots};
@@ -20,7 +22,7 @@ use crate::hooks::netlink::{Link, Netlink, Side};
 use crate::hooks::tcx;
 use crate::hooks::unused::remove_unused;
 use crate::hooks::xdp::{
-    Allowed, Mode, XdpAttachment, attach_xdp, attached_xdp, put_back_xdp, take_xdp, undo_xdp,
+    Allowed, Mode, XdpAttachment, at_xdp, attach_xdp, attached_xdp, put_back_xdp, take_xdp, undo_xdp,
 };
 use crate::keys::file::HeldKeys;
 use crate::netns::Netns;
@@ -35,8 +37,8 @@ use crate::token::keyed::Slots;
 enum Done {
     /// With the reason why it is not XDP, if that was tried, and what was there.
     Tc(Attachment, Option<String>, Option<(Mode, OwnedFd)>),
-    /// With what was at TC.
-    Xdp(Box<GuardProgram>, XdpAttachment, Taken),
+    /// By this program, with what was at TC.
+    Xdp(OwnedFd, XdpAttachment, Taken),
 }
 
 struct Job<'a> {
@@ -122,6 +124,7 @@ impl Job<'_> {
         }
         let netns_ino = Netns::current()?.inode();
         let mut ready = false;
+        let mut loads = Loads::new();
         for link in links {
             let before = Before::of(self.running(link)?);
             let said =
@@ -141,14 +144,15 @@ impl Job<'_> {
                     exid: told.exid,
                     faults: 0,
                 };
-                let program = GuardProgram::load(settings, Some(&self.instance.pins))?;
+                let pins = &self.instance.pins;
+                let program = loads.get(settings, |settings| GuardProgram::load(settings, Some(pins)))?;
                 if !ready {
                     self.prepare(&program.maps, rules)?;
                     ready = true;
                 }
                 // Behind what takes time.
                 signals.go_on(&format!("attaching the guard to {}", link.name))?;
-                match self.attach_one(lock, link, program, kind, why.take()) {
+                match self.attach_one(lock, link, program.as_fd(), kind, why.take()) {
                     // The driver cannot, and nobody asked for more than what fits.
                     Err(error) if self.args.hook == HookArg::Auto && kind == Kind::Xdp => {
                         why = Some(format!("{error:#}"));
@@ -180,15 +184,26 @@ impl Job<'_> {
     /// will not be.
     fn expect_no_xdp_beside(&self, links: &[Link]) -> Result<()> {
         let programs = loaded_programs(self.state)?;
-        let mut here = Vec::new();
-        for link in links {
-            here.extend(attached_xdp(link.index, &programs)?.map(|ours| ours.program));
-        }
         let name = &self.instance.name;
         let is_ours = |loaded: &Loaded| {
             loaded.role == Role::GuardXdp && loaded.instance.as_deref() == Some(name.as_str())
         };
-        if programs.all().any(|(id, loaded)| is_ours(loaded) && !here.contains(&id)) {
+        let mut unseen: HashSet<u32> =
+            programs.all().filter(|(_, loaded)| is_ours(loaded)).map(|(id, _)| id).collect();
+        if unseen.is_empty() {
+            return Ok(());
+        }
+        // Interfaces share a program, also one of these with one that stays.
+        let here = Netns::current()?.inode();
+        let mut stay = false;
+        for netns in Netns::everywhere() {
+            let found = netns.run(|| at_xdp(&programs)).unwrap_or_default();
+            for (ifindex, ours) in found.into_iter().filter(|(_, ours)| is_ours(&ours.loaded)) {
+                unseen.remove(&ours.program);
+                stay |= netns.inode() != here || links.iter().all(|link| link.index != ifindex);
+            }
+        }
+        if stay || !unseen.is_empty() {
             bail!("attaching the guard: instance '{name}' is on another interface at XDP: {NO_MARKS}");
         }
         Ok(())
@@ -254,7 +269,7 @@ impl Job<'_> {
         &mut self,
         lock: &Lock,
         link: &Link,
-        program: GuardProgram,
+        program: BorrowedFd<'_>,
         kind: Kind,
         why: Option<String>,
     ) -> Result<()> {
@@ -262,17 +277,18 @@ impl Job<'_> {
         let mut hooks = Hooks::open(self.state, Side::Ingress)?;
         if kind == Kind::Xdp {
             let allowed = Allowed { generic: self.args.hook == HookArg::Xdp, force: self.args.force };
-            let done = attach_xdp(self.state, lock, link, name, program.as_fd(), allowed)?;
+            let own = program.try_clone_to_owned().context("keeping the program open")?;
+            let done = attach_xdp(self.state, lock, link, name, program, allowed)?;
             let taken = hooks.take(lock, link, name);
             let (taken, refused) = match taken {
                 Ok(taken) => (taken, Ok(())),
                 Err(error) => (Taken::default(), Err(error)),
             };
-            self.done.push((link.clone(), Done::Xdp(Box::new(program), done, taken)));
+            self.done.push((link.clone(), Done::Xdp(own, done, taken)));
             refused
         } else {
             let place = Place { priority: self.args.priority, handle: self.args.handle };
-            let done = hooks.attach(lock, link, name, program.as_fd(), place)?;
+            let done = hooks.attach(lock, link, name, program, place)?;
             let (taken, refused) = match take_xdp(self.state, lock, link, name) {
                 Ok(taken) => (taken, Ok(())),
                 Err(error) => (None, Err(error)),
