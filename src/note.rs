@@ -19,7 +19,26 @@ pub(crate) fn note(line: fmt::Arguments<'_>) {
     }
 }
 
+/// A name that somebody else gave, without what a terminal would obey or a line would end at: the kernel takes nearly any
+/// byte in the name of an interface, also from the root of a container.
+pub(crate) fn printable(name: &str) -> String {
+    let parts =
+        name.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() });
+    parts.collect()
+}
+
 /// Prints a line on standard error, if that works.
 macro_rules! note {
     ($($text:tt)*) => { $crate::note::note(format_args!($($text)*)) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::printable;
+
+    #[test]
+    fn a_name_has_no_power_over_a_terminal() {
+        assert_eq!(printable("eth0 Zürich \u{fffd}"), "eth0 Zürich \u{fffd}");
+        assert_eq!(printable("\u{1b}[31mv\n\u{9b}\u{7f}"), "\\u{1b}[31mv\\n\\u{9b}\\u{7f}");
+    }
 }

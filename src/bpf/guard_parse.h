@@ -156,8 +156,9 @@ static __always_inline enum shape guard_network(struct guard_layers *layers, voi
 
 	layers->l3_off = l2_len;
 	if (l2_len == 0) {
+		/* All of it may be in fragments of the skb. */
 		if (l3 + 1 > end)
-			return SHAPE_OTHER;
+			return SHAPE_SHORT;
 		proto = *(__u8 *)l3 >> 4 == 4 ? ETH_P_IP : ETH_P_IPV6;
 	} else {
 		if (l3 > end)

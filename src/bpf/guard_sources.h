@@ -86,11 +86,19 @@ static __always_inline bool is_over(__u64 expires_ns)
 {
 	__u32 zero = 0;
 	struct netoken_clock *now;
+	__u64 now_ns;
 
 	if (!expires_ns || expires_ns == SOURCE_FOR_EVER)
 		return !expires_ns;
 	now = bpf_map_lookup_elem(&clock, &zero);
-	return now && bpf_ktime_get_boot_ns() + now->boot_offset_ns >= expires_ns;
+	if (!now)
+		return false;
+	/* By the same clock as tokens: one that is set counts at once where there is TAI. */
+	if (has_tai)
+		now_ns = bpf_ktime_get_tai_ns() + now->tai_offset_ns;
+	else
+		now_ns = bpf_ktime_get_boot_ns() + now->boot_offset_ns;
+	return now_ns >= expires_ns;
 }
 
 /* Until when the range of an address is on a list; 0 if it is not. */

@@ -133,7 +133,7 @@ impl Known {
     fn now() -> Result<Known> {
         // Also without any: what was attached goes on when its state is lost.
         let state = State::find()?;
-        let instances = state.as_ref().map_or(Vec::new(), State::instances);
+        let instances = state.as_ref().map_or(Ok(Vec::new()), State::instances)?;
         let programs = loaded_by(&instances)?;
         Ok(Known { state, instances, programs })
     }

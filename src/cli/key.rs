@@ -9,11 +9,15 @@ use serde::Serialize;
 
 use super::args::instance;
 use super::table::table;
-use crate::keys::file::{KeyDir, KeyLock};
-use crate::keys::live::{LiveKeys, Use};
+use crate::guard;
+use crate::guard::program::GuardMaps;
+use crate::keys::file::{DEFAULT_DIR, DIR_VARIABLE, KeyDir, KeyLock};
+use crate::keys::live::{LiveKeys, Losses, Use};
 use crate::keys::rotate::{Step, free_id, next_step, retire, sign};
 use crate::keys::{self, Key, RingName, Secret, State, signer};
-use crate::state::{State as RunState, instance_flag};
+use crate::policy;
+use crate::program::Maps;
+use crate::state::{Instance, State as RunState, instance_flag};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -287,22 +291,53 @@ fn rotate(
 }
 
 fn load(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
-    let _lock = dir.lock()?;
-    let keys = dir.load()?;
-    let Some(live) = live(&args.instance)? else {
-        bail!(
-            "loading the keys in {}: instance '{}' does not run; it gets them when it is attached",
-            dir.path().display(),
-            args.instance
-        );
+    let doing = format!("loading the keys in {}", dir.path().display());
+    let Some((state, _lock)) = RunState::with_instance(&args.instance)? else {
+        bail!("{doing}: instance '{}' does not run; it gets them when it is attached", args.instance);
     };
-    live.load(&keys)?;
+    // From a directory that is not there, an instance would lose all that it has.
+    let Some(keys) = dir.hold()? else {
+        bail!("{doing}: there is no such directory; {DIR_VARIABLE} names another place than {DEFAULT_DIR}");
+    };
+    let instance = state.instance(&args.instance);
+    let maps = instance.maps()?;
+    let losses = maps.keys.losses(&keys)?;
+    maps.keys.load(&keys)?;
     let ids: Vec<u8> = keys.iter().filter(|key| key.is_live()).map(Key::id).collect();
-    if args.json {
-        return print_json(&KeysLoaded { ids: &ids });
+    match args.json {
+        true => print_json(&KeysLoaded { ids: &ids })?,
+        false => {
+            let keys = if ids.len() == 1 { "key" } else { "keys" };
+            note!("instance '{}' has {} {keys}", args.instance, ids.len());
+        }
     }
-    note!("instance '{}' has {} key{}", args.instance, ids.len(), if ids.len() == 1 { "" } else { "s" });
+    tell_losses(&instance, &maps, &losses);
     Ok(())
+}
+
+/// What was taken away from the policy or the rules in use, which are only read if something was. What is not remembered any
+/// more is not known.
+fn tell_losses(instance: &Instance, maps: &Maps, losses: &Losses) {
+    if !losses.signing.is_empty()
+        && let Ok(running) = policy::running::read(instance, maps)
+    {
+        for ring in running.policy.rings().intersection(&losses.signing) {
+            note!(
+                "no key of ring '{ring}' signs any more: rules in use that name it leave their SYNs as they are"
+            );
+        }
+    }
+    if !losses.all.is_empty()
+        && instance.has_guard()
+        && let Ok(maps) = GuardMaps::open(&instance.pins)
+        && let Ok(running) = guard::running::read(instance, &maps)
+    {
+        for ring in running.rules.rings().intersection(&losses.all) {
+            note!(
+                "ring '{ring}' has no key any more: the guard's rules in use that name it refuse all its tokens"
+            );
+        }
+    }
 }
 
 fn tell(

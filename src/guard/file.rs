@@ -13,6 +13,8 @@ use super::thresholds::{AlertsFile, AutoBlockFile};
 use super::types::Size;
 use crate::files::Files;
 use crate::keys::RingName;
+use crate::note::printable;
+use crate::policy::check_rule_name;
 use crate::policy::values::Prefix;
 use crate::token::Token;
 use crate::token::keyed::{Bind, SLOT_S, Slots};
@@ -74,8 +76,7 @@ struct RuleFile {
     #[serde(default)]
     keys: OneOrMany<RingName>,
     binds: Option<OneOrMany<Bind>>,
-    #[serde(default)]
-    tags: OneOrMany<u16>,
+    tags: Option<OneOrMany<u16>>,
     #[serde(default)]
     tokens: OneOrMany<Token>,
     may_repeat: Option<bool>,
@@ -184,6 +185,7 @@ fn list_file(path: &Path, files: &Files) -> Result<Vec<Listed>> {
 
 impl RuleFile {
     fn check(self) -> Result<Rule> {
+        check_rule_name(&self.name)?;
         let dst: Vec<Prefix> = self.dst.into_vec().iter().map(|text| text.parse()).collect::<Result<_>>()?;
         if dst.is_empty() {
             bail!("'dst' names no destination");
@@ -199,7 +201,7 @@ impl RuleFile {
             (ModeFile::Observe, None) => Mode::Observe,
             (ModeFile::Drop, None) => Mode::Drop,
             (ModeFile::Scrub, None) => Mode::Scrub,
-            (ModeFile::Mark, Some(mark)) => Mode::Mark(mark),
+            (ModeFile::Mark, Some(mark)) => Mode::Mark(checked(mark)?),
             (ModeFile::Mark, None) => {
                 bail!(
                     "mode 'mark' needs to know the marks, like: mark = {{ valid = 1, refused = 2, mask = 3 }}"
@@ -208,7 +210,11 @@ impl RuleFile {
             (_, Some(_)) => bail!("'mark' belongs to mode 'mark' only"),
         };
         let (keys, tokens) = (self.keys.into_vec(), self.tokens.into_vec());
-        let tags = self.tags.into_vec();
+        let tags = self.tags.map(OneOrMany::into_vec);
+        if tags.as_ref().is_some_and(Vec::is_empty) {
+            bail!("'tags' names no tag; leave it away for all");
+        }
+        let tags = tags.unwrap_or_default();
         let says_what = !keys.is_empty() || !tokens.is_empty() || !tags.is_empty();
         if mode == Mode::Scrub {
             if says_what || self.binds.is_some() || self.may_repeat.is_some() {
@@ -236,6 +242,19 @@ impl RuleFile {
         let scrub = self.scrub.unwrap_or(mode == Mode::Scrub);
         Ok(Rule { name: self.name, dst, ports, mode, keys, binds, tags, tokens, may_repeat, scrub })
     }
+}
+
+/// Two marks that a firewall can tell apart.
+fn checked(mark: Mark) -> Result<Mark> {
+    for (name, bits) in [("valid", mark.valid), ("refused", mark.refused)] {
+        if bits & !mark.mask != 0 {
+            bail!("'{name}' is {bits:#x}, which has bits that the mask {:#x} leaves out", mark.mask);
+        }
+    }
+    if mark.valid == mark.refused {
+        bail!("'valid' and 'refused' are the same mark, {:#x}", mark.valid);
+    }
+    Ok(mark)
 }
 
 impl Rules {
@@ -278,7 +297,7 @@ impl Rules {
         for spanned in file.rules {
             let line = text[..spanned.span().start].lines().count() + 1;
             let rule = spanned.into_inner();
-            let place = format!("line {line}: rule '{}'", rule.name);
+            let place = format!("line {line}: rule '{}'", printable(&rule.name));
             if !names.insert(rule.name.clone()) {
                 wrong.0.push(anyhow!("{place}: an earlier rule has this name"));
             }
@@ -382,6 +401,14 @@ mod tests {
             ),
             (&RULE.replace("'drop'", "'mark'"), "needs to know the marks"),
             (&format!("{RULE}mark = {{ valid = 1, refused = 2 }}"), "mode 'mark' only"),
+            (
+                &RULE.replace("'drop'", "'mark'\nmark = { valid = 0x4, refused = 0x2, mask = 0x3 }"),
+                "'valid' is 0x4, which has bits that the mask 0x3 leaves out",
+            ),
+            (&RULE.replace("'drop'", "'mark'\nmark = { valid = 2, refused = 2 }"), "are the same mark, 0x2"),
+            (&RULE.replace("tokens = '0000000000000001'", "keys = 'edge'\ntags = []"), "'tags' names no tag"),
+            (&RULE.replace("'a'", "''"), "a name has 1 to 255 bytes"),
+            (&RULE.replace("'a'", "\"a\\u001b[31m\""), "rule 'a\\u{1b}[31m': a name has"),
             (&RULE.replace("'drop'", "'scrub'"), "mode 'scrub' checks no token"),
             (&format!("{SCRUB}may_repeat = true"), "mode 'scrub' checks no token"),
             (&format!("{SCRUB}scrub = false"), "leave 'scrub = false' away"),

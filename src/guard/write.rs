@@ -153,7 +153,7 @@ mod tests {
             auto_block = { refused = 7, within = '90s', block_for = '1h 1s', v6_bits = 48 }\n\
             alerts = { within = '2s', medium = 3, critical = 4 }\n\
             exempt = [{ src = '::/0', until = '2026-12-01T00:00:00.5Z' }]\n\
-            [[rule]]\nname = \"a \\\"b\\\" \\\\ \\n ä\"\ndst = '10.0.0.0/8'\nmode = 'mark'\n\
+            [[rule]]\nname = \"a \\\"b\\\" \\\\ ä\"\ndst = '10.0.0.0/8'\nmode = 'mark'\n\
             mark = { valid = 1, refused = 4294967295 }\ntokens = ['0000000000000001', 'ffffffffffffffff']\n\
             port = [0, '65535', '7-9']\nkeys = ['a', 'b']\nbinds = ['flow', 'isn']\ntags = [0, 65535]\n\
             may_repeat = true\nscrub = true\n\

@@ -4,6 +4,8 @@ use anyhow::{Result, bail};
 use netlink_packet_route::link::LinkLayerType;
 
 use super::netlink::Link;
+use crate::kernel::Kernel;
+use crate::note::printable;
 use crate::program::LinkHeader;
 
 /// So many letters of which one may be wrong, missing, too many or exchanged with its neighbour in a name that is offered
@@ -15,6 +17,9 @@ const LETTERS_A_SLIP: usize = 3;
 /// # Errors
 /// There is none; the message offers near names.
 pub fn find_link<'a>(links: &'a [Link], name: &str, netns: &str) -> Result<&'a Link> {
+    // As those are that were read.
+    let name = printable(name);
+    let name = name.as_str();
     // Not by if_nametoindex: an alternative name may have up to 127 characters, of which it takes no more than 15.
     let is_called =
         |link: &&Link| link.name == name || link.alternative_names.iter().any(|other| other == name);
@@ -65,6 +70,29 @@ pub fn link_header(link: &Link) -> Result<LinkHeader> {
             link.name
         ),
     }
+}
+
+/// The same for the ingress hook. There some tunnels leave in front of the inner packet what they came in, and how long that
+/// is differs from packet to packet.
+///
+/// # Errors
+/// As of [`link_header`], or it is such a tunnel.
+pub fn guarded_header(link: &Link) -> Result<LinkHeader> {
+    let header = link_header(link)?;
+    // xfrm4_remove_tunnel_encap() of the kernel puts the outer link header in front again.
+    let always = ["xfrm", "vti", "vti6"].contains(&link.kind.as_str());
+    // Since "reset MAC header consistently" the outer headers are gone.
+    let is_old = Kernel::probe().version() < Some((5, 14));
+    let until_then = ["ipip", "sit", "ip6tnl"].contains(&link.kind.as_str());
+    if always || (is_old && until_then) {
+        let until_then = if always { "" } else { " before Linux 5.14" };
+        bail!(
+            "attaching the guard to {}: what comes in there has parts of the outer packet in front{until_then}, and would \
+             not be recognized; the guard can be on the next host, where it arrives by itself",
+            link.name
+        );
+    }
+    Ok(header)
 }
 
 #[cfg(test)]
@@ -119,6 +147,14 @@ mod tests {
         assert_eq!(of_kind("ppp", LinkLayerType::Ppp).unwrap(), LinkHeader::None);
         assert!(of_kind("", LinkLayerType::Ppp).unwrap_err().to_string().contains("type Ppp"));
         assert_eq!(of_kind("veth", LinkLayerType::Ether).unwrap(), LinkHeader::Ethernet);
+        // What leaves by them is as it is to be.
+        for (kind, layer) in
+            [("xfrm", LinkLayerType::None), ("vti", LinkLayerType::Tunnel), ("vti6", LinkLayerType::Tunnel6)]
+        {
+            assert_eq!(of_kind(kind, layer).unwrap(), LinkHeader::None);
+            let refused = guarded_header(&Link { kind: kind.to_string(), ..link("t0", layer) }).unwrap_err();
+            assert!(refused.to_string().contains("parts of the outer packet in front, and"), "{refused}");
+        }
         assert!(of_kind("vrf", LinkLayerType::Ether).unwrap_err().to_string().contains("ports"));
     }
 }

@@ -116,7 +116,7 @@ impl Programs {
 /// # Errors
 /// An instance's pins cannot be read, or the kernel refused to list its programs.
 pub fn loaded_programs(state: &State) -> Result<Programs> {
-    loaded_by(&state.instances())
+    loaded_by(&state.instances()?)
 }
 
 /// Looks at what is attached, by the programs that are loaded, and again if something was attached meanwhile.

@@ -11,6 +11,7 @@ use netlink_packet_route::link::{LinkFlags, LinkHeader};
 use netlink_packet_route::tc::TcHeader;
 
 use super::netlink::{Filter, Link, XdpPrograms};
+use crate::note::printable;
 
 /// Of include/uapi/linux/if_link.h.
 const IFLA_INFO_KIND: u16 = 1;
@@ -150,7 +151,7 @@ fn attribute(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
 /// The kernel takes nearly any byte in a name.
 fn text(value: &[u8]) -> String {
     let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
-    String::from_utf8_lossy(&value[..end]).into_owned()
+    printable(&String::from_utf8_lossy(&value[..end]))
 }
 
 fn number(value: &[u8]) -> Option<u32> {

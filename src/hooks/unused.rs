@@ -28,7 +28,7 @@ const LINGER: Duration = Duration::from_secs(10);
 /// The kernel refused to list what is there, or a pin cannot be removed.
 pub fn remove_unused(state: &State, _lock: &Lock, name: &str) -> Result<HashSet<Role>> {
     // A directory of somebody else stays.
-    let Some(instance) = state.instances().into_iter().find(|instance| instance.name == name) else {
+    let Some(instance) = state.instances()?.into_iter().find(|instance| instance.name == name) else {
         return Ok(HashSet::new());
     };
     let of_instance = || Ok::<_, anyhow::Error>(loaded_programs(state)?.of_instance(name));

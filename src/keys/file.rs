@@ -28,7 +28,7 @@ use crate::state::instance_flag;
 
 /// Names another directory than /etc/netoken/keys.
 pub const DIR_VARIABLE: &str = "NETOKEN_KEYS";
-const DEFAULT_DIR: &str = "/etc/netoken/keys";
+pub(crate) const DEFAULT_DIR: &str = "/etc/netoken/keys";
 const OPENING: &str = "opening the key directory";
 /// Longer than any key file, with comments.
 const FILE_LEN_MAX: usize = 4096;

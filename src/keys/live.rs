@@ -1,6 +1,7 @@
 //! Keys in the kernel: the maps `keys`, `rings` and `key_counts` of an instance. What is on disk decides; this file
 //! makes the kernel follow in an order in which no token is made that is not accepted.
 
+use std::collections::{BTreeSet, HashSet};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
@@ -48,6 +49,15 @@ impl Use {
     pub fn last(&self) -> Option<SystemTime> {
         self.made_at.max(self.accepted_at)
     }
+}
+
+/// Key rings that would be left without.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Losses {
+    /// A key that signs.
+    pub signing: BTreeSet<RingName>,
+    /// Any key.
+    pub all: BTreeSet<RingName>,
 }
 
 impl LiveKeys {
@@ -105,6 +115,38 @@ impl LiveKeys {
             self.write(id, &encode(None, state, 0))?;
         }
         Ok(())
+    }
+
+    /// The rings that would have no key any more if the kernel's keys were those, and the rings that would have none that signs;
+    /// of those that have one now.
+    ///
+    /// # Errors
+    /// The kernel refused to say it.
+    pub fn losses(&self, keys: &[Key]) -> Result<Losses> {
+        let mut losses = Losses::default();
+        let mut rings_with_keys = HashSet::new();
+        for id in 0..KEYS_MAX as u32 {
+            let key = self
+                .keys
+                .lookup(&id.to_ne_bytes(), MapFlags::ANY)
+                .context("looking at a key in the kernel")?;
+            let key = Zeroizing::new(key.unwrap_or_default());
+            if key.get(std::mem::offset_of!(RawKey, state)) == Some(&(KeyState::KEY_LIVE.0 as u8)) {
+                rings_with_keys.extend(key.get(std::mem::offset_of!(RawKey, ring)).copied());
+            }
+        }
+        for number in 0..RINGS_MAX {
+            let ring = self.ring(number)?;
+            let Some(name) = RingName::from_padded(ring.name) else { continue };
+            if ring.signer != 0 && signer(keys, name).is_none() {
+                losses.signing.insert(name);
+            }
+            let has_one = keys.iter().any(|key| key.ring == name && key.is_live());
+            if rings_with_keys.contains(&(number as u8)) && !has_one {
+                losses.all.insert(name);
+            }
+        }
+        Ok(losses)
     }
 
     fn set_live(&self, key: &Key, ring: u8) -> Result<()> {

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::files::Files;
 use crate::keys::RingName;
@@ -30,6 +30,17 @@ pub mod values;
 pub mod write;
 
 use values::{Cgroup, Interface, List, Mark, Prefix, Range};
+
+/// Whether a rule may have that name, which tables, events and logs show.
+///
+/// # Errors
+/// It may not; the message says why.
+pub(crate) fn check_rule_name(name: &str) -> Result<()> {
+    if name.is_empty() || name.len() > 255 || name.contains(char::is_control) {
+        bail!("a name has 1 to 255 bytes and no control characters");
+    }
+    Ok(())
+}
 
 /// An ordered list of rules and a default.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,12 +23,23 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// Held while something is changed, so that two commands cannot both find nothing and both attach.
 #[derive(Debug)]
-pub struct Lock(Flock<File>);
+pub struct Lock {
+    held: Flock<File>,
+    /// So that who fails for lack of descriptors can still look at what is to be taken back.
+    spare: Option<OwnedFd>,
+}
+
+impl Lock {
+    /// To be called before that look.
+    pub(super) fn free_spare(&mut self) {
+        self.spare = None;
+    }
+}
 
 impl Drop for Lock {
     fn drop(&mut self) {
         // Or the next to wait would be told a process that has ended.
-        self.0.set_len(0).ok();
+        self.held.set_len(0).ok();
     }
 }
 
@@ -52,6 +64,7 @@ pub struct ReaderLock {
 impl State {
     /// Waits until no other command changes anything, or `stop` is set. Nothing if the directory was removed meanwhile.
     pub(super) fn lock(&self, stop: Option<&AtomicBool>) -> Result<Option<Lock>> {
+        let spare = Some(self.dir.try_clone().context("keeping a spare descriptor")?);
         let path = self.below("lock");
         let file = match lock_file(&path, &self.path.join("lock")) {
             Err(_) if !path.parent().is_some_and(|dir| fs::metadata(dir).is_ok_and(|m| m.nlink() > 0)) => {
@@ -70,9 +83,9 @@ impl State {
         if !same_file(&held, &path) {
             return Ok(None);
         }
-        let mut lock = Lock(held);
+        let mut lock = Lock { held, spare };
         // Only a name for who waits.
-        sign(&mut lock.0).ok();
+        sign(&mut lock.held).ok();
         Ok(Some(lock))
     }
 

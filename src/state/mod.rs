@@ -16,6 +16,7 @@ mod remembered;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileType};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -180,31 +181,37 @@ impl State {
     }
 
     /// Every instance that has pins, and what is left of one whose attach was killed.
-    pub fn instances(&self) -> Vec<Instance> {
-        let mut names: Vec<String> = fs::read_dir(self.below("bpf"))
-            .into_iter()
-            .flatten()
-            .flatten()
-            // The kernel may have put files of its own at the top.
-            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .filter(|name| check_name(name).is_ok())
-            .collect();
-        names.sort();
-        names.iter().map(|name| self.instance(name)).filter(Instance::is_ours).collect()
+    ///
+    /// # Errors
+    /// They cannot be listed, which is not the same as that there are none.
+    pub fn instances(&self) -> Result<Vec<Instance>> {
+        let mut found = Vec::new();
+        // The kernel may have put files of its own at the top.
+        for (path, _) in entries(&self.below("bpf"))?.iter().filter(|(_, kind)| kind.is_dir()) {
+            let name = path.file_name().and_then(OsStr::to_str).filter(|name| check_name(name).is_ok());
+            let instance = name.map(|name| self.instance(name));
+            if let Some(instance) = instance
+                && instance.is_ours()?
+            {
+                found.push(instance);
+            }
+        }
+        found.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(found)
     }
 
-    /// Removes the BPF file system and the directory if no instance is left, and nobody else's pin. `_lock` shows that
+    /// Removes the BPF file system and the directory if no instance is left, and nobody else's pin. `lock` shows that
     /// nobody is about to make one.
     ///
     /// # Errors
-    /// The file system is in use by somebody else.
-    pub fn remove_if_empty(&self, _lock: Lock) -> Result<()> {
-        if !self.instances().is_empty() {
+    /// What is in it cannot be listed, or the file system is in use by somebody else.
+    pub fn remove_if_empty(&self, mut lock: Lock) -> Result<()> {
+        lock.free_spare();
+        if !self.instances()?.is_empty() {
             return Ok(());
         }
         self.remove_dead_readers();
-        if let Some(pin) = foreign_pin(&self.below("bpf")) {
+        if let Some(pin) = foreign_pin(&self.below("bpf"))? {
             let bpf = self.path.join("bpf");
             note!(
                 "{} stays mounted: somebody else has pinned {} in it",
@@ -243,8 +250,9 @@ impl Instance {
 
     /// Whether its directory is one of ours. An attach that was killed may have pinned nothing in it yet; a directory in
     /// it is never ours.
-    fn is_ours(&self) -> bool {
-        self.exists() || self.has_guard() || !entries(&self.pins).any(|(_, kind)| kind.is_dir())
+    fn is_ours(&self) -> Result<bool> {
+        let is_ours = self.exists() || self.has_guard();
+        Ok(is_ours || !entries(&self.pins)?.iter().any(|(_, kind)| kind.is_dir()))
     }
 
     /// Whether those of a guard are among them.
@@ -257,7 +265,7 @@ impl Instance {
     /// # Errors
     /// It cannot be made, or somebody else has made one of that name.
     pub fn create(&self) -> Result<()> {
-        if !self.is_ours() {
+        if !self.is_ours()? {
             bail!(
                 "making the directory of instance '{}': somebody else's directory of that name is there; choose another \
                  --instance",
@@ -329,24 +337,39 @@ pub fn shown(path: &Path) -> PathBuf {
 }
 
 /// Something that somebody else has pinned, at any depth. Directories and symbolic links hold nothing.
-fn foreign_pin(bpf: &Path) -> Option<PathBuf> {
+fn foreign_pin(bpf: &Path) -> Result<Option<PathBuf>> {
     let of_the_kernel = |path: &Path| OF_THE_KERNEL.iter().any(|name| bpf.join(name) == path);
     let mut dirs = vec![bpf.to_path_buf()];
     while let Some(dir) = dirs.pop() {
-        for (path, kind) in entries(&dir) {
+        for (path, kind) in entries(&dir)? {
             match () {
                 () if kind.is_dir() => dirs.push(path),
-                () if !kind.is_symlink() && !of_the_kernel(&path) => return Some(path),
+                () if !kind.is_symlink() && !of_the_kernel(&path) => return Ok(Some(path)),
                 () => {}
             }
         }
     }
-    None
+    Ok(None)
 }
 
-fn entries(dir: &Path) -> impl Iterator<Item = (PathBuf, FileType)> + use<> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.filter_map(|entry| Some((entry.path(), entry.file_type().ok()?)))
+/// What is in a directory; nothing if it is not there.
+fn entries(dir: &Path) -> Result<Vec<(PathBuf, FileType)>> {
+    let doing = || format!("listing {}", shown(dir).display());
+    let is_gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    let mut found = Vec::new();
+    match fs::read_dir(dir) {
+        Err(error) if is_gone(&error) => {}
+        listed => {
+            for entry in listed.with_context(doing)? {
+                let entry = entry.with_context(doing)?;
+                match entry.file_type() {
+                    Err(error) if is_gone(&error) => {}
+                    kind => found.push((entry.path(), kind.with_context(doing)?)),
+                }
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// The flag that leads another command to the same instance, with a space in front; nothing for the default.

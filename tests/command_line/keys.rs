@@ -228,13 +228,37 @@ pub fn the_files_decide_what_the_kernel_knows() -> Result<()> {
     // A file that comes from another host, and one that goes.
     let dir = world.lab.keys().join("default");
     fs::rename(dir.join("edge-0.key"), dir.join("away"))?;
-    run(&world.lab, "key load")?.code(0)?.err(&["0 keys"])?;
+    let lost = "no key of ring 'edge' signs any more: rules in use that name it leave their SYNs as they are";
+    run(&world.lab, "key load")?.code(0)?.err(&["0 keys", lost])?;
     world.syns(1)?;
     world.expect_counter("default", "no_key", 1, "SYNs without a key")?;
     fs::rename(dir.join("away"), dir.join("edge-0.key"))?;
     run(&world.lab, "key load --json")?.code(0)?;
     world.syns(1)?;
     world.expect_counter("default", "stamped", 2, "SYNs stamped")?;
+    // From a directory that is not there nothing is loaded, and none is made.
+    let nowhere = world.lab.keys().join("nowhere");
+    let mut load = world.lab.netoken("key load");
+    said(load.env("NETOKEN_KEYS", &nowhere))?
+        .code(1)?
+        .err(&["there is no such directory", "NETOKEN_KEYS"])?;
+    ensure!(!nowhere.exists(), "it made the directory");
+    world.syns(1)?;
+    world.expect_counter("default", "stamped", 3, "SYNs stamped")?;
+    // A guard is told as well.
+    let rules = "[[rule]]\nname = 'a'\ndst = '::/0'\nmode = 'observe'\nkeys = 'edge'\n";
+    let rules = world.lab.file("guard.toml", rules)?;
+    let guard = format!("guard --netns {} -i c0 --attach --hook tc --rules {}", world.ns, rules.display());
+    world.lab.ok(&guard)?;
+    fs::rename(dir.join("edge-0.key"), dir.join("away"))?;
+    run(&world.lab, "key load")?.code(0)?.err(&[
+        "ring 'edge' has no key any more",
+        "the guard's rules in use",
+        lost,
+    ])?;
+    fs::rename(dir.join("away"), dir.join("edge-0.key"))?;
+    run(&world.lab, "key load")?.code(0)?;
+    world.lab.ok(&format!("guard --netns {} -i c0 --destroy", world.ns))?;
     // Attaching again reads them as well, and keeps the policy.
     fs::rename(dir.join("edge-0.key"), dir.join("away"))?;
     world.ok("-i c0 --attach --quiet")?;

@@ -144,6 +144,7 @@ fn with_root() -> Vec<Trial> {
             a_closed_output_is_no_panic an_output_that_is_full_is_an_error
             an_error_of_the_output_says_what_it_is_about a_stream_that_fails_says_what_stays
             a_stream_that_fails_still_detaches_on_exit a_full_standard_error_is_no_panic
-            a_pipe_of_both_that_closes_early_is_no_panic an_attach_without_descriptors_leaves_nothing;
+            a_pipe_of_both_that_closes_early_is_no_panic an_attach_without_descriptors_leaves_nothing
+            a_command_without_descriptors_removes_nothing_of_others;
     ]
 }

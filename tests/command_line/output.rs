@@ -162,3 +162,20 @@ pub fn an_attach_without_descriptors_leaves_nothing() -> Result<()> {
     }
     bail!("no attach worked, even with 63 descriptors")
 }
+
+/// What it cannot see is not gone.
+pub fn a_command_without_descriptors_removes_nothing_of_others() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    world.syns(1)?;
+    let elsewhere = format!("--netns {}", world.server_ns);
+    for command in ["--iface s0 --attach --quiet", "--iface s0 --detach", "--iface s0 --destroy", "--destroy"]
+    {
+        for limit in 3..7 {
+            bash(&world, &format!("ulimit -n {limit}; exec {NETOKEN} {elsewhere} {command}"))?;
+            let query = world.ok("--query").with_context(|| format!("{command} with {limit} descriptors"))?;
+            ensure!(query.contains("1 stamped"), "{command} with {limit} descriptors: {query}");
+        }
+    }
+    Ok(())
+}

@@ -18,7 +18,7 @@ use crate::{NET, case, with};
 
 /// How the guard is asked for, and what it must then be.
 pub const HOOKS: [(&str, &str); 3] =
-    [("auto", "xdp native"), ("xdp", "xdp native"), ("tc", "clsact ingress")];
+    [("auto", "clsact ingress"), ("xdp", "xdp native"), ("tc", "clsact ingress")];
 
 const DESTINATIONS: &str = "dst = ['10.0.0.0/8', 'fd00::/8']";
 
@@ -277,6 +277,8 @@ fn moves() -> Result<()> {
         ("xdp", "xdp native"),
         ("tc", "clsact ingress"),
         ("auto", "clsact ingress"),
+        ("xdp", "xdp native"),
+        ("auto", "xdp native"),
     ] {
         attach(&world, hook, &rules)?;
         let text = world.lab.ok(&format!("guard {} --query --json", place(&world)))?;

@@ -16,7 +16,7 @@ use crate::guard::{HOOKS, KEYED, STATIC, attach, keyed_policy, looks, place, que
 use crate::lab::{Running, kernel_counter, wait_until};
 use crate::sockets::{Listener, exchange, expect_dropped};
 use crate::support::{ensure_eq, sh, share_of};
-use crate::world::{FAMILIES, Family, IN, World};
+use crate::world::{FAMILIES, Family, Hook, IN, OUT, World};
 use crate::{NET, case, guard, sys};
 
 /// How many times rules are loaded while connections are opened, in each family.
@@ -46,6 +46,7 @@ pub fn cases() -> Vec<Trial> {
     }
     cases.push(case("guard: somebody else's XDP program stays", NET, foreign_stays));
     cases.push(case("guard: an attach that fails leaves the rules that run", NET, rules_stay));
+    cases.push(case("guard: what is redirected to a veth does not pass it by", NET, passed_by));
     cases.push(case("guard: rules that mark are not at XDP, however they come there", NET, marks));
     cases.push(case("guard: --force pushes out somebody else's XDP program, and says so", NET, forced));
     cases.push(case("guard: --force cannot push out a program that a BPF link holds", NET, held));
@@ -270,6 +271,33 @@ fn marks() -> Result<()> {
     world.lab.ok(&format!("guard --netns {} --iface lo --detach", world.server))?;
     // From XDP they move together.
     ensure_eq!(attach(&world, "tc", &marks)?["hook"], "clsact ingress", "hook");
+    Ok(())
+}
+
+/// What Cilium does for a container: the packet is taken from one end of a veth, and given to the stack behind the other.
+fn passed_by() -> Result<()> {
+    let (world, router) = World::routed(true, Hook::Client)?;
+    world.ask_nobody(&router)?;
+    let filter = world.lab.within(&router, || sys::attach_redirect(IN, OUT, true))?;
+    let listener = Listener::open(&world, Family::V4)?;
+    exchange(&world, &listener)?;
+    let rules = rules(&world, "drop", STATIC)?;
+    let output = world.lab.run(&format!("guard {} --attach --rules {rules}", place(&world)))?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(said.contains("clsact ingress (not at XDP: bpf_redirect_peer()"), "{said}");
+    expect_dropped(&world, listener.addr)?;
+    world.attach("")?;
+    exchange(&world, &listener)?;
+    // Who wants XDP is told.
+    let output = world.lab.run(&format!("guard {} --attach --hook xdp", place(&world)))?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(said.contains("guard moved on") && said.contains("passes XDP of a veth by; --hook tc"), "{said}");
+    // There it stays, unless a place of a filter is named.
+    let said = world.lab.run(&format!("guard {} --attach", place(&world)))?.stderr;
+    ensure!(String::from_utf8(said)?.contains("guard replaced in place on in0: xdp native"), "it moved");
+    let said = world.lab.run(&format!("guard {} --attach --priority 3", place(&world)))?.stderr;
+    ensure!(String::from_utf8(said)?.contains("guard moved on in0: clsact ingress"), "it is not said");
+    drop(filter);
     Ok(())
 }
 

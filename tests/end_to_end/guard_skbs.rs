@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 
+use crate::devices::{TUN, has_tun};
 use crate::guard::{STATIC, rules};
 use crate::lab::ip;
 use crate::segment::TOKEN;
@@ -11,7 +12,7 @@ use crate::skbs::payload;
 use crate::support::ensure_eq;
 use crate::wire::{Checksum, Frame, LINUX_OPTIONS, Tap};
 use crate::world::{FAMILIES, Family, Hook, IN, OUT, World};
-use crate::{NET, case};
+use crate::{NET, case, case_if, sys};
 
 const MTU: usize = 9000;
 const PORT: u16 = 4000;
@@ -29,22 +30,38 @@ pub fn cases() -> Vec<Trial> {
                     "guard: --hook {hook} reads and scrubs SYNs over {} in fragments with a {checksum:?} checksum",
                     family.name()
                 );
-                cases.push(case(&name, NET, move || fragments(hook, shown, family, checksum)));
+                cases.push(case(&name, NET, move || fragments(IN, hook, shown, family, checksum)));
             }
         }
+    }
+    for family in FAMILIES {
+        let name = format!(
+            "guard: it reads and scrubs SYNs over {} in fragments on a device without link header",
+            family.name()
+        );
+        let bare = move || fragments(TUN, "tc", "clsact ingress", family, Checksum::Complete);
+        cases.push(case_if(&name, NET, bare, has_tun));
     }
     cases
 }
 
-fn fragments(hook: &str, shown: &str, family: Family, checksum: Checksum) -> Result<()> {
+/// What comes in by the tun device is redirected to there, and has lost its link header, perhaps all that was linear.
+fn fragments(guarded: &str, hook: &str, shown: &str, family: Family, checksum: Checksum) -> Result<()> {
     let (world, router) = World::routed(false, Hook::Client)?;
+    // What the frames are for.
+    ip(&router, [format!("link set {IN} address 02:00:00:00:00:02")])?;
+    let mut bare = None;
+    if guarded == TUN {
+        world.ask_nobody(&router)?;
+        let device = world.lab.within(&router, || sys::open_tun(TUN))?;
+        ip(&router, [format!("link set {TUN} mtu {MTU} up")])?;
+        bare = Some((device, world.lab.within(&router, || sys::attach_redirect(IN, TUN, false))?));
+    }
     for (ns, interface) in [(&world.client, OUT), (&router, IN), (&router, OUT), (&world.server, IN)] {
         ip(ns, [format!("link set {interface} mtu {MTU}")])?;
     }
-    // What the frames are for.
-    ip(&router, [format!("link set {IN} address 02:00:00:00:00:02")])?;
     let rules = rules(&world, "drop", &format!("{STATIC}\nscrub = true"))?;
-    let place = format!("--netns {router} --iface {IN}");
+    let place = format!("--netns {router} --iface {guarded}");
     let said = world.lab.ok(&format!("guard {place} --attach --hook {hook} --json --rules {rules}"))?;
     ensure!(said.contains(shown), "{said}");
 
@@ -80,5 +97,6 @@ fn fragments(hook: &str, shown: &str, family: Family, checksum: Checksum) -> Res
     for (name, count) in [("valid", sent), ("missing", sent), ("wrong_static", sent), ("dropped", 2 * sent)] {
         ensure_eq!(counted[name], count, "{name} of {counted}");
     }
+    drop(bare);
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
-use libbpf_rs::{TC_EGRESS, TcHook};
+use libbpf_rs::{TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook};
 use socket2::{MaybeUninitSlice, MsgHdrMut, SockAddr, Socket};
 
 /// Does something again that a signal ended. The kernel goes on by itself only where there is no timeout, and the signal may
@@ -194,9 +194,30 @@ pub fn attach_vlan_push(interface: &str, tags: &[Tag]) -> Result<OwnedFd> {
         code.push((0x85, 0, VLAN_PUSH));
     }
     code.extend([mov(0, TC_ACT_UNSPEC), (0x95, 0, 0)]);
-    let fd = load(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"vlan_push", &code)?;
+    attach_filter(ifindex, TC_EGRESS, c"vlan_push", &code)
+}
+
+/// Puts a filter at the ingress of an interface that sends on what comes in, by bpf_redirect_peer() or, as what comes in by
+/// the other one, by bpf_redirect(). The qdisc is made as well.
+pub fn attach_redirect(interface: &str, to: &str, as_peer: bool) -> Result<OwnedFd> {
+    let index = |name: &str| anyhow::Ok(nix::net::if_::if_nametoindex(name)?);
+    let (function, flags) = match as_peer {
+        true => (libbpf_sys::BPF_FUNC_redirect_peer, 0),
+        false => (libbpf_sys::BPF_FUNC_redirect, libbpf_sys::BPF_F_INGRESS),
+    };
+    let code: [Instruction; 4] = [
+        (0xb7, 1, index(to)?.cast_signed()),
+        (0xb7, 2, flags as i32),
+        (0x85, 0, function as i32),
+        (0x95, 0, 0),
+    ];
+    attach_filter(index(interface)?, TC_INGRESS, c"redirect", &code)
+}
+
+fn attach_filter(ifindex: u32, side: TcAttachPoint, name: &CStr, code: &[Instruction]) -> Result<OwnedFd> {
+    let fd = load(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, name, code)?;
     let mut hook = TcHook::new(fd.as_fd());
-    hook.ifindex(ifindex as i32).attach_point(TC_EGRESS).priority(1).handle(1);
+    hook.ifindex(ifindex.cast_signed()).attach_point(side).priority(1).handle(1);
     hook.create().context("making clsact")?;
     hook.attach().context("attaching the filter")?;
     Ok(fd)

@@ -122,6 +122,23 @@ impl World {
         Ok((world, router))
     }
 
+    /// Lets nobody ask for the addresses between client and router, of a routed world: for tests that take away what comes in
+    /// there.
+    pub fn ask_nobody(&self, router: &str) -> Result<()> {
+        let macs = ["02:00:00:00:00:01", "02:00:00:00:00:02"];
+        for (ns, interface, mac) in [(self.client.as_str(), OUT, macs[0]), (router, IN, macs[1])] {
+            ip(ns, [format!("link set {interface} address {mac}")])?;
+        }
+        let neighbours = |interface: &str, host, mac: &str| {
+            FAMILIES.map(|family| {
+                let addr = family.addr(CLIENT_NET, host);
+                format!("neigh replace {addr} lladdr {mac} dev {interface} nud permanent")
+            })
+        };
+        ip(&self.client, neighbours(OUT, ROUTER_HOST, macs[1]))?;
+        ip(router, neighbours(IN, CLIENT_HOST, macs[0]))
+    }
+
     /// Client and server on one link that goes through a bridge, with netoken on the bridge's way out.
     pub fn bridged() -> Result<World> {
         let mut lab = Lab::new()?;

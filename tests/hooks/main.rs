@@ -66,7 +66,7 @@ fn main() -> ExitCode {
             another_handle_stays_within_the_priority a_taken_place_is_an_error_that_says_so the_default_is_in_front_of_what_is_there
             the_default_is_in_front_of_a_low_priority_too
             a_place_that_cannot_be_is_wrong_usage a_guard_that_marks_goes_where_there_are_marks;
-        names: names_that_are_no_text_hinder_no_command;
+        names: names_that_are_no_text_hinder_no_command names_have_no_power_over_a_terminal;
         meanwhile: a_look_finds_what_is_there_while_interfaces_go
             what_goes_while_it_is_removed_is_gone clsact_is_told_from_what_else_may_be_there
             who_looks_gives_nobody_notice;

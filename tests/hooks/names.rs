@@ -59,3 +59,20 @@ pub fn names_that_are_no_text_hinder_no_command() -> Result<()> {
     ensure!(said.contains("c0: filter removed, clsact qdisc kept: 1 other filter"), "{said}");
     expect_no_state(&world.lab)
 }
+
+/// An interface may be renamed by the root of a container, and is listed on the terminal of the host's.
+pub fn names_have_no_power_over_a_terminal() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    sh(&format!(
+        r#"name=$(printf 'c\033[31m'); ip -n {0} link set dev c1 down && ip -n {0} link set dev c1 name "$name""#,
+        world.ns
+    ))?;
+    let shown = r"c\u{1b}[31m";
+    let said = String::from_utf8(world.run(&format!("-i c\x1b[31m --attach --quiet"))?.stderr)?;
+    ensure!(said.contains(&format!("attached to {shown} egress")), "{said}");
+    for said in [said, world.ok("--query")?, world.fails("-i x --query")?, world.ok("--query --json")?] {
+        ensure!(!said.contains('\x1b') && said.contains("u{1b}[31m"), "{said}");
+    }
+    Ok(())
+}

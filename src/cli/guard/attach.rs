@@ -16,7 +16,7 @@ use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
 use crate::guard::running::{self, Running};
 use crate::hooks::clsact::{Attachment, Hooks, Place, Taken, attached};
-use crate::hooks::link::link_header;
+use crate::hooks::link::guarded_header;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::netlink::{Link, Netlink, Side};
 use crate::hooks::tcx;
@@ -32,6 +32,11 @@ use crate::program::{LinkHeader, Program};
 use crate::realtime;
 use crate::state::{Instance, Lock, Remembered, State};
 use crate::token::keyed::Slots;
+
+/// bpf_redirect_peer() gives a packet to the stack behind the other end of a veth, where its XDP has had its turn.
+const PASSED_BY: &str = "bpf_redirect_peer(), which Cilium uses, passes XDP of a veth by";
+
+const MARKS: &str = "the rules mark, which needs an skb";
 
 /// What was done on one interface.
 enum Done {
@@ -65,7 +70,7 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
     realtime::check(&doing)?;
     let links = scope.find(&Netlink::connect()?.links()?)?;
     for link in &links {
-        link_header(link)?;
+        guarded_header(link)?;
     }
 
     let (state, lock) = State::create()?;
@@ -130,10 +135,11 @@ impl Job<'_> {
             let said =
                 Said { option_kind: self.args.option_kind, exid: self.args.exid, sample: self.args.sample };
             let told = said.over(&before);
-            let mut why = None;
-            for kind in self.candidates(link)? {
+            let (candidates, why) = self.candidates(link)?;
+            let mut why = why.map(|why| if marks { MARKS } else { why }.to_string());
+            for kind in candidates {
                 if kind == Kind::Xdp && marks {
-                    why = Some("the rules mark, which needs an skb".to_string());
+                    why = Some(MARKS.to_string());
                     continue;
                 }
                 let settings = Settings {
@@ -238,27 +244,30 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// What may be attached to an interface, the best first.
-    fn candidates(&self, link: &Link) -> Result<Vec<Kind>> {
-        let has_ethernet = link_header(link)? == LinkHeader::Ethernet;
+    /// What may be attached to an interface, the best first, and why that is not XDP where it could be.
+    fn candidates(&self, link: &Link) -> Result<(Vec<Kind>, Option<&'static str>)> {
+        let has_ethernet = guarded_header(link)? == LinkHeader::Ethernet;
         let tc = if has_ethernet { Kind::Tc } else { Kind::TcLayer3 };
+        let may_be_passed_by = link.kind == "veth";
         Ok(match self.args.hook {
-            HookArg::Tc => vec![tc],
+            HookArg::Tc => (vec![tc], None),
             HookArg::Xdp if !has_ethernet => bail!(
                 "attaching the guard to {}: it has no Ethernet header, which XDP wants to see; use --hook tc",
                 link.name
             ),
-            HookArg::Xdp => vec![Kind::Xdp],
+            HookArg::Xdp => (vec![Kind::Xdp], None),
             HookArg::Auto => {
                 let programs = loaded_programs(self.state)?;
                 let ours = |loaded: &Loaded| loaded.instance.as_deref() == Some(self.instance.name.as_str());
                 let at_tc = attached(&mut Netlink::connect()?, link.index, Side::Ingress, &programs)?
                     .iter()
                     .any(|filter| ours(&filter.loaded));
+                let at_xdp = attached_xdp(link.index, &programs)?.is_some_and(|there| ours(&there.loaded));
                 let wants_tc = self.args.priority.is_some() || self.args.handle.is_some();
                 match has_ethernet && !at_tc && !wants_tc {
-                    true => vec![Kind::Xdp, tc],
-                    false => vec![tc],
+                    true if may_be_passed_by && !at_xdp => (vec![tc], Some(PASSED_BY)),
+                    true => (vec![Kind::Xdp, tc], None),
+                    false => (vec![tc], None),
                 }
             }
         })
@@ -348,17 +357,19 @@ impl Job<'_> {
 
     fn tell(&self, scope: &Scope) -> Result<()> {
         for (link, done) in &self.done {
-            let (hook, replaced, why, pushed_out, tcx_before) = match done {
-                Done::Tc(done, why, _) => {
+            let (hook, how, why, pushed_out, tcx_before) = match done {
+                Done::Tc(done, why, taken) => {
                     let why = why.as_ref().map(|why| format!(" (not at XDP: {why})"));
-                    ("clsact ingress", done.replaced(), why, None, done.tcx_before)
+                    ("clsact ingress", (done.replaced(), taken.is_some()), why, None, done.tcx_before)
                 }
-                Done::Xdp(_, done, _) => {
+                Done::Xdp(_, done, taken) => {
                     let why = done.why_generic.as_ref();
                     let why = why.map(|why| format!(" (natively the driver refused: {why})"));
-                    (hook_name(done.mode), done.replaced(), why, done.pushed_out.as_ref(), 0)
+                    let how = (done.replaced(), !taken.is_empty());
+                    (hook_name(done.mode), how, why, done.pushed_out.as_ref(), 0)
                 }
             };
+            let (replaced, moved) = how;
             if scope.json {
                 print_json(&Record::GuardAttached { interface: &link.name, hook, replaced, pushed_out })?;
                 continue;
@@ -366,10 +377,17 @@ impl Job<'_> {
             if let Some(foreign) = pushed_out {
                 note!("pushed out of XDP of {}: {foreign}; it does not come back by itself", link.name);
             }
-            let how = if replaced { "replaced in place on" } else { "attached to" };
+            let how = match (replaced, moved) {
+                (true, _) => "replaced in place on",
+                (false, true) => "moved on",
+                (false, false) => "attached to",
+            };
             note!("guard {how} {}: {hook}{}", link.name, why.unwrap_or_default());
             if let Some(remark) = tcx::remark(tcx_before, RISK, TO_THE_FRONT) {
                 note!("{}: {remark}", link.name);
+            }
+            if matches!(done, Done::Xdp(..)) && link.kind == "veth" {
+                note!("{}: {PASSED_BY}; --hook tc sees it", link.name);
             }
         }
         self.notes.iter().for_each(|note| note!("{note}"));

@@ -4,10 +4,11 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use clap::{ArgGroup, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{ArgGroup, CommandFactory, ValueEnum};
 use serde::{Serialize, Serializer};
 
-use super::args::{Scope, exid, handle, instance};
+use super::args::{Args, Scope, exid, handle, instance};
 use super::blocked::unblock_prefix;
 use crate::files::Files;
 use crate::guard::counters::{GuardCounters, Row, VERDICTS};
@@ -116,8 +117,8 @@ pub(super) struct GuardArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["show", "diff", "query", "unblock", "detach", "destroy"])]
     rules: Option<PathBuf>,
 
-    /// Where to attach: auto is where it is already, else XDP if the driver runs it, else TC; xdp is by the driver if it
-    /// can, else by the kernel behind it; tc is clsact ingress
+    /// Where to attach: auto is TC with --priority or --handle, else where it is already, else XDP if the driver runs it and
+    /// it is no veth, else TC; xdp is by the driver if it can, else by the kernel behind it; tc is clsact ingress
     #[arg(long, value_enum, default_value_t = HookArg::Auto, hide_possible_values = true, help_heading = "With --attach")]
     hook: HookArg,
 
@@ -167,7 +168,7 @@ pub(super) struct GuardArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum HookArg {
-    /// Where it is already, else XDP if the driver runs it, else TC
+    /// Where it is already, else XDP if the driver runs it and nothing passes it by, else TC
     Auto,
     /// XDP: by the driver if it can, else by the kernel behind it
     Xdp,
@@ -274,6 +275,17 @@ impl GuardArgs {
     }
 }
 
+impl GuardArgs {
+    /// Ends the process if what is said of the place belongs to another hook.
+    fn expect_place(&self) {
+        let is_chosen = self.priority.is_some() || self.handle.is_some();
+        if self.hook == HookArg::Xdp && is_chosen {
+            let why = "--priority and --handle are about filters of clsact, and not of XDP";
+            Args::command().error(ErrorKind::ArgumentConflict, why).exit();
+        }
+    }
+}
+
 pub(super) fn run(args: GuardArgs) -> Result<()> {
     let files = Files::default();
     let rules = args.rules.as_deref().map(|path| Rules::read(path, &files)).transpose()?;
@@ -292,6 +304,7 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
         json: args.json,
     };
     if args.attach {
+        args.expect_place();
         return attach::attach(&args, &scope, rules.as_ref());
     }
     if let (true, Some(rules)) = (args.load, &rules) {

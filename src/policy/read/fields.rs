@@ -6,7 +6,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::super::report::Problem;
-use super::super::{Condition, Place, Rule, Values};
+use super::super::{Condition, Place, Rule, Values, check_rule_name};
 use super::{CONDITIONS, Known, RULE_KEYS, Reader, Span};
 
 /// Reads values of one file.
@@ -105,11 +105,11 @@ impl FileReader<'_> {
         }
         let name = match table.get("name").map(|name| (name.span(), name.get_ref())) {
             Some((span, DeValue::String(name))) => {
-                let fits = !name.is_empty() && name.len() <= 255 && !name.contains(char::is_control);
-                if !fits {
-                    self.error(span.clone(), "a name has 1 to 255 bytes and no control characters");
+                let checked = check_rule_name(name);
+                if let Err(error) = &checked {
+                    self.error(span.clone(), error.to_string());
                 }
-                fits.then(|| (span, Box::from(&**name)))
+                checked.is_ok().then(|| (span, Box::from(&**name)))
             }
             Some((span, other)) => {
                 self.wrong_type(span, other, "a name");
