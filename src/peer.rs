@@ -249,7 +249,9 @@ impl Peer {
     /// [`crate::clock::now`]. A connection may have waited to be accepted; what was too long ago to be told from an
     /// old token is not valid. Which tokens were used before is known to a guard only.
     pub fn check(&self, verifier: &Verifier<'_>, unix: Duration) -> Verdict {
-        if self.options.iter().any(|option| matches!(option, Found::Malformed { .. })) {
+        // Our ExID in an option of another length is nothing else to a guard.
+        let is_malformed = |option: &Found| matches!(option, Found::Malformed { .. } | Found::NoToken { .. });
+        if self.options.iter().any(is_malformed) {
             return Verdict::Malformed;
         }
         if self.tokens().count() > 1 {

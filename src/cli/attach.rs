@@ -13,7 +13,7 @@ use super::loads::Loads;
 use super::policy::{Progress, load_keys, put as put_policy, read_by as read_policy};
 use super::reload::Reload;
 use super::signals::Signals;
-use super::told::{Before, RISK};
+use super::told::{Before, RISK, filters_remark};
 use crate::clock;
 use crate::events::reader::Reader;
 use crate::events::rules::RuleNames;
@@ -423,6 +423,9 @@ impl Job<'_> {
                 note!("{}", told(link, done));
             }
             if let Some(remark) = tcx::remark(done.tcx_before(), RISK, done.hook().to_the_front()) {
+                note!("{}: {remark}", link.name);
+            }
+            if let Some(remark) = filters_remark(done.filters_before(), RISK) {
                 note!("{}: {remark}", link.name);
             }
             if !link.is_up {

@@ -292,6 +292,8 @@ fn rotate(
 
 fn load(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
     let doing = format!("loading the keys in {}", dir.path().display());
+    // Who may not read them is told that first; what counts is read under both locks.
+    dir.load()?;
     let Some((state, _lock)) = RunState::with_instance(&args.instance)? else {
         bail!("{doing}: instance '{}' does not run; it gets them when it is attached", args.instance);
     };

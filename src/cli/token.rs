@@ -197,9 +197,9 @@ impl KeySource {
         let mut keys = Vec::new();
         if let Some(dir) = &self.keys {
             let dir = KeyDir::at(dir.clone());
-            if !dir.exists() {
-                bail!("reading the keys in {}: there is no such directory", dir.path().display());
-            }
+            // Who cannot look for it does not know that it is not there.
+            let doing = || format!("reading the keys in {}", dir.path().display());
+            std::fs::read_dir(dir.path()).with_context(doing)?;
             keys = dir.load()?;
         }
         for path in &self.key_file {
@@ -260,6 +260,9 @@ fn run_make(args: &TokenArgs, wanted: &MakeArgs) -> Result<()> {
         (None, [key]) => key,
         (None, [first, others @ ..]) if others.iter().all(|other| other.ring() == first.ring()) => {
             signing(&keys, first.ring())?
+        }
+        (None, []) => {
+            bail!("making a token: there is no key; name a file with --key-file, or a directory with --keys")
         }
         (None, all) => {
             bail!("making a token: there are {} keys, of several rings; say whose with --key RING", all.len())

@@ -53,6 +53,15 @@ impl Before {
     }
 }
 
+/// What a person is told of filters of others that are in front; nothing if there are none.
+pub(super) fn filters_remark(count: usize, risk: &str) -> Option<String> {
+    match count {
+        0 => None,
+        1 => Some(format!("another filter runs {risk}")),
+        count => Some(format!("{count} other filters run {risk}")),
+    }
+}
+
 /// What is said of a program below the table in which it is listed.
 pub(super) struct Remarks<'a> {
     /// The one that attached it.
@@ -110,10 +119,9 @@ impl Remarks<'_> {
         if let Some(remark) = tcx::remark(self.tcx_before, self.risk, self.to_the_front) {
             writeln!(out, "{place}: {remark}")?;
         }
-        match self.filters_before {
-            0 => Ok(()),
-            1 => writeln!(out, "{place}: another filter runs {}", self.risk),
-            n => writeln!(out, "{place}: {n} other filters run {}", self.risk),
+        match filters_remark(self.filters_before, self.risk) {
+            Some(remark) => writeln!(out, "{place}: {remark}"),
+            None => Ok(()),
         }
     }
 

@@ -84,6 +84,11 @@ pub enum Found {
         /// Where in the list, in bytes.
         at: usize,
     },
+    /// The list goes on behind what was captured (the snap length, `tcpdump -s`).
+    CutOff {
+        /// Where in the list, in bytes.
+        at: usize,
+    },
 }
 
 fn as_hex<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
@@ -117,30 +122,45 @@ impl fmt::Display for Found {
             }
             Found::FastOpen { cookie } => write!(f, "TCP Fast Open (kind 34): cookie {}", Hex(cookie)),
             Found::Malformed { at } => write!(f, "malformed option at byte {at}"),
+            Found::CutOff { at } => write!(f, "cut off by the capture from byte {at} of the options on"),
         }
     }
 }
 
 /// Walks a list of TCP options (RFC 9293 section 3.1). Where it lies about a length, the walk ends.
 pub fn find(options: &[u8], shape: Shape) -> Vec<Found> {
+    walk(options, true, shape)
+}
+
+/// The same of a list of which only that was captured.
+pub fn find_in_part(options: &[u8], shape: Shape) -> Vec<Found> {
+    walk(options, false, shape)
+}
+
+fn walk(options: &[u8], is_whole: bool, shape: Shape) -> Vec<Found> {
     let mut found = Vec::new();
     let mut at = 0;
     while let Some(kind) = options.get(at).copied() {
         match kind {
-            0 => break,
+            0 => return found,
             1 => {
                 at += 1;
                 continue;
             }
             _ => {}
         }
-        let len = options.get(at + 1).copied().map_or(0, usize::from);
-        let Some(body) = options.get(at + 2..at + len).filter(|_| len >= 2) else {
-            found.push(Found::Malformed { at });
-            break;
+        let len = options.get(at + 1).copied().map(usize::from);
+        let body = len.filter(|len| *len >= 2).and_then(|len| options.get(at + 2..at + len));
+        let Some((len, body)) = len.zip(body) else {
+            let is_cut = !is_whole && len.is_none_or(|len| len >= 2);
+            found.push(if is_cut { Found::CutOff { at } } else { Found::Malformed { at } });
+            return found;
         };
         found.extend(recognise(kind, body, shape));
         at += len;
+    }
+    if !is_whole {
+        found.push(Found::CutOff { at });
     }
     found
 }
@@ -223,6 +243,24 @@ mod tests {
         }
         let v6 = [&[253, 20, 0, 80][..], &"2001:db8::7".parse::<Ipv6Addr>().unwrap().octets()].concat();
         assert_eq!(shown(&v6), ["TOA (kind 253): client [2001:db8::7]:80"]);
+    }
+
+    #[test]
+    fn of_a_list_that_is_cut_off_the_front_is_read() {
+        for (options, expected) in [
+            (&[][..], &[Found::CutOff { at: 0 }][..]),
+            (&[1, 2, 4, 5], &[Found::CutOff { at: 1 }]),
+            (&[2, 4, 5, 180], &[Found::CutOff { at: 4 }]),
+            (&[1, 253], &[Found::CutOff { at: 1 }]),
+            (&[1, 0, 1], &[]),
+            (&[1, 2, 1], &[Found::Malformed { at: 1 }]),
+            (
+                &[253, 12, 0x4e, 0x54, 1, 2, 3, 4, 5, 6, 7, 8, 4],
+                &[Found::Token { token: Token([1, 2, 3, 4, 5, 6, 7, 8]) }, Found::CutOff { at: 12 }],
+            ),
+        ] {
+            assert_eq!(find_in_part(options, Shape::default()), expected, "{options:?}");
+        }
     }
 
     #[test]

@@ -128,6 +128,8 @@ pub struct Attachment {
     previous: Vec<(Filter, OwnedFd)>,
     /// We made the clsact qdisc for it.
     pub made_qdisc: bool,
+    /// Foreign filters that see a packet first and may end its way.
+    pub before: usize,
     /// Programs at tcx, which see a packet before any filter and may end its way.
     pub tcx_before: usize,
 }
@@ -235,7 +237,12 @@ impl<'a> Hooks<'a> {
             program: None,
         };
         let new = (filter.priority, filter.handle);
-        let attachment = Attachment { filter, previous, made_qdisc: false, tcx_before };
+        // What cannot be listed now is for a query to tell: it is attached.
+        let filters = first_chain(&mut self.netlink, link.index, self.side).unwrap_or_default();
+        let is_foreign = |filter: &&Filter| filter.program.and_then(|id| programs.get(id)).is_none();
+        let in_front = filters.iter().take_while(|filter| (filter.priority, filter.handle) != new);
+        let before = in_front.filter(is_foreign).count();
+        let attachment = Attachment { filter, previous, made_qdisc: false, before, tcx_before };
         // The new one works; the ones that it did not take the place of go.
         let mut old = ours.iter().map(|ours| &ours.filter).filter(|old| (old.priority, old.handle) != new);
         if let Err(error) = old.try_for_each(|old| self.remove_filter(link, old)) {

@@ -139,6 +139,14 @@ impl Done {
         matches!(self, Done::Clsact(attachment, _) if attachment.made_qdisc)
     }
 
+    /// Filters of others that see a packet first and may end its way.
+    pub fn filters_before(&self) -> usize {
+        match self {
+            Done::Clsact(attachment, _) => attachment.before,
+            Done::Tcx(..) => 0,
+        }
+    }
+
     /// Programs of others at tcx that see a packet first and may end its way.
     pub fn tcx_before(&self) -> usize {
         match self {

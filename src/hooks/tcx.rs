@@ -145,7 +145,9 @@ pub fn remark(count: usize, risk: &str, remedy: &str) -> Option<String> {
         1 => "a tcx program runs".to_string(),
         count => format!("{count} tcx programs run"),
     };
-    Some(format!("{run} {risk}; bpftool net shows what is there, and {remedy} puts ours in front"))
+    Some(format!(
+        "{run} {risk}; bpftool net shows what is there if it knows tcx (from 7.3 on), and {remedy} puts ours in front"
+    ))
 }
 
 /// Attaches `program` in the place of the first of `ours`, or else in front of everybody's.

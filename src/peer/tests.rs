@@ -97,6 +97,7 @@ fn a_token_is_checked_and_every_verdict_has_the_name_that_the_guard_gives_it() {
         (with_tokens(&[]), "missing"),
         (with_tokens(&[good, good]), "duplicate"),
         (headers(&[253, 12, 0x4e, 0x54, 253, 99, 0, 0]), "malformed"),
+        (headers(&[253, 8, 0x4e, 0x54, 1, 2, 3, 4]), "malformed"),
         (with_tokens(&[token(3, slot)]), "unknown_key"),
         (with_tokens(&[token(2, slot)]), "retired_key"),
         (with_tokens(&[forged]), "bad_mac"),

@@ -137,8 +137,9 @@ impl Range {
                 .with_context(|| format!("'{text}' is not a number from 0 to {max}"))
         };
         let (first, last) = match text.split_once('-') {
-            Some((first, last)) => (number(first)?, number(last)?),
-            None => (number(text)?, number(text)?),
+            // A number below zero is no range.
+            Some((first, last)) if !first.trim().is_empty() => (number(first)?, number(last)?),
+            _ => (number(text)?, number(text)?),
         };
         if first > last {
             bail!("the range {first}-{last} is empty; did you mean {last}-{first}?");

@@ -20,6 +20,10 @@ pub fn to_toml(policy: &Policy) -> String {
             decision_lines(default).iter().map(|(key, value)| format!("{key} = {value}")).collect();
         text.push_str(&format!("default = {{ {} }}\n", parts.join(", ")));
     }
+    // Or it would not read back, as what was read was said to be allowed to.
+    if policy.rules.iter().flat_map(|rule| rule.conditions.iter()).any(is_missing) {
+        text.push_str("missing = \"warn\"\n");
+    }
     let sets = shared_sets(policy);
     let mut named: Vec<(&usize, &Set)> = sets.iter().collect();
     named.sort_by_key(|(_, set)| set.number);
@@ -34,6 +38,15 @@ pub fn to_toml(policy: &Policy) -> String {
         write_rule(&mut text, rule, &sets);
     }
     text
+}
+
+/// Whether it names an interface or a cgroup that was not there when it was read.
+fn is_missing(condition: &Condition) -> bool {
+    match &condition.values {
+        Values::Interface(list) => list.all().iter().any(|interface| interface.index == 0),
+        Values::Cgroup(list) => list.all().iter().any(|cgroup| cgroup.id == 0),
+        _ => false,
+    }
 }
 
 struct Set {
@@ -217,8 +230,10 @@ mod tests {
         "#;
         let policy = Policy::from_toml(text).unwrap();
         let written = to_toml(&policy);
-        let again = Policy::from_toml(&format!("missing = 'warn'\n{written}")).unwrap();
+        let again = Policy::from_toml(&written).unwrap();
         assert_eq!(again, policy, "{written}");
+        let whole = written.replace("none0", "lo");
+        assert!(!to_toml(&Policy::from_toml(&whole).unwrap()).contains("missing"), "{whole}");
         assert!(written.contains("@list-1") && written.contains("@list-2"), "{written}");
         assert_eq!(conditions_line(&policy.rules[1]), "dst 10.0.0.0/8,fd00::/8, src_port 1,5-9");
     }

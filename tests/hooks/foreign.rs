@@ -199,7 +199,13 @@ pub fn query_counts_the_filters_that_run_before() -> Result<()> {
     sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
     // The kernel keeps the u32 tables of both sides together and lists those of the same priority on either.
     add_foreign_to(&world.ns, "c0", "egress")?;
-    world.ok("-i c0 --attach --quiet --priority 100")?;
+    for how in ["attached to", "replaced in place on"] {
+        let said = String::from_utf8(world.run("-i c0 --attach --quiet --priority 100")?.stderr)?;
+        ensure!(
+            said.contains(how) && said.contains("c0: 3 other filters run before ours and may end"),
+            "{said}"
+        );
+    }
     let out = world.ok("-i c0 --query --json")?;
     ensure_eq!(records(&out, "hook")?[0]["filters_before"], 3, "one u32 and two bpf filters run before");
     let said = format!("c0 in {}: 3 other filters run before ours", world.ns);

@@ -10,7 +10,7 @@ use super::{GuardArgs, HookArg, RISK, Record, TO_THE_FRONT, hook_name, print_jso
 use crate::cli::args::Scope;
 use crate::cli::loads::Loads;
 use crate::cli::signals::Signals;
-use crate::cli::told::{Before, Said};
+use crate::cli::told::{Before, Said, filters_remark};
 use crate::clock::{self, slots};
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
@@ -357,16 +357,18 @@ impl Job<'_> {
 
     fn tell(&self, scope: &Scope) -> Result<()> {
         for (link, done) in &self.done {
-            let (hook, how, why, pushed_out, tcx_before) = match done {
+            let (mut filters_before, mut tcx_before) = (0, 0);
+            let (hook, how, why, pushed_out) = match done {
                 Done::Tc(done, why, taken) => {
                     let why = why.as_ref().map(|why| format!(" (not at XDP: {why})"));
-                    ("clsact ingress", (done.replaced(), taken.is_some()), why, None, done.tcx_before)
+                    (filters_before, tcx_before) = (done.before, done.tcx_before);
+                    ("clsact ingress", (done.replaced(), taken.is_some()), why, None)
                 }
                 Done::Xdp(_, done, taken) => {
                     let why = done.why_generic.as_ref();
                     let why = why.map(|why| format!(" (natively the driver refused: {why})"));
                     let how = (done.replaced(), !taken.is_empty());
-                    (hook_name(done.mode), how, why, done.pushed_out.as_ref(), 0)
+                    (hook_name(done.mode), how, why, done.pushed_out.as_ref())
                 }
             };
             let (replaced, moved) = how;
@@ -384,6 +386,9 @@ impl Job<'_> {
             };
             note!("guard {how} {}: {hook}{}", link.name, why.unwrap_or_default());
             if let Some(remark) = tcx::remark(tcx_before, RISK, TO_THE_FRONT) {
+                note!("{}: {remark}", link.name);
+            }
+            if let Some(remark) = filters_remark(filters_before, RISK) {
                 note!("{}: {remark}", link.name);
             }
             if matches!(done, Done::Xdp(..)) && link.kind == "veth" {
