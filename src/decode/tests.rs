@@ -140,7 +140,7 @@ fn a_syn_that_is_cut_off_behind_its_flags_is_found() {
             for cut in 0..frame.len() {
                 let found = find_syn(link_type as i32, &frame[..cut], Shape::default());
                 // Of the header of 32 bytes the flags are the fourteenth.
-                let header = (cut + 32).checked_sub(frame.len()).unwrap_or_default();
+                let header = (cut + 32).saturating_sub(frame.len());
                 let options = found.as_ref().map(|syn| syn.options.as_slice());
                 let expected = [Found::CutOff { at: 0 }];
                 assert_eq!(options, (header >= 14).then_some(&expected[..]), "{link_type}, {cut} bytes");

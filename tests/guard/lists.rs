@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
+use netoken::clock::{self, Source};
 use netoken::guard::program::Kind;
 use netoken::guard::types::{Size, Verdict};
+use netoken::kernel::Kernel;
 
 use crate::packet::{Packet, syn};
 use crate::random::Random;
@@ -84,6 +86,27 @@ pub fn an_entry_that_has_expired_shows_what_is_around_it() -> Result<()> {
                 ("172.16.0.2", "blocked"),
             ],
         )?;
+    }
+    Ok(())
+}
+
+/// Which is TAI where the kernel has it: a step of the wall clock counts there at once, with no process of ours at hand.
+pub fn an_entry_expires_by_the_clock_of_tokens() -> Result<()> {
+    const TEN_YEARS_NS: i64 = 10 * 365 * 86_400 * 1_000_000_000;
+    let has_tai = matches!(Source::choose(Kernel::probe()), Source::Tai);
+    let rules = format!(
+        "exempt = [{{ src = '10.0.0.1', until = '1972-01-01T00:00:00Z' }}, {{ src = '10.0.0.2', until = \
+         '1970-01-01T00:00:01Z' }}]\n{RULE}"
+    );
+    for kind in [Kind::Tc, Kind::Xdp] {
+        for wrong_by in [TEN_YEARS_NS, -TEN_YEARS_NS] {
+            let mut bench = Bench::new(kind, &rules)?;
+            let mut now = clock::published(&bench.program.maps.clock)?;
+            let other = if has_tai { &mut now.boot_offset_ns } else { &mut now.tai_offset_ns };
+            *other += wrong_by;
+            clock::write(&bench.program.maps.clock, &now)?;
+            expect(&mut bench, &[("10.0.0.1", "exempt"), ("10.0.0.2", "missing")])?;
+        }
     }
     Ok(())
 }

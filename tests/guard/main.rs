@@ -61,6 +61,7 @@ fn main() -> ExitCode {
             who_finds_no_room_is_not_counted a_block_ends_and_a_window_as_well;
         alerts: each_severity_is_told_once_in_a_window;
         lists: exempt_and_blocked_sources_by_their_longest_prefix an_entry_that_has_expired_shows_what_is_around_it
+            an_entry_expires_by_the_clock_of_tokens
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it
             while_lists_are_replaced_a_source_is_on_the_old_one_or_the_new_one
             random_lists_decide_as_a_look_at_every_entry a_million_entries_and_then_few_and_none
