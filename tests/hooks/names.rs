@@ -69,7 +69,7 @@ pub fn names_have_no_power_over_a_terminal() -> Result<()> {
         world.ns
     ))?;
     let shown = r"c\u{1b}[31m";
-    let said = String::from_utf8(world.run(&format!("-i c\x1b[31m --attach --quiet"))?.stderr)?;
+    let said = String::from_utf8(world.run("-i c\x1b[31m --attach --quiet")?.stderr)?;
     ensure!(said.contains(&format!("attached to {shown} egress")), "{said}");
     for said in [said, world.ok("--query")?, world.fails("-i x --query")?, world.ok("--query --json")?] {
         ensure!(!said.contains('\x1b') && said.contains("u{1b}[31m"), "{said}");
