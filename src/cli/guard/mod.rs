@@ -273,9 +273,7 @@ impl GuardArgs {
         let file = self.rules.as_deref().unwrap_or(Path::new(""));
         std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf()).display().to_string()
     }
-}
 
-impl GuardArgs {
     /// Ends the process if what is said of the place belongs to another hook.
     fn expect_place(&self) {
         let is_chosen = self.priority.is_some() || self.handle.is_some();
