@@ -40,6 +40,8 @@ pub(super) struct Place {
     pub tcx_before: usize,
     /// What puts ours in front of those at tcx.
     pub to_the_front: &'static str,
+    /// What else a person has to know.
+    pub remark: Option<String>,
 }
 
 /// One program of ours on an interface, as `--json` prints it.
@@ -75,6 +77,8 @@ pub(super) struct Hook {
     told: Option<Told>,
     #[serde(skip)]
     to_the_front: &'static str,
+    #[serde(skip)]
+    remark: Option<String>,
 }
 
 /// What is attached, and the instances that there are.
@@ -164,6 +168,7 @@ fn hook(
         filters_before: at.filters_before,
         tcx_before: at.tcx_before,
         to_the_front: at.to_the_front,
+        remark: at.remark,
     }
 }
 
@@ -241,6 +246,7 @@ impl Found {
                 tcx_before: hook.tcx_before,
                 risk: kind.risk,
                 to_the_front: hook.to_the_front,
+                remark: hook.remark.as_deref(),
             };
             remarks.write(out)
         })

@@ -74,6 +74,7 @@ fn place(stamp: Stamp) -> Place {
         filters_before: stamp.before,
         tcx_before: stamp.tcx_before,
         to_the_front: stamp.hook.to_the_front(),
+        remark: None,
     }
 }
 

@@ -81,6 +81,8 @@ pub(super) struct Remarks<'a> {
     pub risk: &'a str,
     /// What puts ours in front of those at tcx.
     pub to_the_front: &'a str,
+    /// What else there is to know.
+    pub remark: Option<&'a str>,
 }
 
 impl Remarks<'_> {
@@ -115,6 +117,9 @@ impl Remarks<'_> {
                 "{place}: its link header is another one than when it was attached to, and no SYN is found in its packets; \
                  attach again: {again}"
             )?;
+        }
+        if let Some(remark) = self.remark {
+            writeln!(out, "{place}: {remark}")?;
         }
         if let Some(remark) = tcx::remark(self.tcx_before, self.risk, self.to_the_front) {
             writeln!(out, "{place}: {remark}")?;

@@ -292,6 +292,8 @@ fn passed_by() -> Result<()> {
     let output = world.lab.run(&format!("guard {} --attach --hook xdp", place(&world)))?;
     let said = String::from_utf8(output.stderr)?;
     ensure!(said.contains("guard moved on") && said.contains("passes XDP of a veth by; --hook tc"), "{said}");
+    let query = world.lab.ok(&format!("guard {} --query", place(&world)))?;
+    ensure!(query.contains("passes XDP of a veth by; --hook tc"), "{query}");
     // There it stays, unless a place of a filter is named.
     let said = world.lab.run(&format!("guard {} --attach", place(&world)))?.stderr;
     ensure!(String::from_utf8(said)?.contains("guard replaced in place on in0: xdp native"), "it moved");

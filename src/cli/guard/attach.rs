@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use anyhow::{Context, Result, bail};
 
 use super::rules::{NO_MARKS, load_keys, set_rules};
-use super::{GuardArgs, HookArg, RISK, Record, TO_THE_FRONT, hook_name, print_json};
+use super::{GuardArgs, HookArg, PASSED_BY, RISK, Record, SEES_IT, TO_THE_FRONT, hook_name, print_json};
 use crate::cli::args::Scope;
 use crate::cli::loads::Loads;
 use crate::cli::signals::Signals;
@@ -32,9 +32,6 @@ use crate::program::{LinkHeader, Program};
 use crate::realtime;
 use crate::state::{Instance, Lock, Remembered, State};
 use crate::token::keyed::Slots;
-
-/// bpf_redirect_peer() gives a packet to the stack behind the other end of a veth, where its XDP has had its turn.
-const PASSED_BY: &str = "bpf_redirect_peer(), which Cilium uses, passes XDP of a veth by";
 
 const MARKS: &str = "the rules mark, which needs an skb";
 
@@ -392,7 +389,7 @@ impl Job<'_> {
                 note!("{}: {remark}", link.name);
             }
             if matches!(done, Done::Xdp(..)) && link.kind == "veth" {
-                note!("{}: {PASSED_BY}; --hook tc sees it", link.name);
+                note!("{}: {PASSED_BY}; {SEES_IT}", link.name);
             }
         }
         self.notes.iter().for_each(|note| note!("{note}"));

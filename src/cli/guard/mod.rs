@@ -182,6 +182,10 @@ const RISK: &str = "before the guard and may let packets pass it by";
 /// What puts the guard in front of tcx programs.
 const TO_THE_FRONT: &str = "--hook xdp";
 
+/// bpf_redirect_peer() gives a packet to the stack behind the other end of a veth, where its XDP has had its turn.
+const PASSED_BY: &str = "bpf_redirect_peer(), which Cilium uses, passes XDP of a veth by";
+const SEES_IT: &str = "--hook tc sees it";
+
 /// What `netoken guard --json` prints, by its `type`; what is attached is printed by [`super::found`].
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anyhow::{Context, Result, bail};
 
-use super::{RISK, Record, TO_THE_FRONT, hook_name, print_json};
+use super::{PASSED_BY, RISK, Record, SEES_IT, TO_THE_FRONT, hook_name, print_json};
 use crate::cli::args::Scope;
 use crate::cli::blocked::print_blocked;
 use crate::cli::detach::first_of;
@@ -49,6 +49,7 @@ fn look(netlink: &mut Netlink, link: &Link, programs: &Programs) -> Result<Vec<P
         filters_before: 0,
         tcx_before: 0,
         to_the_front: TO_THE_FRONT,
+        remark: (link.kind == "veth").then(|| format!("{PASSED_BY}; {SEES_IT}")),
     });
     let at_tc = attached(netlink, link.index, Side::Ingress, programs)?.into_iter().map(|ours| Place {
         hook: "clsact ingress",
@@ -58,6 +59,7 @@ fn look(netlink: &mut Netlink, link: &Link, programs: &Programs) -> Result<Vec<P
         filters_before: ours.before,
         tcx_before: ours.tcx_before,
         to_the_front: TO_THE_FRONT,
+        remark: None,
     });
     Ok(at_xdp.into_iter().chain(at_tc).collect())
 }
