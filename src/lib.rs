@@ -31,6 +31,7 @@ pub mod policy;
 pub mod privileges;
 pub mod program;
 mod realtime;
+mod rings;
 pub mod state;
 pub mod token;
 

@@ -34,6 +34,7 @@ use crate::policy::{Policy, running};
 use crate::privileges;
 use crate::program::{LinkHeader, Maps, Program, Settings};
 use crate::realtime;
+use crate::rings;
 use crate::state::{EventsOf, Instance, Lock, ReaderLock, Remembered, State, instance_flag};
 use crate::token::Token;
 
@@ -323,7 +324,9 @@ impl Job<'_> {
                 self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
                 // Where nobody goes by others, what is attached begins with these.
                 clock::publish(&program.maps.clock, self.options.slots.filter(|_| self.is_new))?;
-                self.keys.as_deref().map_or(Ok(()), |keys| program.maps.keys.load(keys))?;
+                let named = given.map(|given| given.policy().rings()).unwrap_or_default();
+                let load_keys = |keys| rings::load(self.instance, &program.maps.keys, keys, named);
+                self.keys.as_deref().map_or(Ok(()), load_keys)?;
             }
             let mut running = program.maps.policy()?.is_some();
             if first && !running {

@@ -17,7 +17,8 @@ use crate::keys::rotate::{Step, free_id, next_step, retire, sign};
 use crate::keys::{self, Key, RingName, Secret, State, signer};
 use crate::policy;
 use crate::program::Maps;
-use crate::state::{Instance, State as RunState, instance_flag};
+use crate::rings;
+use crate::state::{Instance, Lock, State as RunState, instance_flag};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -147,7 +148,30 @@ pub(super) fn run(args: KeyArgs) -> Result<()> {
     }
 }
 
-/// The maps of the instance, if it runs.
+/// An instance that runs, kept as it is.
+struct Running {
+    /// By which the paths of the instance are valid.
+    _state: RunState,
+    /// Before that of the keys, as in every command that needs both.
+    _lock: Lock,
+    instance: Instance,
+    maps: Maps,
+}
+
+impl Running {
+    fn find(name: &str) -> Result<Option<Running>> {
+        let Some((state, lock)) = RunState::with_instance(name)? else { return Ok(None) };
+        let instance = state.instance(name);
+        let maps = instance.maps()?;
+        Ok(Some(Running { _state: state, _lock: lock, instance, maps }))
+    }
+
+    fn load(&self, keys: &[Key]) -> Result<()> {
+        rings::load(&self.instance, &self.maps.keys, keys, [])
+    }
+}
+
+/// The maps of the instance, if it runs, for who changes nothing.
 fn live(instance: &str) -> Result<Option<LiveKeys>> {
     let Some(state) = RunState::find()? else { return Ok(None) };
     let instance = state.instance(instance);
@@ -157,11 +181,11 @@ fn live(instance: &str) -> Result<Option<LiveKeys>> {
     Ok(Some(instance.maps()?.keys))
 }
 
-/// `live` was opened before anything was written: a step that fails behind that looks as if it had not been done, and who
+/// `running` was opened before anything was written: a step that fails behind that looks as if it had not been done, and who
 /// repeats it does the next one.
-fn tell_kernel(args: &KeyArgs, live: Option<&LiveKeys>, keys: &[Key]) -> Result<bool> {
-    let Some(live) = live else { return Ok(false) };
-    live.load(keys).with_context(|| {
+fn tell_kernel(args: &KeyArgs, running: Option<&Running>, keys: &[Key]) -> Result<bool> {
+    let Some(running) = running else { return Ok(false) };
+    running.load(keys).with_context(|| {
         format!(
             "the files are written, and the kernel does not know of it; do not repeat that, but run: netoken key load{}",
             args.flag()
@@ -171,9 +195,9 @@ fn tell_kernel(args: &KeyArgs, live: Option<&LiveKeys>, keys: &[Key]) -> Result<
 }
 
 fn new(args: &KeyArgs, dir: &KeyDir, ring: RingName, id: Option<u8>, verify_only: bool) -> Result<()> {
+    let running = Running::find(&args.instance)?;
     let lock = dir.lock()?;
     let mut keys = dir.load()?;
-    let live = live(&args.instance)?;
     let first = !keys.iter().any(|key| key.ring() == ring && key.is_live());
     let id = add(args, dir, &lock, &mut keys, ring, id)?;
     let signs = first && !verify_only;
@@ -181,7 +205,7 @@ fn new(args: &KeyArgs, dir: &KeyDir, ring: RingName, id: Option<u8>, verify_only
         sign(&mut keys, ring)?;
         save(dir, &lock, &keys, &[id])?;
     }
-    let loaded = tell_kernel(args, live.as_ref(), &keys)?;
+    let loaded = tell_kernel(args, running.as_ref(), &keys)?;
     tell(args, ring, Step::Add, &[id], loaded, |out| {
         let path = dir.file_of(ring, id);
         let use_of = if signs { "signing" } else { "verify-only" };
@@ -238,12 +262,12 @@ fn rotate(
     idle: Duration,
 ) -> Result<()> {
     let flag = args.flag();
+    let running = Running::find(&args.instance)?;
     let lock = dir.lock()?;
     let mut keys = dir.load()?;
     if !keys.iter().any(|key| key.ring() == ring && key.is_live()) {
         bail!("rotating the keys of ring '{ring}': it has none; make one with: netoken key new {ring}{flag}");
     }
-    let live = live(&args.instance)?;
     let due = next_step(&keys, ring);
     let step = wanted.unwrap_or(due);
     if step != due && step != Step::Add {
@@ -263,13 +287,14 @@ fn rotate(
             vec![next]
         }
         Step::Retire => {
-            let use_of = |id| live.as_ref().map_or(Ok(Use::default()), |live| live.use_of(id));
+            let use_of =
+                |id| running.as_ref().map_or(Ok(Use::default()), |running| running.maps.keys.use_of(id));
             let ids = retire(&mut keys, ring, use_of, SystemTime::now(), idle, force)?;
             save(dir, &lock, &keys, &ids)?;
             ids
         }
     };
-    let loaded = tell_kernel(args, live.as_ref(), &keys)?;
+    let loaded = tell_kernel(args, running.as_ref(), &keys)?;
     tell(args, ring, step, &ids, loaded, |out| match step {
         Step::Add => writeln!(
             out,
@@ -294,17 +319,15 @@ fn load(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
     let doing = format!("loading the keys in {}", dir.path().display());
     // Who may not read them is told that first; what counts is read under both locks.
     dir.load()?;
-    let Some((state, _lock)) = RunState::with_instance(&args.instance)? else {
+    let Some(running) = Running::find(&args.instance)? else {
         bail!("{doing}: instance '{}' does not run; it gets them when it is attached", args.instance);
     };
     // From a directory that is not there, an instance would lose all that it has.
     let Some(keys) = dir.hold()? else {
         bail!("{doing}: there is no such directory; {DIR_VARIABLE} names another place than {DEFAULT_DIR}");
     };
-    let instance = state.instance(&args.instance);
-    let maps = instance.maps()?;
-    let losses = maps.keys.losses(&keys)?;
-    maps.keys.load(&keys)?;
+    let losses = running.maps.keys.losses(&keys)?;
+    running.load(&keys)?;
     let ids: Vec<u8> = keys.iter().filter(|key| key.is_live()).map(Key::id).collect();
     match args.json {
         true => print_json(&KeysLoaded { ids: &ids })?,
@@ -313,7 +336,7 @@ fn load(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
             note!("instance '{}' has {} {keys}", args.instance, ids.len());
         }
     }
-    tell_losses(&instance, &maps, &losses);
+    tell_losses(&running.instance, &running.maps, &losses);
     Ok(())
 }
 

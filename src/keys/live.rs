@@ -83,12 +83,64 @@ impl LiveKeys {
         }
         let Some(number) = free else {
             bail!(
-                "finding a place for the key ring '{name}': an instance has at most {RINGS_MAX} rings; use another \
-                 --instance"
+                "finding a place for the key ring '{name}': an instance has at most {RINGS_MAX} rings that have keys or are \
+                 used; use another --instance"
             );
         };
         self.set_ring(number, Ring { signer: 0, name: name.padded(), ..Default::default() })?;
         Ok(number as u8)
+    }
+
+    /// Whether each of these rings has a number or can be given one.
+    ///
+    /// # Errors
+    /// The kernel refused to say it.
+    pub(crate) fn has_room(&self, wanted: &BTreeSet<RingName>) -> Result<bool> {
+        let (mut missing, mut free) = (wanted.len(), 0);
+        for number in 0..RINGS_MAX {
+            match RingName::from_padded(self.ring(number)?.name) {
+                Some(name) if wanted.contains(&name) => missing -= 1,
+                Some(_) => {}
+                None => free += 1,
+            }
+        }
+        Ok(missing <= free)
+    }
+
+    /// Takes their numbers from rings that have no key, but for these. The caller holds the lock of the state, and knows that
+    /// nothing in use means one of them.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub(crate) fn give_up_all_but(&self, needed: &BTreeSet<RingName>) -> Result<()> {
+        let with_keys = self.rings_with_keys()?;
+        for number in 0..RINGS_MAX {
+            let ring = self.ring(number)?;
+            let name = RingName::from_padded(ring.name);
+            let is_needed = ring.signer != 0
+                || with_keys.contains(&(number as u8))
+                || name.is_some_and(|name| needed.contains(&name));
+            if !is_needed {
+                self.set_ring(number, Ring::default())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The numbers of the rings that have a key.
+    fn rings_with_keys(&self) -> Result<HashSet<u8>> {
+        let mut found = HashSet::new();
+        for id in 0..KEYS_MAX as u32 {
+            let key = self
+                .keys
+                .lookup(&id.to_ne_bytes(), MapFlags::ANY)
+                .context("looking at a key in the kernel")?;
+            let key = Zeroizing::new(key.unwrap_or_default());
+            if key.get(std::mem::offset_of!(RawKey, state)) == Some(&(KeyState::KEY_LIVE.0 as u8)) {
+                found.extend(key.get(std::mem::offset_of!(RawKey, ring)).copied());
+            }
+        }
+        Ok(found)
     }
 
     /// Makes the kernel's keys those.
@@ -124,17 +176,7 @@ impl LiveKeys {
     /// The kernel refused to say it.
     pub fn losses(&self, keys: &[Key]) -> Result<Losses> {
         let mut losses = Losses::default();
-        let mut rings_with_keys = HashSet::new();
-        for id in 0..KEYS_MAX as u32 {
-            let key = self
-                .keys
-                .lookup(&id.to_ne_bytes(), MapFlags::ANY)
-                .context("looking at a key in the kernel")?;
-            let key = Zeroizing::new(key.unwrap_or_default());
-            if key.get(std::mem::offset_of!(RawKey, state)) == Some(&(KeyState::KEY_LIVE.0 as u8)) {
-                rings_with_keys.extend(key.get(std::mem::offset_of!(RawKey, ring)).copied());
-            }
-        }
+        let with_keys = self.rings_with_keys()?;
         for number in 0..RINGS_MAX {
             let ring = self.ring(number)?;
             let Some(name) = RingName::from_padded(ring.name) else { continue };
@@ -142,7 +184,7 @@ impl LiveKeys {
                 losses.signing.insert(name);
             }
             let has_one = keys.iter().any(|key| key.ring == name && key.is_live());
-            if rings_with_keys.contains(&(number as u8)) && !has_one {
+            if with_keys.contains(&(number as u8)) && !has_one {
                 losses.all.insert(name);
             }
         }

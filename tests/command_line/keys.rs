@@ -218,6 +218,51 @@ pub fn a_key_that_is_still_seen_is_not_retired() -> Result<()> {
     Ok(())
 }
 
+/// The kernel has room for 16 rings at a time, and not for 16 names for ever.
+pub fn a_ring_that_nothing_needs_makes_room_for_another() -> Result<()> {
+    let world = World::new()?;
+    let dir = world.lab.keys().join("default");
+    let policy = |ring: &str| {
+        world.lab.file(
+            "policy.toml",
+            format!(
+                "default = {{ action = 'stamp', token = {{ tag = 1, key = '{ring}', bind = 'flow' }} }}\n"
+            ),
+        )
+    };
+    // The guard's rules go on to name the first, of which the key is away for a while.
+    let rules = "[[rule]]\nname = 'a'\ndst = '::/0'\nmode = 'observe'\nkeys = 'ring0'\n";
+    let rules = world.lab.file("guard.toml", rules)?;
+    world.lab.ok("key new ring0")?;
+    world.ok(&format!("-i c0 --attach --quiet --policy {}", policy("ring0")?.display()))?;
+    world.lab.ok(&format!(
+        "guard --netns {} -i c0 --attach --hook tc --rules {}",
+        world.ns,
+        rules.display()
+    ))?;
+    for number in 1..40 {
+        let (ring, before) = (format!("ring{number}"), format!("ring{}", number - 1));
+        run(&world.lab, &format!("key new {ring} --id {}", number % 8))?.code(0)?;
+        world.lab.ok(&format!("policy load {}", policy(&ring)?.display()))?;
+        world.syns(1)?;
+        let id = if number == 1 { 0 } else { (number - 1) % 8 };
+        fs::rename(dir.join(format!("{before}-{id}.key")), dir.join(format!("{before}.away")))?;
+        run(&world.lab, "key load")?.code(0)?.err(&["1 key"])?;
+    }
+    world.expect_counter("default", "stamped", 39, "SYNs stamped")?;
+    // What the guard's rules name keeps its number, though it has no key.
+    let rings = MapHandle::from_pinned_path(world.lab.run.join("bpf/default/rings"))?;
+    let first = rings.lookup(&0u32.to_ne_bytes(), MapFlags::ANY)?.context("no ring")?;
+    ensure!(first[4..].starts_with(b"ring0\0"), "{first:?}");
+    fs::rename(dir.join("ring0.away"), dir.join("ring0-0.key"))?;
+    run(&world.lab, "key load")?.code(0)?.err(&["2 keys"])?;
+    // As many as there are ids.
+    for number in 40..54 {
+        run(&world.lab, &format!("key new ring{number}"))?.code(0)?;
+    }
+    Ok(())
+}
+
 pub fn the_files_decide_what_the_kernel_knows() -> Result<()> {
     let world = World::new()?;
     run(&world.lab, "key load")?.code(1)?.err(&["does not run", "attached"])?;

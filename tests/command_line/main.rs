@@ -110,6 +110,7 @@ fn with_root() -> Vec<Trial> {
         keys: a_rotation_in_three_steps nothing_is_written_for_an_instance_that_cannot_be_told hints_name_the_instance adding_is_possible_whatever_is_due a_file_that_others_can_read_is_refused
             a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
             the_files_decide_what_the_kernel_knows
+            a_ring_that_nothing_needs_makes_room_for_another
             who_gives_keys_to_the_kernel_waits_for_a_rotation nobody_sees_a_secret
             slots_have_the_length_that_was_asked_for
             a_stream_and_a_watch_follow_a_step_of_the_clock_within_two_seconds

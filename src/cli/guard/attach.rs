@@ -30,6 +30,7 @@ use crate::pins::Renewal;
 use crate::privileges;
 use crate::program::{LinkHeader, Program};
 use crate::realtime;
+use crate::rings;
 use crate::state::{Instance, Lock, Remembered, State};
 use crate::token::keyed::Slots;
 
@@ -227,7 +228,7 @@ impl Job<'_> {
             self.before = Some(before);
             return Ok(());
         }
-        self.keys.as_deref().map_or(Ok(()), |keys| maps.keys.load(keys))?;
+        self.keys.as_deref().map_or(Ok(()), |keys| rings::load(self.instance, &maps.keys, keys, []))?;
         if !has_rules && (self.is_new || running::restore(self.instance, maps)?.is_none()) {
             let why = match self.renewal.as_ref().is_some_and(|renewal| renewal.lacks("guard_rules")) {
                 true => "goes by rules of another version of netoken, of which nothing is remembered",

@@ -15,6 +15,7 @@ use crate::hooks::loaded::Role;
 use crate::keys::file::{HeldKeys, KeyDir};
 use crate::keys::{self, Key};
 use crate::privileges;
+use crate::rings;
 use crate::state::{EventsOf, Identity, Instance, State, instance_flag};
 
 /// The instance's keys, which must suffice for the rules; nothing if it has no key directory.
@@ -44,7 +45,7 @@ pub(super) fn set_rules(
     source: &str,
     keys: Option<&[Key]>,
 ) -> Result<()> {
-    keys.map_or(Ok(()), |keys| maps.keys.load(keys))?;
+    keys.map_or(Ok(()), |keys| rings::load(instance, &maps.keys, keys, rules.rings()))?;
     // What fails is the rules, and then the slots are as they were, too.
     running::load(instance, maps, rules, source)?;
     clock::publish(&maps.clock, rules.slots).map(drop)

@@ -20,6 +20,7 @@ use crate::policy::report::Report;
 use crate::policy::running::{self, LoadError};
 use crate::privileges;
 use crate::program::Maps;
+use crate::rings;
 use crate::state::{Instance, Lock, State, instance_flag};
 
 mod ask;
@@ -175,9 +176,9 @@ pub(super) fn load_keys(instance: &Instance, maps: &Maps, policy: &Policy) -> Re
     if rings.is_empty() {
         return Ok(());
     }
-    let keys = keys_for(&instance.name, rings)
+    let keys = keys_for(&instance.name, rings.iter().copied())
         .with_context(|| format!("loading the policy of instance '{}'", instance.name))?;
-    keys.map_or(Ok(()), |keys| maps.keys.load(&keys))
+    keys.map_or(Ok(()), |keys| rings::load(instance, &maps.keys, &keys, rings))
 }
 
 /// Reads a policy, and tells on standard error what is worth a look in it.
