@@ -341,6 +341,8 @@ mod tests {
         for bad in ["", "-", "1-", "-1", "2-1", "65536", "1-65536", "+1", "1--2"] {
             assert!(Range::parse(bad, 65535).is_err(), "{bad}");
         }
+        let negative = Range::parse("-1", 65535).unwrap_err().to_string();
+        assert_eq!(negative, "'-1' is not a number from 0 to 65535");
         for good in ["0", "0/0", "0xffffffff", "0x10/0xf0", "4294967295"] {
             assert!(good.parse::<Mark>().is_ok(), "{good}");
         }

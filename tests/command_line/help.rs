@@ -114,6 +114,7 @@ pub fn wrong_usage_is_exit_code_2() -> Result<()> {
         "--iface none0 --attach --slot 0",
         "--iface none0 --attach --hook xdp",
         "--iface none0 --attach --hook tcx --priority 7",
+        "guard --iface none0 --attach --hook xdp --priority 7",
         "--iface none0 --query --slot 16",
         "key",
         "key new",

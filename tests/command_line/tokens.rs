@@ -110,6 +110,11 @@ pub fn a_token_that_is_not_valid_is_exit_code_1_and_says_why() -> Result<()> {
     netoken(&format!("{args} --behind 8 --ahead 8"))?.code(1)?.err(&["at most 15"])?;
     netoken(&args.replace("192.0.2.1:", "[2001:db8::1]:"))?.code(1)?.err(&["different families"])?;
     netoken(&format!("{args} --keys /no/such/dir"))?.code(1)?.err(&["/no/such/dir"])?;
+    let empty = tempfile::tempdir()?;
+    let keys = empty.path().display();
+    netoken(&format!("token make --src 192.0.2.1:1 --dst 192.0.2.2:2 --isn 1 --tag 1 --keys {keys}"))?
+        .code(1)?
+        .err(&["there is no key; name a file with --key-file"])?;
     sh(&format!("chmod 644 {}", key.display()))?;
     netoken(&args)?.code(1)?.err(&["chmod 600"])?;
     Ok(())
