@@ -99,11 +99,6 @@ impl KeyDir {
         &self.path
     }
 
-    /// Whether it is there.
-    pub fn exists(&self) -> bool {
-        self.path.exists()
-    }
-
     /// Where a key is, or would be.
     pub fn file_of(&self, ring: RingName, id: u8) -> PathBuf {
         self.path.join(format!("{ring}-{id}.key"))
