@@ -36,11 +36,16 @@ static __always_inline __u64 first_token(const struct guard_scratch *scratch)
 	return *(__u64 *)&scratch->options[off + OPTION_LEN - TOKEN_LEN];
 }
 
-/* Looks at the options of the packet. Says GUARD_NONE if it has one token. */
-static __always_inline __u32 look_at_options(struct guard_scratch *scratch, __u32 is_whole)
+/* Looks at the options of the packet in the scratch. Says GUARD_NONE if it has one token. Not
+ * static, so that the verifier looks at the loop once and not for every shape. */
+__noinline __u32 look_at_options(__u32 is_whole)
 {
-	__u32 tcp_len = scratch->tcp_len_bytes;
+	struct guard_scratch *scratch = this_guard_scratch();
+	__u32 tcp_len;
 
+	if (!scratch)
+		return GUARD_MALFORMED;
+	tcp_len = scratch->tcp_len_bytes;
 	if (!is_whole || tcp_len < TCP_HEADER_LEN ||
 	    scratch->l4_off + tcp_len > scratch->l3_off + scratch->ip_len_bytes)
 		return GUARD_MALFORMED;
@@ -51,12 +56,14 @@ static __always_inline __u32 look_at_options(struct guard_scratch *scratch, __u3
 	return scratch->tokens ? GUARD_NONE : GUARD_MISSING;
 }
 
-static __always_inline __u32 judge_shape(struct guard_scratch *scratch, enum shape shape,
-					 __u32 is_whole)
+/* Looks at the options also where they do not decide: a token that is there may have to go. */
+static __always_inline __u32 judge_shape(enum shape shape, __u32 is_whole)
 {
+	__u32 found = GUARD_MALFORMED;
+
+	if (shape == SHAPE_SYN || shape == SHAPE_ROUTED || shape == SHAPE_FLAGS)
+		found = look_at_options(is_whole);
 	switch (shape) {
-	case SHAPE_SYN:
-		return look_at_options(scratch, is_whole);
 	case SHAPE_FRAGMENT:
 		return GUARD_FRAGMENT;
 	case SHAPE_DEEP:
@@ -66,7 +73,7 @@ static __always_inline __u32 judge_shape(struct guard_scratch *scratch, enum sha
 	case SHAPE_FLAGS:
 		return GUARD_BAD_FLAGS;
 	default:
-		return GUARD_MALFORMED;
+		return found;
 	}
 }
 
@@ -183,7 +190,7 @@ __noinline __u32 judge_packet(__u32 shape, __u32 is_whole)
 	rule = &table->rules[at];
 
 	scratch->to_blank = 0;
-	found = judge_shape(scratch, shape, is_whole);
+	found = judge_shape(shape, is_whole);
 	if (found == GUARD_NONE || found == GUARD_DUPLICATE)
 		token = first_token(scratch);
 	verdict = rule->mode == MODE_SCRUB ? judge_scrubbed(scratch, found, token)

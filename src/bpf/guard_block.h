@@ -47,7 +47,8 @@ static __always_inline void count_refused(const struct netoken_source_key *key,
 		bpf_map_update_elem(&guard_refused, key, &first, BPF_ANY);
 		return;
 	}
-	if (now_ns - source->since_ns > settings->within_ns) {
+	/* Negative where another CPU has just begun the window. */
+	if ((__s64)(now_ns - source->since_ns) > (__s64)settings->within_ns) {
 		source->since_ns = now_ns;
 		source->refused = 1;
 		return;
@@ -85,6 +86,24 @@ __noinline __u32 watch_source(__u32 verdict)
 	return verdict;
 }
 
+/* CPUs read the clock in front of the lock, so a window may have begun a moment after `now_ns`. */
+#define ALARM_SLACK_NS 100000000ULL
+/* After so many more refused packets an alert that found no room is sent again. */
+#define ALARM_AGAIN 64
+
+/* One that has ended has nearly all of time left, and one of older rules too much. */
+static __always_inline bool is_in_window(const struct guard_alarm *alarm, __u64 now_ns,
+					 __u64 within_ns)
+{
+	return alarm->ends_ns - now_ns <= within_ns + ALARM_SLACK_NS;
+}
+
+/* Tells a table from the one before it, also where nobody counts them. */
+static __always_inline __u64 thresholds_of(const struct netoken_guard_table *table)
+{
+	return table->number << 8 | table->generation;
+}
+
 /* The severity that a refused packet raises the alarm to; SEVERITY_NONE nearly always. The lock is
  * taken only where a window or an alert begins. Not static, so that the verifier looks at it once.
  */
@@ -98,17 +117,18 @@ __noinline __u32 raise_alarm(void)
 	if (!table || !alarm)
 		return SEVERITY_NONE;
 	within_ns = table->alerts.within_ns;
-	/* A window that has ended has nearly all of time left, and one of older rules too much. */
-	if (alarm->ends_ns - now_ns <= within_ns) {
+	if (alarm->thresholds == thresholds_of(table) && is_in_window(alarm, now_ns, within_ns)) {
 		__atomic_fetch_add(&alarm->refused, 1, __ATOMIC_RELAXED);
 		if (alarm->refused < alarm->next)
 			return SEVERITY_NONE;
 	}
 	bpf_spin_lock(&alarm->lock);
-	if (alarm->ends_ns - now_ns > within_ns) {
+	if (!is_in_window(alarm, now_ns, within_ns)) {
 		alarm->ends_ns = now_ns + within_ns;
 		alarm->refused = 1;
 		alarm->severity = SEVERITY_NONE;
+	} else if (alarm->thresholds != thresholds_of(table)) {
+		alarm->refused++;
 	}
 	refused = alarm->refused;
 	for (__u32 i = 0; i < GUARD_SEVERITIES; i++) {
@@ -118,19 +138,22 @@ __noinline __u32 raise_alarm(void)
 			next = table->alerts.refused[i];
 	}
 	before = alarm->severity;
-	if (severity > before)
+	/* By the thresholds of new rules it may have been less. */
+	if (severity > before || alarm->thresholds != thresholds_of(table))
 		alarm->severity = severity;
+	alarm->thresholds = thresholds_of(table);
 	alarm->next = next;
 	bpf_spin_unlock(&alarm->lock);
 	return severity > before ? severity : SEVERITY_NONE;
 }
 
-/* Sends the alert that the packet in the scratch raises. */
+/* Sends the alert that the packet in the scratch raises; or has it raised again, if the buffer has
+ * no room for it among the packets that it is about. */
 static __noinline int send_alert(void *ctx, __u32 severity, __u32 ifindex)
 {
 	const struct netoken_guard_table *table = running_table();
 	__u32 zero = 0;
-	const struct guard_alarm *alarm = bpf_map_lookup_elem(&guard_alarms, &zero);
+	struct guard_alarm *alarm = bpf_map_lookup_elem(&guard_alarms, &zero);
 	struct netoken_guard_alert alert = {
 		.severity = severity,
 		.ifindex = ifindex,
@@ -142,7 +165,16 @@ static __noinline int send_alert(void *ctx, __u32 severity, __u32 ifindex)
 	alert.netns_ino = config.netns_ino;
 	alert.refused = alarm->refused;
 	alert.within_ns = table->alerts.within_ns;
-	return bpf_perf_event_output(ctx, &guard_events, BPF_F_CURRENT_CPU, &alert, sizeof(alert));
+	if (!bpf_perf_event_output(ctx, &guard_events, BPF_F_CURRENT_CPU, &alert, sizeof(alert)))
+		return 0;
+	bpf_spin_lock(&alarm->lock);
+	if (alarm->severity == severity) {
+		alarm->severity = severity - 1;
+		if (alarm->next > alarm->refused + ALARM_AGAIN)
+			alarm->next = alarm->refused + ALARM_AGAIN;
+	}
+	bpf_spin_unlock(&alarm->lock);
+	return 0;
 }
 
 #endif

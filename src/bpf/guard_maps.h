@@ -111,7 +111,8 @@ struct guard_alarm {
 	__u32 severity; /* that was alerted to already */
 	__u64 ends_ns;
 	__u64 refused;
-	__u64 next; /* so many are the next alert */
+	__u64 next;	  /* so many are the next alert */
+	__u64 thresholds; /* of which table `next` and `severity` are */
 };
 
 struct {

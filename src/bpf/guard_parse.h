@@ -59,8 +59,9 @@ static __always_inline bool may_lead_to_tcp(__u8 next)
 	return next == IPPROTO_TCP || is_extension(next) || next == NEXTHDR_FRAGMENT;
 }
 
-/* Walks from the header of type `next` at `off` to TCP. Returns a shape, and an offset if that is
- * SHAPE_SYN, which here means: TCP, as far as IP says. */
+/* Walks from the header of type `next` at `off` to TCP. Returns a shape, WALK_ROUTED if the packet
+ * may go on to another address, and an offset if it is SHAPE_SYN, which here means: TCP, as far as
+ * IP says. */
 static __always_inline __u32 walk_extensions(void *ctx, const enum hook hook, __u32 off, __u32 next)
 {
 	void *data = packet_begin(ctx, hook);
@@ -74,23 +75,31 @@ static __always_inline __u32 walk_extensions(void *ctx, const enum hook hook, __
 		if (next != NEXTHDR_FRAGMENT && !is_extension(next))
 			return WALK_SHAPE(SHAPE_OTHER);
 		if (off > GUARD_L4_OFF_MAX)
-			return WALK_SHAPE(SHAPE_DEEP);
+			return WALK_SHAPE(SHAPE_DEEP) | WALK_ROUTED;
 		ext = data + off;
 		if ((void *)(ext + 1) > end)
-			return WALK_SHAPE(SHAPE_SHORT);
-		/* A later fragment shows no more than this, and a first one is not worth more. */
-		if (next == NEXTHDR_FRAGMENT)
-			return WALK_SHAPE(may_lead_to_tcp(ext->nexthdr) ? SHAPE_FRAGMENT
-									: SHAPE_OTHER);
+			return WALK_SHAPE(SHAPE_SHORT) | routed;
+		/* A later fragment shows no more than this, and a first one is not worth more. What
+		 * stands between it and TCP may be a routing header. */
+		if (next == NEXTHDR_FRAGMENT) {
+			if (!may_lead_to_tcp(ext->nexthdr))
+				return WALK_SHAPE(SHAPE_OTHER);
+			if (ext->nexthdr != IPPROTO_TCP)
+				routed = WALK_ROUTED;
+			return WALK_SHAPE(SHAPE_FRAGMENT) | routed;
+		}
 		/* Segments left, RFC 8200 section 4.4. */
 		if (next == NEXTHDR_ROUTING && ((__u8 *)ext)[3])
 			routed = WALK_ROUTED;
 		off += (((struct ipv6_opt_hdr *)ext)->hdrlen + 1) * 8;
 		next = ext->nexthdr;
 	}
-	if (next == IPPROTO_TCP && off <= GUARD_L4_OFF_MAX)
-		return WALK_SHAPE(SHAPE_SYN) | routed | off;
-	return WALK_SHAPE(may_lead_to_tcp(next) ? SHAPE_DEEP : SHAPE_OTHER);
+	if (next == IPPROTO_TCP)
+		return off <= GUARD_L4_OFF_MAX ? WALK_SHAPE(SHAPE_SYN) | routed | off
+					       : WALK_SHAPE(SHAPE_DEEP) | routed;
+	/* One of the next may be a routing header. */
+	return may_lead_to_tcp(next) ? WALK_SHAPE(SHAPE_DEEP) | WALK_ROUTED
+				     : WALK_SHAPE(SHAPE_OTHER);
 }
 
 /* Not static, so that the verifier looks at the loop once and for any offset; and twice, because it
@@ -253,6 +262,7 @@ static __always_inline enum shape guard_look(void *ctx, const enum hook hook, co
 	struct tcp_head *tcp;
 	void *end, *l3;
 	__u32 tcp_len;
+	bool is_routed;
 
 	if (shape == SHAPE_OTHER)
 		return shape;
@@ -276,6 +286,11 @@ static __always_inline enum shape guard_look(void *ctx, const enum hook hook, co
 	end = packet_end(ctx, hook);
 	if (layers.family)
 		note_addresses(scratch, l3, end, layers.family);
+	is_routed = layers.is_routed || (layers.family == 4 && shape != SHAPE_NONSENSE &&
+					 layers.l4_off != layers.l3_off + IPV4_HEADER_LEN &&
+					 is_source_routed(scratch, l3, end));
+	if (is_routed)
+		scratch->reach = REACH_NOTHING;
 	if (shape != SHAPE_SYN)
 		return shape;
 	/* Looked at anew: verifiers before 6.8 do not learn from the shape that it is there. */
@@ -288,17 +303,14 @@ static __always_inline enum shape guard_look(void *ctx, const enum hook hook, co
 	flow->sport_be = tcp->sport_be;
 	flow->dport_be = tcp->dport_be;
 	flow->isn = bpf_ntohl(tcp->seq_be);
-	if (layers.is_routed ||
-	    (layers.family == 4 && layers.l4_off != layers.l3_off + IPV4_HEADER_LEN &&
-	     is_source_routed(scratch, l3, end))) {
-		scratch->reach = REACH_NOTHING;
-		return SHAPE_ROUTED;
-	}
-	scratch->reach = REACH_PORT;
-	if (tcp->flags & (TCP_FLAG_FIN | TCP_FLAG_RST))
-		return SHAPE_FLAGS;
+	if (!is_routed)
+		scratch->reach = REACH_PORT;
 	/* Where the packet itself ends too early its lengths lie, which is for the check to say. */
-	return copy_options(scratch, tcp, end, tcp_len - TCP_HEADER_LEN) ? SHAPE_SYN : SHAPE_SHORT;
+	if (tcp_len >= TCP_HEADER_LEN && !copy_options(scratch, tcp, end, tcp_len - TCP_HEADER_LEN))
+		return SHAPE_SHORT;
+	if (is_routed)
+		return SHAPE_ROUTED;
+	return tcp->flags & (TCP_FLAG_FIN | TCP_FLAG_RST) ? SHAPE_FLAGS : SHAPE_SYN;
 }
 
 /*

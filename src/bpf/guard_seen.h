@@ -56,7 +56,7 @@ static __always_inline __u32 check_seen(struct guard_scratch *scratch, __u64 tok
 	const __u64 *saddr = (const __u64 *)flow->saddr;
 	__u32 verdict, now_units;
 	struct seen_token mine;
-	__u64 now_ns;
+	__u64 now_ns, secret[2];
 
 	if (!now || !key || !bucket)
 		return GUARD_SEEN_FULL;
@@ -65,7 +65,9 @@ static __always_inline __u32 check_seen(struct guard_scratch *scratch, __u64 tok
 	mine.from[0] = saddr[0];
 	mine.from[1] = saddr[1];
 	if (bind == BIND_ISN) {
-		mine.from[0] = hash_flow(key, flow, message_head(BIND_FLOW, 0, key_id), 0);
+		if (!read_secret(key, secret))
+			return GUARD_RETIRED_KEY;
+		mine.from[0] = hash_flow(secret, flow, message_head(BIND_FLOW, 0, key_id), 0);
 		mine.from[1] = 0;
 	}
 	now_ns = monotonic_ns(scratch);

@@ -36,17 +36,21 @@ static __always_inline __u32 check_keyed(struct guard_scratch *scratch,
 					 const struct netoken_guard_rule *rule, __u64 token)
 {
 	const struct netoken_flow *flow = &scratch->event.flow;
-	enum netoken_bind bind;
+	struct netoken_proof proof;
+	__u32 verdict;
 
 	if (rule->tags_count && !has_tag(rule, *(__be16 *)&token))
 		return GUARD_TAG_NOT_ALLOWED;
 
-	switch (check_token(flow, token, &rule->accept, &bind)) {
+	switch (check_token(flow, token, &rule->accept, &proof)) {
 	case CHECK_VALID:
 		/* Nobody else can use what is bound to the whole flow. */
-		if (rule->may_repeat || bind == BIND_FLOW)
-			return GUARD_VALID;
-		return check_seen(scratch, token, bind);
+		verdict = rule->may_repeat || proof.bind == BIND_FLOW
+				  ? GUARD_VALID
+				  : check_seen(scratch, token, proof.bind);
+		if (verdict == GUARD_VALID)
+			count_accepted(&proof);
+		return verdict;
 	case CHECK_UNKNOWN_KEY:
 		return GUARD_UNKNOWN_KEY;
 	case CHECK_RETIRED_KEY:

@@ -41,16 +41,28 @@ static __always_inline __u64 message_head(__u32 bind, __be16 tag_be, __u32 key_i
 	return TOKEN_VERSION | bind << 8 | (__u64)le16(tag_be) << 16 | (__u64)key_id << 32;
 }
 
+/*
+ * Reads the secret of a key, once. False if it has none: an update is no single step, and a key
+ * that is retired at this moment loses its secret before its state. With zeros anybody can make a
+ * token.
+ */
+static __always_inline bool read_secret(const struct netoken_key *key, __u64 *secret)
+{
+	secret[0] = *(const volatile __u64 *)&key->secret[0];
+	secret[1] = *(const volatile __u64 *)&key->secret[1];
+	return secret[0] | secret[1];
+}
+
 /* The hash of which the first bytes are the MAC. */
-static __always_inline __u64 hash_flow(const struct netoken_key *key,
-				       const struct netoken_flow *flow, __u64 head, __u32 slot)
+static __always_inline __u64 hash_flow(const __u64 *secret, const struct netoken_flow *flow,
+				       __u64 head, __u32 slot)
 {
 	__u32 bind = head >> 8 & 0xff;
 	const __u8 *saddr = flow->saddr, *daddr = flow->daddr;
 	struct siphash sip;
 	__u64 ports;
 
-	sip_begin(&sip, key->secret);
+	sip_begin(&sip, secret);
 	sip_word(&sip, head);
 	sip_word(&sip, le32(bpf_htonl(slot)) | (__u64)le32(bpf_htonl(flow->isn)) << 32);
 
@@ -96,7 +108,7 @@ static __always_inline bool sign_token(struct netoken_event *event,
 	struct netoken_key_count *count;
 	const struct netoken_key *key;
 	__u32 zero = 0, ring_id, key_id;
-	__u64 now_ns, slot, hash;
+	__u64 now_ns, slot, hash, secret[2];
 
 	ring_id = spec->ring;
 	now = bpf_map_lookup_elem(&clock, &zero);
@@ -107,12 +119,13 @@ static __always_inline bool sign_token(struct netoken_event *event,
 	key_id = ring->signer - 1;
 	key = bpf_map_lookup_elem(&keys, &key_id);
 	count = count_of_key(key_id);
-	if (!key || key->state != KEY_LIVE || !count)
+	if (!key || key->state != KEY_LIVE || !count || !read_secret(key, secret))
 		return false;
 
 	now_ns = unix_time_ns(now, count);
 	slot = now_ns / now->slot_ns;
-	hash = hash_flow(key, &event->flow, message_head(spec->bind, spec->tag_be, key_id), slot);
+	hash = hash_flow(secret, &event->flow, message_head(spec->bind, spec->tag_be, key_id),
+			 slot);
 	*(__u64 *)event->token =
 		le64(le16(spec->tag_be) | (key_id << 4 | (slot & (SLOTS - 1))) << 16 |
 		     hash << (64 - MAC_BITS));
@@ -132,20 +145,32 @@ static __always_inline bool make_token(struct netoken_event *event,
 	return sign_token(event, spec);
 }
 
+/* How a token that is right was made, and what is to be counted if it is accepted. */
+struct netoken_proof {
+	struct netoken_key_count *count;
+	__u64 now_ns;
+	enum netoken_bind bind;
+};
+
+static __always_inline void count_accepted(const struct netoken_proof *proof)
+{
+	proof->count->accepted++;
+	proof->count->accepted_at_ns = proof->now_ns;
+}
+
 /*
  * Says whether a keyed token belongs to this flow and this moment. `token` is the option's eight
- * bytes as they stand in memory, read as one number. `bound` becomes the bind mode of one that
- * does.
+ * bytes as they stand in memory, read as one number. `proof` is written of one that does.
  */
 static __always_inline enum netoken_check check_token(const struct netoken_flow *flow, __u64 token,
 						      const struct netoken_accept *accept,
-						      enum netoken_bind *bound)
+						      struct netoken_proof *proof)
 {
 	struct netoken_key_count *count;
 	const struct netoken_clock *now;
 	const struct netoken_key *key;
 	__u32 zero = 0, key_id, slot, behind;
-	__u64 now_ns;
+	__u64 now_ns, secret[2];
 	__u16 tag;
 
 	token = le64(token);
@@ -156,7 +181,7 @@ static __always_inline enum netoken_check check_token(const struct netoken_flow 
 	count = count_of_key(key_id);
 	if (!key || !now || !count || key->state == KEY_ABSENT)
 		return CHECK_UNKNOWN_KEY;
-	if (key->state != KEY_LIVE)
+	if (key->state != KEY_LIVE || !read_secret(key, secret))
 		return CHECK_RETIRED_KEY;
 	if (!(accept->rings >> (key->ring & 0xf) & 1))
 		return CHECK_WRONG_RING;
@@ -177,12 +202,12 @@ static __always_inline enum netoken_check check_token(const struct netoken_flow 
 
 		if (!(accept->binds >> bind & 1))
 			continue;
-		hash = hash_flow(key, flow, message_head(bind, le16(tag), key_id), slot);
+		hash = hash_flow(secret, flow, message_head(bind, le16(tag), key_id), slot);
 		if (hash << (64 - MAC_BITS) >> (64 - MAC_BITS) != token >> (64 - MAC_BITS))
 			continue;
-		count->accepted++;
-		count->accepted_at_ns = now_ns;
-		*bound = bind;
+		proof->count = count;
+		proof->now_ns = now_ns;
+		proof->bind = bind;
 		return CHECK_VALID;
 	}
 	return CHECK_WRONG_MAC;

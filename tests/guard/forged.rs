@@ -1,14 +1,17 @@
 //! A million SYNs that nobody with a key has made: random tokens, tokens of other flows, and right ones of which bits
 //! were turned over.
 
+use std::time::SystemTime;
+
 use anyhow::{Result, ensure};
 use netoken::guard::program::Kind;
 use netoken::guard::types::Verdict;
-use netoken::token::keyed::Bind;
+use netoken::keys::{Key, Secret};
+use netoken::token::keyed::{Bind, Flow, Stamp, make};
 
 use crate::packet::{LINUX, Packet, syn};
 use crate::random::Random;
-use crate::run::{Bench, SLOT, keyed};
+use crate::run::{Bench, SLOT, keyed, name};
 use crate::support::{Hex, share_of};
 use crate::table::with;
 
@@ -85,6 +88,27 @@ pub fn a_million_forged_syns_and_none_is_accepted() -> Result<()> {
             "accepted others than the right ones"
         );
         ensure!(counters.dropped() == forged as u64 / 2, "{} were dropped", counters.dropped());
+    }
+    Ok(())
+}
+
+/// As a key is while it is retired: the secret goes first, and with zeros anybody can make a token.
+pub fn a_key_without_its_secret_accepts_nothing() -> Result<()> {
+    let nothing = Secret::from_bytes(&[0; 16]);
+    let packet = syn();
+    let flow = Flow::new((packet.src, packet.sport).into(), (packet.dst, packet.dport).into(), packet.isn)?;
+    for (kind, bind) in [Kind::Tc, Kind::Xdp].into_iter().flat_map(|kind| Bind::ALL.map(|bind| (kind, bind)))
+    {
+        let mut bench = Bench::new(kind, RULES)?;
+        let key = Key::new("edge".parse()?, 1, Secret::from_bytes(&[0; 16]), SystemTime::UNIX_EPOCH)?;
+        bench.program.maps.keys.load(&[key])?;
+        let token = make(&nothing, Stamp { tag: 17, key_id: 1, bind, slot: SLOT }, &flow);
+        let outcome = bench.run(&with(&packet, LINUX, &[token.0]).build())?;
+        ensure!(
+            outcome.dropped && outcome.verdict == Some(Verdict::GUARD_RETIRED_KEY),
+            "{kind:?}, {bind:?}: {}",
+            name(outcome.verdict)
+        );
     }
     Ok(())
 }

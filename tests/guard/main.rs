@@ -45,12 +45,13 @@ fn main() -> ExitCode {
     let mut cases = cases![
         table: tc_and_xdp_do_what_the_oracle_says every_verdict_has_a_packet
             a_truncated_frame_to_a_protected_port_never_passes without_a_link_header_the_same_is_decided
-            the_packet_stays_as_it_came marks_are_set_at_tc without_rules_everything_passes;
+            what_may_go_on_to_another_address_never_passes the_packet_stays_as_it_came marks_are_set_at_tc without_rules_everything_passes;
         mutate: mutants_get_what_the_oracle_says;
-        forged: a_million_forged_syns_and_none_is_accepted;
+        forged: a_million_forged_syns_and_none_is_accepted a_key_without_its_secret_accepts_nothing;
         replay: a_token_is_good_for_one_flow_and_its_retransmissions the_bind_mode_leaves_something_free
             a_full_bucket_refuses_and_forgets_in_time nothing_of_what_is_free_may_differ
-            what_is_bound_to_the_flow_needs_no_room a_clock_that_is_set_makes_nothing_good_again;
+            what_is_bound_to_the_flow_needs_no_room a_clock_that_is_set_makes_nothing_good_again
+            only_what_is_accepted_is_counted_as_use_of_its_key;
         layouts: every_byte_of_what_stacks_send_counts;
         scrub: the_checksum_is_that_of_a_packet_without_a_token a_checksum_that_is_left_to_the_device_stays
             a_whole_checksum_that_looks_partial_is_mended at_the_edge_of_trust_nothing_is_refused
@@ -59,7 +60,8 @@ fn main() -> ExitCode {
             a_source_that_is_blocked_gets_in_with_a_keyed_token who_is_exempt_is_never_blocked
             in_mode_observe_nothing_is_dropped without_being_asked_nobody_is_blocked a_source_can_be_let_in_again
             who_finds_no_room_is_not_counted a_block_ends_and_a_window_as_well;
-        alerts: each_severity_is_told_once_in_a_window;
+        alerts: each_severity_is_told_once_in_a_window new_thresholds_count_at_once
+            an_alert_that_finds_no_room_is_told_later;
         lists: exempt_and_blocked_sources_by_their_longest_prefix an_entry_that_has_expired_shows_what_is_around_it
             an_entry_expires_by_the_clock_of_tokens
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it

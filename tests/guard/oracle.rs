@@ -4,7 +4,6 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
-use anyhow::Result;
 use netoken::guard::rules::{Mode, Rule, Rules};
 use netoken::guard::types::Verdict;
 use netoken::keys::Key;
@@ -29,11 +28,22 @@ pub struct Oracle {
 }
 
 /// As much of a packet as can be told.
+#[derive(Default)]
 struct Look {
     src: Option<IpAddr>,
     dst: Option<IpAddr>,
     port: Option<u16>,
-    found: Result<Syn, Verdict>,
+    /// Why its options do not matter.
+    refused: Option<Verdict>,
+    /// If its lengths are right.
+    syn: Option<Syn>,
+}
+
+impl Look {
+    /// The address in its IP header may be a stop on the way.
+    fn going_anywhere(self) -> Look {
+        Look { src: None, dst: None, port: None, ..self }
+    }
 }
 
 struct Syn {
@@ -56,14 +66,13 @@ impl Oracle {
         };
         let verdict = match (self.verdict(&look, rule), rule.mode) {
             // Nobody is asked who it comes from, nor what it is good for.
-            (_, Mode::Scrub) => match &look.found {
-                Err(found) => *found,
-                Ok(syn) => match tokens(&syn.options).map(|tokens| tokens.len()) {
+            (_, Mode::Scrub) => look.refused.unwrap_or_else(|| {
+                match look.syn.as_ref().and_then(|syn| tokens(&syn.options)).map(|tokens| tokens.len()) {
                     None => Verdict::GUARD_MALFORMED,
                     Some(0) => Verdict::GUARD_CLEAN,
                     Some(_) => Verdict::GUARD_SCRUBBED,
-                },
-            },
+                }
+            }),
             (verdict, _) => verdict,
         };
         let passes = matches!(verdict, Verdict::GUARD_VALID | Verdict::GUARD_EXEMPT);
@@ -74,7 +83,7 @@ impl Oracle {
     pub fn scrubbed(&self, frame: &[u8]) -> (Vec<u8>, Option<usize>) {
         let mut after = frame.to_vec();
         let Some(look) = self.look(frame) else { return (after, None) };
-        let (Some(rule), Ok(syn)) = (self.rule(&look), &look.found) else { return (after, None) };
+        let (Some(rule), Some(syn)) = (self.rule(&look), &look.syn) else { return (after, None) };
         let list = blanked(&syn.options);
         if !rule.scrub || self.judge(frame).dropped || list == syn.options {
             return (after, None);
@@ -111,9 +120,10 @@ impl Oracle {
                 return Verdict::GUARD_BLOCKED;
             }
         }
-        match &look.found {
-            Ok(syn) => self.token(syn, rule),
-            Err(verdict) => *verdict,
+        match (look.refused, &look.syn) {
+            (Some(verdict), _) => verdict,
+            (None, Some(syn)) => self.token(syn, rule),
+            (None, None) => Verdict::GUARD_MALFORMED,
         }
     }
 
@@ -154,7 +164,7 @@ impl Oracle {
 
     /// Nothing for what opens no connection.
     fn look(&self, frame: &[u8]) -> Option<Look> {
-        let unknown = |verdict| Some(Look { src: None, dst: None, port: None, found: Err(verdict) });
+        let unknown = |verdict| Some(Look { refused: Some(verdict), ..Look::default() });
         let (mut at, mut ether_type) = match self.link_len {
             0 => (0, if frame.first()? >> 4 == 4 { 0x0800 } else { 0x86dd }),
             _ => (14, be16(frame, 12)?),
@@ -195,22 +205,27 @@ fn ipv4(ip: &[u8]) -> Option<Look> {
         return None;
     }
     let addr = |at: usize| IpAddr::from(Ipv4Addr::new(ip[at], ip[at + 1], ip[at + 2], ip[at + 3]));
-    let by_addr =
-        |verdict| Look { src: Some(addr(12)), dst: Some(addr(16)), port: None, found: Err(verdict) };
+    let by_addr = |verdict| Look {
+        src: Some(addr(12)),
+        dst: Some(addr(16)),
+        refused: Some(verdict),
+        ..Look::default()
+    };
     let header = usize::from(ip[0] & 0xf) * 4;
     if ip[0] >> 4 != 4 || header < 20 {
         return Some(by_addr(Verdict::GUARD_MALFORMED));
     }
-    if be16(ip, 6)? & 0x3fff != 0 {
-        return Some(by_addr(Verdict::GUARD_FRAGMENT));
-    }
-    let claimed = usize::from(be16(ip, 2)?);
     // A list of options that lies may hide a source route as well.
     let routed = header > 20
         && ip
             .get(20..header)
             .and_then(options)
             .is_none_or(|list| list.iter().any(|o| matches!(o[0], 131 | 137)));
+    if be16(ip, 6)? & 0x3fff != 0 {
+        let found = by_addr(Verdict::GUARD_FRAGMENT);
+        return Some(if routed { found.going_anywhere() } else { found });
+    }
+    let claimed = usize::from(be16(ip, 2)?);
     tcp(ip, header, claimed, routed, (addr(12), addr(16)))
 }
 
@@ -219,7 +234,8 @@ fn ipv6(ip: &[u8]) -> Option<Look> {
         let octets: [u8; 16] = ip[at..at + 16].try_into().expect("16 bytes");
         IpAddr::from(Ipv6Addr::from(octets))
     };
-    let by_addr = |verdict| Look { src: Some(addr(8)), dst: Some(addr(24)), port: None, found: Err(verdict) };
+    let by_addr =
+        |verdict| Look { src: Some(addr(8)), dst: Some(addr(24)), refused: Some(verdict), ..Look::default() };
     let leads = |next: u8| matches!(next, 0 | 6 | 43 | 44 | 60);
     let (mut at, mut next, mut routed) = (40, ip[6], false);
     if !leads(next) {
@@ -235,9 +251,15 @@ fn ipv6(ip: &[u8]) -> Option<Look> {
         if !leads(next) {
             return None;
         }
-        let Some(head) = ip.get(at..at + 8) else { return Some(by_addr(Verdict::GUARD_MALFORMED)) };
+        let Some(head) = ip.get(at..at + 8) else {
+            let found = by_addr(Verdict::GUARD_MALFORMED);
+            return Some(if routed { found.going_anywhere() } else { found });
+        };
         if next == 44 {
-            return leads(head[0]).then(|| by_addr(Verdict::GUARD_FRAGMENT));
+            // Between a fragment's header and TCP there may be a routing header.
+            let found = by_addr(Verdict::GUARD_FRAGMENT);
+            let found = if routed || head[0] != 6 { found.going_anywhere() } else { found };
+            return leads(head[0]).then_some(found);
         }
         routed |= next == 43 && head[3] != 0;
         next = head[0];
@@ -248,42 +270,42 @@ fn ipv6(ip: &[u8]) -> Option<Look> {
             let claimed = 40 + usize::from(be16(ip, 4)?);
             tcp(ip, at, claimed, routed, (addr(8), addr(24)))
         }
-        next if leads(next) => Some(by_addr(Verdict::GUARD_TOO_DEEP)),
+        // So there may be behind as many headers as nobody looks at.
+        next if leads(next) => Some(by_addr(Verdict::GUARD_TOO_DEEP).going_anywhere()),
         _ => None,
     }
 }
 
 /// The TCP header at `at`. `claimed`: where the IP packet ends, as its header says.
 fn tcp(ip: &[u8], at: usize, claimed: usize, routed: bool, (src, dst): (IpAddr, IpAddr)) -> Option<Look> {
+    let by_addr = Look { src: Some(src), dst: Some(dst), ..Look::default() };
+    let malformed = Some(Verdict::GUARD_MALFORMED);
     let Some(head) = ip.get(at..at + 14) else {
-        return Some(Look {
-            src: Some(src),
-            dst: Some(dst),
-            port: None,
-            found: Err(Verdict::GUARD_MALFORMED),
-        });
+        let look = Look { refused: malformed, ..by_addr };
+        return Some(if routed { look.going_anywhere() } else { look });
     };
-    let (syn, ack, fin_or_rst) = (head[13] & 2 != 0, head[13] & 16 != 0, head[13] & 5 != 0);
-    if !syn || ack {
+    let (is_syn, ack, fin_or_rst) = (head[13] & 2 != 0, head[13] & 16 != 0, head[13] & 5 != 0);
+    if !is_syn || ack {
         return None;
-    }
-    if routed {
-        return Some(Look { src: None, dst: None, port: None, found: Err(Verdict::GUARD_SOURCE_ROUTED) });
     }
     let port = be16(head, 2)?;
     let header = usize::from(head[12] >> 4) * 4;
-    let found = if fin_or_rst {
-        Err(Verdict::GUARD_BAD_FLAGS)
-    } else if header < 20 || at + header > claimed || claimed > ip.len() {
-        Err(Verdict::GUARD_MALFORMED)
-    } else {
-        let isn = u32::from_be_bytes(head[4..8].try_into().ok()?);
-        match Flow::new((src, be16(head, 0)?).into(), (dst, port).into(), isn) {
-            Ok(flow) => Ok(Syn { flow, options: ip[at + 20..at + header].to_vec(), options_at: at + 20 }),
-            Err(_) => Err(Verdict::GUARD_MALFORMED),
-        }
+    let is_cut = header > 20 && at + header > ip.len();
+    let refused = match (routed, fin_or_rst) {
+        _ if is_cut => malformed,
+        (true, _) => Some(Verdict::GUARD_SOURCE_ROUTED),
+        (_, true) => Some(Verdict::GUARD_BAD_FLAGS),
+        _ => None,
     };
-    Some(Look { src: Some(src), dst: Some(dst), port: Some(port), found })
+    let mut syn = None;
+    if header >= 20 && at + header <= claimed && claimed <= ip.len() {
+        let isn = u32::from_be_bytes(head[4..8].try_into().ok()?);
+        let flow = Flow::new((src, be16(head, 0)?).into(), (dst, port).into(), isn).ok();
+        let options = ip[at + 20..at + header].to_vec();
+        syn = flow.map(|flow| Syn { flow, options, options_at: at + 20 });
+    }
+    let look = Look { port: Some(port), refused, syn, ..by_addr };
+    Some(if routed { look.going_anywhere() } else { look })
 }
 
 /// The options in front of the end of the list; nothing if a length lies.

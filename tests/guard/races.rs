@@ -25,12 +25,12 @@ const ROUNDS: usize = 40_000;
 const BUSY_MAX: usize = 1000;
 
 /// The first CPUs on which this process may run.
-fn cpus() -> Result<Vec<usize>> {
+pub fn cpus() -> Result<Vec<usize>> {
     let allowed = sched_getaffinity(Pid::from_raw(0)).context("reading the CPUs")?;
     Ok((0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu) == Ok(true)).take(CPUS).collect())
 }
 
-fn stay_on(cpu: usize) -> Result<()> {
+pub fn stay_on(cpu: usize) -> Result<()> {
     let mut one = CpuSet::new();
     one.set(cpu).context("choosing a CPU")?;
     sched_setaffinity(Pid::from_raw(0), &one).context("staying on one CPU")

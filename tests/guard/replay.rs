@@ -50,6 +50,22 @@ pub fn a_token_is_good_for_one_flow_and_its_retransmissions() -> Result<()> {
     Ok(())
 }
 
+pub fn only_what_is_accepted_is_counted_as_use_of_its_key() -> Result<()> {
+    for kind in [Kind::Tc, Kind::Xdp] {
+        let mut bench = Bench::new(kind, RULE)?;
+        let packet = syn();
+        let mut copy = with(&packet, LINUX, &[keyed(&packet, 1, 17, Bind::Server, SLOT)?.0]);
+        expect(&mut bench, "the first", &copy, "valid")?;
+        for _ in 0..5 {
+            copy.sport += 1;
+            expect(&mut bench, "a copy", &copy, "replayed")?;
+        }
+        let accepted = bench.program.maps.keys.use_of(1)?.accepted;
+        ensure!(accepted == 1, "{kind:?}: {accepted} are said to have been accepted");
+    }
+    Ok(())
+}
+
 pub fn the_bind_mode_leaves_something_free() -> Result<()> {
     for kind in [Kind::Tc, Kind::Xdp] {
         let mut bench = Bench::new(kind, RULE)?;

@@ -7,9 +7,9 @@ use netoken::guard::program::{Kind, Settings};
 use netoken::guard::types::{Peer, PeerKey};
 use netoken::types::Fault;
 
-use crate::packet::{LINUX, Packet, checksum, syn};
+use crate::packet::{FIN, LINUX, Packet, SYN, checksum, syn};
 use crate::run::{Bench, name};
-use crate::table::{STATIC, with};
+use crate::table::{STATIC, source_route, with};
 
 const RULE: &str = "[[rule]]\nname = 'a'\ndst = ['0.0.0.0/0', '::/0']\nmode = 'drop'\nscrub = true\ntokens = \
                     'a1b2c3d4e5f60718'\n";
@@ -104,6 +104,17 @@ pub fn at_the_edge_of_trust_nothing_is_refused() -> Result<()> {
                 name(outcome.verdict) == "scrubbed" && outcome.frame == without(&packet),
                 "{kind:?}: {outcome:?}"
             );
+            let odd = [
+                ("bad_flags", packet.clone().flags(SYN | FIN)),
+                ("source_routed", source_route(packet.clone(), 131)),
+            ];
+            for (verdict, packet) in odd {
+                let outcome = bench.run(&packet.build())?;
+                ensure!(
+                    name(outcome.verdict) == verdict && !outcome.dropped && outcome.frame == without(&packet),
+                    "{kind:?}: {outcome:?}"
+                );
+            }
             let cut = &packet.build()[..packet.tcp_at() + 22];
             let outcome = bench.run(cut)?;
             ensure!(

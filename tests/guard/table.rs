@@ -98,6 +98,11 @@ pub const NETWORKS: &[Change] = &[
     ("an atomic fragment", |p| p.fragment(0, false)),
     ("a source route", |p| source_route(p, 131)),
     ("another source route", |p| source_route(p, 137)),
+    ("a source route of a fragment", |p| source_route(p, 131).fragment(0, true)),
+    ("a source route of an atomic fragment", |p| source_route(p, 137).fragment(0, false)),
+    ("a header behind a fragment's", |p| more_headers(p.fragment(0, false), 1)),
+    ("a source route and seven headers", |p| more_headers(source_route(p, 131), 7)),
+    ("a source route and eight headers", |p| more_headers(source_route(p, 131), 8)),
     ("ip options that lie", |p| if is_v4(&p) { p.ip_options(&[7, 0, 0, 0]) } else { p.extension(AH, 0) }),
     ("not tcp", |mut p| {
         p.protocol = 17;
@@ -199,7 +204,7 @@ fn more_headers(mut packet: Packet, count: usize) -> Packet {
     packet
 }
 
-fn source_route(packet: Packet, kind: u8) -> Packet {
+pub fn source_route(packet: Packet, kind: u8) -> Packet {
     if is_v4(&packet) {
         return packet.ip_options(&[1, kind, 7, 4, 192, 0, 2, 10]);
     }
@@ -384,6 +389,30 @@ pub fn without_a_link_header_the_same_is_decided() -> Result<()> {
                     compare(&mut bare, &format!("{network}, {flags}, {list}"), &frame, &bare_oracle)?;
                 }
             }
+        }
+    }
+    Ok(())
+}
+
+/// Whoever it is for by its address, which no rule is about.
+pub fn what_may_go_on_to_another_address_never_passes() -> Result<()> {
+    let (mut tc, mut xdp) = (Bench::new(Kind::Tc, RULES)?, Bench::new(Kind::Xdp, RULES)?);
+    let hidden = |v6: bool| -> Vec<Packet> {
+        let packet = syn().to(if v6 { "2001:db8:3::1" } else { "198.51.100.1" }, 443);
+        let routed = source_route(packet.clone(), 131);
+        let both = [routed.clone(), routed.clone().fragment(0, true), routed.clone().fragment(0, false)];
+        let only6 = [
+            packet.clone().fragment(0, false).extension(ROUTING, 2),
+            packet.clone().fragment(1, true).extension(DEST_OPTS, 0),
+            more_headers(routed, 8),
+            more_headers(packet, 9),
+        ];
+        both.into_iter().chain(only6.into_iter().filter(|_| v6)).collect()
+    };
+    for (at, packet) in hidden(false).into_iter().chain(hidden(true)).enumerate() {
+        for bench in [&mut tc, &mut xdp] {
+            let outcome = bench.run(&packet.build())?;
+            ensure!(outcome.dropped, "{at}, {:?}: {}", bench.kind, name(outcome.verdict));
         }
     }
     Ok(())

@@ -74,11 +74,13 @@ SEC("tc")
 int check_one(struct __sk_buff *skb)
 {
 	struct token_order order = {};
-	enum netoken_bind bind;
+	struct netoken_proof proof;
 
 	if (bpf_skb_load_bytes(skb, ORDER_OFF, &order, sizeof(order)))
 		return TC_ACT_SHOT;
-	order.result = check_token(&order.flow, order.token, &order.accept, &bind);
+	order.result = check_token(&order.flow, order.token, &order.accept, &proof);
+	if (order.result == CHECK_VALID)
+		count_accepted(&proof);
 	return bpf_skb_store_bytes(skb, ORDER_OFF, &order, sizeof(order), 0) ? TC_ACT_SHOT : 0;
 }
 
