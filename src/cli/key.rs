@@ -13,7 +13,7 @@ use crate::guard;
 use crate::guard::program::GuardMaps;
 use crate::keys::file::{DEFAULT_DIR, DIR_VARIABLE, KeyDir, KeyLock};
 use crate::keys::live::{LiveKeys, Losses, Use};
-use crate::keys::rotate::{Step, free_id, next_step, retire, sign};
+use crate::keys::rotate::{Step, date, free_id, next_step, retire, sign};
 use crate::keys::{self, Key, RingName, Secret, State, signer};
 use crate::policy;
 use crate::program::Maps;
@@ -243,7 +243,7 @@ fn add(
         dir.remove(old, lock)?;
         keys.remove(at);
     }
-    let key = Key::new(ring, id, Secret::random()?, SystemTime::now())?;
+    let key = Key::new(ring, id, Secret::random()?, date(keys, ring, SystemTime::now()))?;
     dir.save(&key, lock)?;
     keys.push(key);
     Ok(id)

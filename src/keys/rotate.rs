@@ -79,6 +79,14 @@ pub fn free_id(keys: &[Key], instance: &str) -> Result<u8> {
     }
 }
 
+/// The time from which a new key of a ring is dated: now, or, as the order of keys goes by it, behind all that the ring
+/// has, also those that were made while the clock was ahead.
+pub fn date(keys: &[Key], ring: RingName, now: SystemTime) -> SystemTime {
+    let newest = keys.iter().filter(|key| key.ring == ring && key.is_live()).map(|key| key.created).max();
+    // Key files have microseconds.
+    newest.map_or(now, |newest| now.max(newest + Duration::from_micros(1)))
+}
+
 /// Lets the newest key of a ring sign. Returns its id and that of the one that signed before.
 ///
 /// # Errors
@@ -172,6 +180,21 @@ mod tests {
             assert!(!old.is_live() && old.secret().is_none());
         }
         assert_eq!(keys[0].state(), State::VerifyOnly);
+    }
+
+    #[test]
+    fn a_new_key_signs_next_though_the_clock_was_ahead() {
+        let ring = EDGE.parse().unwrap();
+        let mut keys = vec![key(EDGE, 0, 5000), key("other", 9, 9000)];
+        sign(&mut keys, ring).unwrap();
+        for id in 1..3 {
+            let created = date(&keys, ring, at(100));
+            keys.push(Key::new(ring, id, Secret::random().unwrap(), created).unwrap());
+            assert_eq!(next_step(&keys, ring), Step::Sign);
+            assert_eq!(sign(&mut keys, ring).unwrap().0, id);
+        }
+        assert!(keys.iter().all(|key| key.is_live()) && date(&keys, ring, at(6000)) == at(6000));
+        assert_eq!(date(&[], ring, at(100)), at(100));
     }
 
     #[test]
