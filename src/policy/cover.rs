@@ -4,7 +4,9 @@
 use rustc_hash::FxHashMap;
 
 use super::report::{Problem, Report};
-use super::values::{Cgroup, Interface, Mark, Prefix, Range, some_covers, some_meets};
+use super::values::{
+    Cgroup, Interface, Mark, Prefix, Range, some_covers, some_meets, some_range_covers, some_range_meets,
+};
 use super::{Condition, Policy, Rule, Values};
 
 /// So many earlier rules with the same key are compared with a rule.
@@ -171,11 +173,7 @@ fn is_within(inner: &Values, outer: &Values) -> bool {
         }
         (Values::SrcPort(a), Values::SrcPort(b))
         | (Values::Port(a), Values::Port(b))
-        | (Values::Uid(a), Values::Uid(b)) => {
-            let covers =
-                |outer: &Range, inner: &Range| outer.first <= inner.first && inner.last <= outer.last;
-            a.all().iter().all(|inner| b.all().iter().any(|outer| covers(outer, inner)))
-        }
+        | (Values::Uid(a), Values::Uid(b)) => a.all().iter().all(|range| some_range_covers(b.all(), *range)),
         (Values::Mark(a), Values::Mark(b)) => {
             let covers = |outer: &Mark, inner: &Mark| {
                 outer.mask & !inner.mask == 0 && inner.value & outer.mask == outer.value
@@ -205,10 +203,7 @@ fn is_apart(one: &Values, other: &Values) -> bool {
         }
         (Values::SrcPort(a), Values::SrcPort(b))
         | (Values::Port(a), Values::Port(b))
-        | (Values::Uid(a), Values::Uid(b)) => {
-            let meet = |a: &Range, b: &Range| a.first <= b.last && b.first <= a.last;
-            !a.all().iter().any(|a| b.all().iter().any(|b| meet(a, b)))
-        }
+        | (Values::Uid(a), Values::Uid(b)) => !a.all().iter().any(|range| some_range_meets(b.all(), *range)),
         (Values::Mark(a), Values::Mark(b)) => {
             let meet = |a: &Mark, b: &Mark| (a.value ^ b.value) & a.mask & b.mask == 0;
             !a.all().iter().any(|a| b.all().iter().any(|b| meet(a, b)))

@@ -317,6 +317,18 @@ pub fn some_meets(list: &[Prefix], prefix: Prefix) -> bool {
     some_covers(list, prefix) || list.get(after).is_some_and(|next| prefix.covers(*next))
 }
 
+/// True if a merged list has a range with all of this one.
+pub fn some_range_covers(list: &[Range], range: Range) -> bool {
+    let after = list.partition_point(|other| other.first <= range.first);
+    after > 0 && list[after - 1].last >= range.last
+}
+
+/// True if a merged list has a range that shares a number with this one.
+pub fn some_range_meets(list: &[Range], range: Range) -> bool {
+    let after = list.partition_point(|other| other.first <= range.last);
+    after > 0 && list[after - 1].last >= range.first
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -367,5 +379,15 @@ mod tests {
             .to_vec();
         merge_ranges(&mut ranges);
         assert_eq!(ranges, [Range { first: 1, last: 9 }, Range { first: 20, last: u32::MAX }]);
+        for first in 0..=25 {
+            for last in first..=25 {
+                let range = Range { first, last };
+                let covers = ranges.iter().any(|r| r.first <= first && last <= r.last);
+                let meets = ranges.iter().any(|r| r.first <= last && first <= r.last);
+                assert_eq!(some_range_covers(&ranges, range), covers, "{range}");
+                assert_eq!(some_range_meets(&ranges, range), meets, "{range}");
+            }
+        }
+        assert!(!some_range_covers(&[], Range::one(1)) && !some_range_meets(&[], Range::one(1)));
     }
 }
