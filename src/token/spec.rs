@@ -36,6 +36,10 @@ impl TokenSpec {
     /// It is none of these.
     pub fn parse(text: &str) -> Result<TokenSpec> {
         if text.contains(['{', '}']) {
+            // It is shown as it is written.
+            if text.contains(char::is_control) {
+                bail!("a token that has {{rule:N}} or {{instance:N}} in it has no control characters");
+            }
             // Any rule and instance do to find out whether it is right.
             fill_template(text, 0, "")?;
             return Ok(TokenSpec::Template(text.into()));
@@ -49,6 +53,11 @@ impl TokenSpec {
             _ => bail!("a token is 16 hexadecimal digits, like {}, or text of 1 to 8 bytes", Token::DEFAULT),
         }
         Ok(TokenSpec::Static(Token(bytes)))
+    }
+
+    /// Whether its bytes change with the place of its rule.
+    pub fn has_rule_number(&self) -> bool {
+        matches!(self, TokenSpec::Template(text) if text.contains("{rule:"))
     }
 
     /// The ring that it needs a key of.
@@ -167,6 +176,8 @@ mod tests {
             "{rule:2",
             "rule}",
             "{x:1}",
+            "\u{1b}[{rule:1}",
+            "{rule:1}\u{9b}",
         ] {
             assert!(TokenSpec::parse(bad).is_err(), "{bad}");
         }
