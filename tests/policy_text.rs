@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 const EXAMPLE: &str = include_str!("../examples/policy.toml");
 
 /// Pieces that mean something.
-const PIECES: [&str; 40] = [
+const PIECES: [&str; 41] = [
     "[[rule]]\n",
     "[rule]\n",
     "[[ rule ]]",
@@ -40,6 +40,7 @@ const PIECES: [&str; 40] = [
     "[ports]\n",
     "s = ['10.0.0.0/8']\n",
     "s = ['@s']\n",
+    "s = []\n",
     "default = { action = 'skip' }\n",
     "missing = 'warn'\n",
     "include = []\n",

@@ -12,7 +12,7 @@ use crate::token::TokenSpec;
 const SHOWN_MAX: usize = 4;
 
 /// The policy as a file. What a person wrote around it (comments, sets, included files) is not kept; a list that
-/// several rules share becomes a set.
+/// several rules share, or that is empty, becomes a set.
 pub fn to_toml(policy: &Policy) -> String {
     let mut text = String::with_capacity(policy.rules.len() * 128);
     if let Some(default) = &policy.default {
@@ -65,7 +65,9 @@ fn shared_sets(policy: &Policy) -> HashMap<usize, Set> {
     let mut sets = HashMap::new();
     for condition in conditions() {
         let Some((address, kind)) = shared(condition) else { continue };
-        if uses[&address] > 1 && !sets.contains_key(&address) {
+        // A rule itself cannot say that a list is empty.
+        let is_set = uses[&address] > 1 || condition.values.count() == 0;
+        if is_set && !sets.contains_key(&address) {
             let number = sets.len() + 1;
             sets.insert(address, Set { kind, number, values: values_text(&condition.values) });
         }
@@ -73,7 +75,7 @@ fn shared_sets(policy: &Policy) -> HashMap<usize, Set> {
     sets
 }
 
-/// Address and kind of a list that can be a set. An empty one has to be.
+/// Address and kind of a list that can be a set.
 fn shared(condition: &Condition) -> Option<(usize, &'static str)> {
     fn address<T>(list: &List<T>) -> Option<usize> {
         match list {
@@ -201,6 +203,26 @@ pub fn conditions_line(rule: &Rule) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_empty_list_reads_back_as_one() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("empty.txt"), "# nobody yet\n").unwrap();
+        let rule = |name: &str, condition: &str| {
+            format!("[[rule]]\nname = '{name}'\n{condition}\naction = 'drop'\n")
+        };
+        let text = "[prefixes]\ns = ['file:empty.txt']\nt = []\n[ports]\np = []\n".to_string()
+            + &rule("file", "dst = 'file:empty.txt'")
+            + &rule("twice", "dst = 'file:empty.txt'\nnot_src = '@s'")
+            + &rule("in a list", "not_src = ['@s', '@t']")
+            + &rule("set", "not_dst = '@t'\nport = '@p'\nnot_src_port = ['@p']");
+        let path = dir.path().join("p.toml");
+        std::fs::write(&path, text).unwrap();
+        let policy = Policy::from_file(&path).unwrap_or_else(|error| panic!("{error:#}"));
+        let written = to_toml(&policy);
+        let again = Policy::from_toml(&written).unwrap_or_else(|error| panic!("{error:#}\n{written}"));
+        assert_eq!(again, policy, "{written}");
+    }
 
     #[test]
     fn what_is_written_reads_back_as_the_same() {

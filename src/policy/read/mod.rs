@@ -61,6 +61,8 @@ const FILE_KEYS: [&str; 6] = ["default", "missing", "include", "prefixes", "port
 const DECISION_KEYS: [&str; 3] = ["action", "token", "when_full"];
 /// So many files may include each other.
 const FILES_MAX: usize = 1000;
+/// So many sets may name each other in a row: each is read while those before it wait.
+const SETS_DEEP_MAX: usize = 100;
 
 /// Reads a file and everything that it names, by way of `files`, which knows all of them afterwards, also if this fails.
 ///
@@ -183,6 +185,9 @@ impl<'a> Reader<'a> {
         errors.iter().for_each(|error| file.syntax(error));
 
         let table = table.get_ref();
+        // In front of all that is read by it, which is what the file includes as well.
+        let missing = table.get("missing").and_then(|missing| missing.get_ref().as_str());
+        known.warn_missing |= is_main && missing == Some("warn");
         for (key, value) in table {
             match (key.get_ref().as_ref(), value.get_ref()) {
                 ("include", _) => {
@@ -200,8 +205,7 @@ impl<'a> Reader<'a> {
                     known.default = file.decision(value.span(), decision);
                 }
                 ("default", _) => file.error(value.span(), "a default is a table: { action = \"skip\" }"),
-                ("missing", DeValue::String(text)) if text == "warn" => known.warn_missing = true,
-                ("missing", DeValue::String(text)) if text == "error" => {}
+                ("missing", DeValue::String(text)) if text == "warn" || text == "error" => {}
                 ("missing", _) => file.error(value.span(), "it is \"error\" or \"warn\""),
                 ("rule", _) => {
                     file.error(key.span(), "rules are written as [[rule]], each on a line of its own");
@@ -355,12 +359,24 @@ impl<T> SetReader<'_, T> {
         let (key, value) = sets.get_key_value(name)?;
         if self.busy.iter().any(|busy| busy == name) {
             self.file.error(key.span(), format!("the set '{name}' contains itself"));
-            return None;
+            return Some(Arc::from([]));
         }
-        self.busy.push(name.to_string());
-        let (file, read) = (self.file, self.read);
-        let list = read(file, value, &mut |_, other| self.one(other, known));
-        self.busy.pop();
+        let list = if self.busy.len() == SETS_DEEP_MAX {
+            let what =
+                format!("the set '{name}' is the last of more than {SETS_DEEP_MAX} that name each other");
+            self.file.error(key.span(), what);
+            None
+        } else if value.get_ref().as_array().is_some_and(|items| items.is_empty()) {
+            let what = format!("the set '{name}' is empty");
+            self.file.reader.push(Problem::warning(self.file.place(value.span()), what));
+            None
+        } else {
+            self.busy.push(name.to_string());
+            let (file, read) = (self.file, self.read);
+            let list = read(file, value, &mut |_, other| self.one(other, known));
+            self.busy.pop();
+            list
+        };
         // One that is wrong is there all the same, so that nobody hears that it is not.
         let set: Arc<[T]> = list.unwrap_or_default().into();
         known.insert(name.to_string(), Arc::clone(&set));
@@ -372,9 +388,9 @@ fn check_names(policy: &Policy, report: &mut Report) {
     let mut names: rustc_hash::FxHashMap<&str, Place> = Default::default();
     names.reserve(policy.rules.len());
     for rule in &policy.rules {
-        if let Some(first) = names.insert(&rule.name, rule.place) {
-            let line = report.sources.line(first).map_or(0, |(_, line)| line);
-            let what = format!("two rules are called '{}'; the first is in line {line}", rule.name);
+        let first = *names.entry(&rule.name).or_insert(rule.place);
+        if first != rule.place {
+            let what = format!("two rules are called '{}'", rule.name);
             report.push(Problem::error(rule.place, what).see(first, "the first"));
         }
     }
@@ -387,5 +403,52 @@ impl Checked {
         let problem =
             Problem { place, ..Problem::error(Place::default(), &refused.what).help(&refused.help) };
         Report { sources: self.report.sources.clone(), problems: vec![problem], more: 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: &str) -> Report {
+        *read_text("p.toml", text, &Options::default()).expect_err(text)
+    }
+
+    fn whats(report: &Report) -> Vec<&str> {
+        report.problems.iter().map(|problem| &*problem.what).collect()
+    }
+
+    #[test]
+    fn what_may_be_missing_may_be_in_included_files_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let rule = "[[rule]]\nname = 'a'\ninterface = 'none0'\naction = 'skip'\n";
+        fs::write(dir.path().join("more.toml"), rule).unwrap();
+        let path = dir.path().join("p.toml");
+        for (missing, is_good) in [("missing = 'warn'", true), ("missing = 'error'", false), ("", false)] {
+            fs::write(&path, format!("include = 'more.toml'\n{missing}\n")).unwrap();
+            let read = read_file(&path, &Files::default(), &Options::default());
+            assert_eq!(read.is_ok(), is_good, "{missing}");
+        }
+    }
+
+    #[test]
+    fn the_first_of_many_rules_of_one_name_is_shown_to_all_others() {
+        let rule = |mark: usize| format!("[[rule]]\nname = 'x'\nmark = {mark}\naction = 'skip'\n");
+        let report = refused(&(0..3).map(rule).collect::<String>());
+        assert_eq!(whats(&report), ["two rules are called 'x'"; 2]);
+        let firsts = report.problems.iter().map(|problem| problem.other.as_ref().unwrap().0);
+        assert!(firsts.map(|first| first.start).all(|start| start == 16), "{report}");
+    }
+
+    #[test]
+    fn sets_that_name_each_other_have_an_end() {
+        let chain = |len: usize| {
+            let sets = (1..len).map(|n| format!("s{n:05} = ['@s{:05}']\n", n + 1)).collect::<String>();
+            format!("[prefixes]\n{sets}s{len:05} = ['10.0.0.0/8']\n")
+        };
+        assert!(read_text("p.toml", &chain(SETS_DEEP_MAX), &Options::default()).is_ok());
+        assert_eq!(whats(&refused(&chain(SETS_DEEP_MAX + 1))).len(), 1);
+        assert!(refused(&chain(20_000)).to_string().contains("more than 100 that name each other"));
+        assert_eq!(whats(&refused("[ports]\na = ['@b']\nb = ['@a']\n")), ["the set 'a' contains itself"]);
     }
 }
