@@ -40,12 +40,12 @@ pub(super) fn tell(differences: &[Difference], json: bool) -> Result<()> {
 }
 
 /// What became of ordered rules, whose names are unique: those that are gone first, then the others in their new
-/// order.
+/// order. `text` is given a rule and, if it changed, what it is on the other side.
 pub(super) fn of_rules<T: PartialEq>(
     before: &[T],
     after: &[T],
     name: impl Fn(&T) -> &str,
-    text: impl Fn(&T) -> String,
+    text: impl Fn(&T, Option<&T>) -> String,
 ) -> Vec<Difference> {
     let places = |rules: &[T]| -> HashMap<String, usize> {
         rules.iter().enumerate().map(|(at, rule)| (name(rule).to_string(), at)).collect()
@@ -56,14 +56,15 @@ pub(super) fn of_rules<T: PartialEq>(
         found.push(Difference { change, name: Some(name(rule).to_string()), before, after });
     };
     for rule in before.iter().filter(|rule| !new.contains_key(name(rule))) {
-        add("removed", rule, Some(text(rule)), None);
+        add("removed", rule, Some(text(rule, None)), None);
     }
     let places: Vec<Option<usize>> = after.iter().map(|rule| old.get(name(rule)).copied()).collect();
     for (at, (rule, moved)) in after.iter().zip(moved(&places)).enumerate() {
         match places[at].map(|place| (place, &before[place])) {
-            None => add("added", rule, None, Some(text(rule))),
-            // Lists that are too long to be shown look the same.
-            Some((_, was)) if was != rule => add("changed", rule, Some(text(was)), Some(text(rule))),
+            None => add("added", rule, None, Some(text(rule, None))),
+            Some((_, was)) if was != rule => {
+                add("changed", rule, Some(text(was, Some(rule))), Some(text(rule, Some(was))));
+            }
             Some((place, _)) if moved => {
                 let (was, is) = (format!("was rule {}", place + 1), format!("now rule {}", at + 1));
                 add("moved", rule, Some(was), Some(is));

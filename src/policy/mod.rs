@@ -92,6 +92,22 @@ pub struct Condition {
     pub values: Values,
 }
 
+impl Condition {
+    /// Whether both mean the same to the kernel now, by whatever names.
+    pub fn is_same(&self, other: &Condition) -> bool {
+        fn same<'a, T, I: Ord>(one: &'a List<T>, other: &'a List<T>, identity: fn(&'a T) -> I) -> bool {
+            let identities = |list: &'a List<T>| list.all().iter().map(identity).collect::<BTreeSet<I>>();
+            identities(one) == identities(other)
+        }
+        let is_same = match (&self.values, &other.values) {
+            (Values::Interface(one), Values::Interface(other)) => same(one, other, Interface::identity),
+            (Values::Cgroup(one), Values::Cgroup(other)) => same(one, other, Cgroup::identity),
+            (one, other) => one == other,
+        };
+        self.negated == other.negated && is_same
+    }
+}
+
 /// The values of a condition, by the field that they are compared with. Lists are sorted and merged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Values {

@@ -212,6 +212,13 @@ pub struct Interface {
     pub index: u32,
 }
 
+impl Interface {
+    /// What the kernel goes by; where there was none, the name, which may come to mean one.
+    pub fn identity(&self) -> (u32, u32, &str) {
+        if self.index == 0 { (0, 0, &self.name) } else { (self.netns, self.index, "") }
+    }
+}
+
 /// A cgroup as the policy names it, and what the kernel called it when the policy was read.
 #[derive(Clone, Debug)]
 pub struct Cgroup {
@@ -221,6 +228,13 @@ pub struct Cgroup {
     pub level: u8,
     /// The kernel's number for it; 0 if there was none.
     pub id: u64,
+}
+
+impl Cgroup {
+    /// What the kernel goes by; where there was none, the path, which may come to mean one.
+    pub fn identity(&self) -> (u64, &str) {
+        if self.id == 0 { (0, &self.path) } else { (self.id, "") }
+    }
 }
 
 /// What a policy says is the name; that decides whether two are the same.

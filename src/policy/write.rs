@@ -1,11 +1,12 @@
 //! Writes a policy: whole, as a file that reads back as the same policy, and a rule in one line for people.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::{self, Display, Write as _};
 use std::sync::Arc;
 
-use super::values::List;
+use super::values::{Cgroup, Interface, List};
 use super::{Condition, Decision, Policy, Rule, Values, WhenFull};
+use crate::note::printable;
 use crate::token::TokenSpec;
 
 /// A longer list is only counted where a person reads.
@@ -176,19 +177,81 @@ fn texts<'a>(texts: impl Iterator<Item = &'a str>) -> String {
 
 impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.line(shown))
+    }
+}
+
+impl Condition {
+    /// In one line, with these texts of its values unless they are too many.
+    fn line(&self, texts: fn(&Values) -> Vec<String>) -> String {
         let not = if self.negated { "not_" } else { "" };
-        write!(f, "{not}{} ", self.values.key())?;
-        let count = self.values.count();
         let noun = match &self.values {
             Values::Src(_) | Values::Dst(_) => "prefixes",
             _ => "values",
         };
-        if count == 0 || count > SHOWN_MAX {
-            return write!(f, "({count} {noun})");
-        }
-        let text = values_text(&self.values);
-        f.write_str(&text.replace(['"', '[', ']'], "").replace(", ", ","))
+        let values = match self.values.count() {
+            count if count == 0 || count > SHOWN_MAX => format!("({count} {noun})"),
+            _ => texts(&self.values).join(","),
+        };
+        format!("{not}{} {values}", self.values.key())
     }
+
+    /// The same beside what it is elsewhere: with what is different in a list that is too long to be shown, or with what
+    /// its names mean if they are the same there.
+    fn line_beside(&self, elsewhere: &Condition) -> String {
+        let texts = if self.values == elsewhere.values { shown_with_identity } else { shown };
+        let line = self.line(texts);
+        if self.values.count() <= SHOWN_MAX {
+            return line;
+        }
+        let others: HashSet<String> = texts(&elsewhere.values).into_iter().collect();
+        let own: Vec<String> =
+            texts(&self.values).into_iter().filter(|value| !others.contains(value)).collect();
+        let line = line.trim_end_matches(')');
+        match own.len() {
+            0 => format!("{line})"),
+            count if count > SHOWN_MAX => {
+                format!("{line}, with {} and {} more)", own[..SHOWN_MAX].join(","), count - SHOWN_MAX)
+            }
+            _ => format!("{line}, with {})", own.join(",")),
+        }
+    }
+}
+
+/// The values as a person reads them: as they are, but for what a terminal would obey.
+fn shown(values: &Values) -> Vec<String> {
+    fn all<T: Display>(list: &List<T>) -> Vec<String> {
+        let text = |value: &T| printable(&value.to_string());
+        list.all().iter().map(text).collect()
+    }
+    match values {
+        Values::Interface(list) => all(list),
+        Values::Cgroup(list) => all(list),
+        Values::Src(list) | Values::Dst(list) => all(list),
+        Values::SrcPort(list) | Values::Port(list) | Values::Uid(list) => all(list),
+        Values::Mark(list) => all(list),
+    }
+}
+
+/// The same with the numbers that the kernel goes by, which tell two of one name apart.
+fn shown_with_identity(values: &Values) -> Vec<String> {
+    let identities: Vec<String> = match values {
+        Values::Interface(list) => list.all().iter().map(interface_identity).collect(),
+        Values::Cgroup(list) => list.all().iter().map(cgroup_identity).collect(),
+        _ => return shown(values),
+    };
+    shown(values).into_iter().zip(identities).map(|(name, identity)| format!("{name} ({identity})")).collect()
+}
+
+fn interface_identity(interface: &Interface) -> String {
+    match interface.index {
+        0 => "none".to_string(),
+        index => format!("index {index} of net:[{}]", interface.netns),
+    }
+}
+
+fn cgroup_identity(cgroup: &Cgroup) -> String {
+    if cgroup.id == 0 { "none".to_string() } else { format!("id {}", cgroup.id) }
 }
 
 /// Its conditions in one line.
@@ -200,9 +263,41 @@ pub fn conditions_line(rule: &Rule) -> String {
     parts.join(", ")
 }
 
+/// The same where the rule is another one elsewhere: what differs is told apart.
+pub fn conditions_line_beside(rule: &Rule, elsewhere: &Rule) -> String {
+    if rule.conditions.is_empty() {
+        return conditions_line(rule);
+    }
+    let part = |condition: &Condition| {
+        let other = elsewhere
+            .conditions
+            .iter()
+            .find(|other| (other.negated, other.values.key()) == (condition.negated, condition.values.key()));
+        match other.filter(|other| !other.is_same(condition)) {
+            Some(other) => condition.line_beside(other),
+            None => condition.to_string(),
+        }
+    };
+    let parts: Vec<String> = rule.conditions.iter().map(part).collect();
+    parts.join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_shown_as_they_are() {
+        for (path, expected) in [
+            (r"/a\x2db.service", r"cgroup /a\x2db.service"),
+            (r#"/x, "y" [z]"#, r#"cgroup /x, "y" [z]"#),
+            ("/\u{1b}[2J", r"cgroup /\u{1b}[2J"),
+        ] {
+            let cgroup = Cgroup { path: path.into(), level: 1, id: 0 };
+            let condition = Condition { negated: false, values: Values::Cgroup(List::One(cgroup)) };
+            assert_eq!(condition.to_string(), expected);
+        }
+    }
 
     #[test]
     fn an_empty_list_reads_back_as_one() {

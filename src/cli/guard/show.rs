@@ -125,7 +125,7 @@ pub(super) fn diff(scope: &Scope, file: &Path) -> Result<()> {
 
 /// Of a long list only some, if `brief`.
 fn differences(before: &Rules, after: &Rules, brief: bool) -> Vec<Difference> {
-    let mut found = of_rules(&before.rules, &after.rules, |rule| &rule.name, line);
+    let mut found = of_rules(&before.rules, &after.rules, |rule| &rule.name, |rule, _| line(rule));
     for ((name, before), (_, after)) in settings(before).into_iter().zip(settings(after)) {
         let change = match (&before, &after) {
             // The instance keeps what it has.
