@@ -203,16 +203,8 @@ impl KeySource {
             keys = dir.load()?;
         }
         for path in &self.key_file {
-            let key = file::read(path)?;
-            if let Some(other) = keys.iter().find(|other| other.id() == key.id()) {
-                bail!(
-                    "reading the key {}: ring '{}' has a key with the same id, {}",
-                    path.display(),
-                    other.ring(),
-                    key.id()
-                );
-            }
-            keys.push(key);
+            keys.push(file::read(path)?);
+            keys::check(&keys).with_context(|| format!("reading the key {}", path.display()))?;
         }
         Ok(Some(keys))
     }
@@ -257,7 +249,6 @@ fn run_make(args: &TokenArgs, wanted: &MakeArgs) -> Result<()> {
     let keys = wanted.source.load()?.unwrap_or_default();
     let key = match (wanted.key, &keys[..]) {
         (Some(ring), _) => signing(&keys, ring)?,
-        (None, [key]) => key,
         (None, [first, others @ ..]) if others.iter().all(|other| other.ring() == first.ring()) => {
             signing(&keys, first.ring())?
         }
@@ -268,7 +259,7 @@ fn run_make(args: &TokenArgs, wanted: &MakeArgs) -> Result<()> {
             bail!("making a token: there are {} keys, of several rings; say whose with --key RING", all.len())
         }
     };
-    let secret = key.secret().context("making a token: the key has been retired")?;
+    let secret = key.secret().context("making a token: the key that signs has no secret")?;
     let FlowArgs { src, dst, isn, time } = wanted.flow;
     let flow = Flow::new(src, dst, isn).context("making a token")?;
     let slot = Slots::new(wanted.slot, 1, 1)?.at(time.unwrap_or_else(clock::now));

@@ -169,36 +169,8 @@ impl KeyDir {
             keys.push(key);
         }
         keys.sort_by_key(|key| key.id);
-        self.check(&keys)?;
+        super::check(&keys).with_context(|| format!("reading the keys in {}", self.path.display()))?;
         Ok(keys)
-    }
-
-    fn check(&self, keys: &[Key]) -> Result<()> {
-        for (at, key) in keys.iter().enumerate() {
-            for other in &keys[..at] {
-                if key.id == other.id {
-                    bail!(
-                        "reading the keys in {}: rings '{}' and '{}' both have a key {}; a token names its key by \
-                         that number alone, so make one of them anew",
-                        self.path.display(),
-                        other.ring,
-                        key.ring,
-                        key.id
-                    );
-                }
-                if key.ring == other.ring && key.state == State::Signing && other.state == State::Signing {
-                    bail!(
-                        "reading the keys in {}: keys {} and {} of ring '{}' both sign; set the state of one to \
-                         \"verify-only\"",
-                        self.path.display(),
-                        other.id,
-                        key.id,
-                        key.ring
-                    );
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Writes a key, in one step and so that nobody else can read it at any time.

@@ -234,6 +234,35 @@ fn check_id(id: u64) -> Result<u8> {
     }
 }
 
+/// Whether keys can be used together.
+///
+/// # Errors
+/// Two of them contradict each other.
+pub fn check(keys: &[Key]) -> Result<()> {
+    for (at, key) in keys.iter().enumerate() {
+        for other in &keys[..at] {
+            if key.id == other.id {
+                bail!(
+                    "rings '{}' and '{}' both have a key {}; a token names its key by that number alone, so make one of \
+                     them anew",
+                    other.ring,
+                    key.ring,
+                    key.id
+                );
+            }
+            if key.ring == other.ring && key.state == State::Signing && other.state == State::Signing {
+                bail!(
+                    "keys {} and {} of ring '{}' both sign; set the state of one to \"verify-only\"",
+                    other.id,
+                    key.id,
+                    key.ring
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// The key of a ring that signs.
 pub fn signer(keys: &[Key], ring: RingName) -> Option<&Key> {
     keys.iter().find(|key| key.ring == ring && key.state == State::Signing)

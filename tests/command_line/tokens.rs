@@ -120,6 +120,32 @@ pub fn a_token_that_is_not_valid_is_exit_code_1_and_says_why() -> Result<()> {
     Ok(())
 }
 
+/// Of files that are named one by one as of those of a directory.
+pub fn only_a_key_that_signs_makes_a_token() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let vector = &vectors()?[0];
+    let [one, two] = [3, 4].map(|id| key_file(dir.path(), &Value::from(id), &vector["secret"]));
+    let (one, two) = (one?, two?);
+    let flow = format!("--tag 1 {}", flow(vector)?);
+    for source in [
+        format!("--keys {}", dir.path().display()),
+        format!("--key-file {} --key-file {}", one.display(), two.display()),
+    ] {
+        netoken(&format!("token make {source} {flow}"))?
+            .code(1)?
+            .err(&["keys 3 and 4 of ring 'edge' both sign"])?;
+    }
+    let text = fs::read_to_string(&one)?.replace("\"signing\"", "\"verify-only\"");
+    fs::write(&one, text)?;
+    for source in [String::new(), "--key edge ".to_string()] {
+        netoken(&format!("token make {source}--key-file {} {flow}", one.display()))?
+            .code(1)?
+            .err(&["no key of ring 'edge' signs"])?;
+    }
+    netoken(&format!("token make --keys {} {flow}", dir.path().display()))?.code(0)?;
+    Ok(())
+}
+
 /// A second implementation, written from the page of the format alone.
 pub fn another_language_makes_the_same_tokens() -> Result<()> {
     let made = sh(&format!("python3 {DATA}/token-vectors.py"))?;
