@@ -124,6 +124,10 @@ pub fn wrong_usage_is_exit_code_2() -> Result<()> {
         "--query key list",
         "key list --query",
         "policy test --dst 192.0.2.1 --port 443 --mark zz",
+        "policy test --dst 192.0.2.1 --port 443 --mark 0x10/0x10",
+        "policy test --dst 192.0.2.1 --port 443 --uid 1000-1999",
+        "policy test --dst 192.0.2.1 --port 443 --uid=",
+        "policy test --dst 192.0.2.1 --port 443 --src ::1",
         "--nonsense",
     ] {
         let args: Vec<&str> = line.split_whitespace().collect();

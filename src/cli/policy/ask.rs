@@ -5,9 +5,11 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory};
 use serde::Serialize;
 
+use super::super::args::{self, number};
 use super::{Common, Progress, read, refuse};
 use crate::policy::Policy;
 use crate::policy::ask::{Answer, Ask, Sender, Syn};
@@ -15,7 +17,6 @@ use crate::policy::compile::{Naming, compile};
 use crate::policy::explain::fails;
 use crate::policy::names::Names;
 use crate::policy::running;
-use crate::policy::values::{Mark, Range};
 use crate::policy::write::conditions_line;
 use crate::privileges;
 
@@ -53,8 +54,8 @@ pub(super) struct TestArgs {
     src_port: u16,
 
     /// Mark of the skb
-    #[arg(long, default_value = "0")]
-    mark: Mark,
+    #[arg(long, default_value = "0", value_parser = number)]
+    mark: u32,
 
     /// Interface that it leaves by [default: none that a rule names]
     #[arg(long, value_name = "NAME")]
@@ -65,11 +66,28 @@ pub(super) struct TestArgs {
     cgroup: Option<String>,
 
     /// User who owns the socket that sends it [default with --cgroup: 0]
-    #[arg(long, value_name = "UID|NAME")]
-    uid: Option<String>,
+    #[arg(long, value_name = "UID|NAME", value_parser = user)]
+    uid: Option<User>,
 
     #[command(flatten)]
     common: Common,
+}
+
+/// One user, as one types it.
+#[derive(Clone, Debug)]
+enum User {
+    Id(u32),
+    Name(String),
+}
+
+fn user(text: &str) -> Result<User, String> {
+    match text.parse() {
+        Ok(id) => Ok(User::Id(id)),
+        Err(_) if text.starts_with(char::is_alphabetic) || text.starts_with('_') => {
+            Ok(User::Name(text.to_string()))
+        }
+        Err(_) => Err("not one user; write it like 1000, or as the name of a user".to_string()),
+    }
 }
 
 /// The answer, as `--json` prints it.
@@ -86,6 +104,7 @@ struct Decision<'a> {
 }
 
 pub(super) fn run(args: &TestArgs) -> Result<()> {
+    args.expect_one_family();
     privileges::check("asking the kernel about a SYN")?;
     args.common.enter()?;
     let syn = args.syn()?;
@@ -115,6 +134,14 @@ pub(super) fn run(args: &TestArgs) -> Result<()> {
 }
 
 impl TestArgs {
+    /// Ends the process if no SYN could be from there to there.
+    fn expect_one_family(&self) {
+        if self.src.is_some_and(|src| src.is_ipv4() != self.dst.is_ipv4()) {
+            let why = "--src and --dst are addresses of different families";
+            args::Args::command().error(ErrorKind::ArgumentConflict, why).exit();
+        }
+    }
+
     fn syn(&self) -> Result<Syn> {
         let unspecified: IpAddr = if self.dst.is_ipv4() { [0u8; 4].into() } else { [0u8; 16].into() };
         let names = Names::default();
@@ -132,16 +159,19 @@ impl TestArgs {
             dst: self.dst,
             src_port: self.src_port,
             port: self.port,
-            mark: self.mark.value,
+            mark: self.mark,
             interface,
             sender,
         })
     }
 
     fn sender(&self, names: &Names) -> Result<Sender> {
-        let uid = match self.uid.as_deref().unwrap_or("0") {
-            text if text.starts_with(|c: char| c.is_ascii_digit()) => Range::parse(text, u32::MAX)?.first,
-            name => names.user(name)?.with_context(|| format!("there is no user '{name}'"))?,
+        let uid = match &self.uid {
+            None => 0,
+            Some(User::Id(id)) => *id,
+            Some(User::Name(name)) => {
+                names.user(name)?.with_context(|| format!("there is no user '{name}'"))?
+            }
         };
         let mut cgroups = Vec::new();
         if let Some(path) = &self.cgroup {
