@@ -105,6 +105,9 @@ impl<'a> Compiler<'a> {
         let checks = first_check..self.checks.len();
         let variant = self.variants.len() as u32;
         let (records, is_closed) = (checks.len().div_ceil(CHECKS_MAX).max(1), checks.is_empty());
+        if records > CHAIN_MAX {
+            return Err(too_many_checks(index, rule, checks.len()).into());
+        }
         self.variants.push(Variant { rule: index as u32 + 1, checks });
 
         self.combine(index, &choices, &mut |compiler, mask, level, key| {
@@ -114,16 +117,9 @@ impl<'a> Compiler<'a> {
             }
             let mut key = *key;
             key.shape = shape as u8;
-            let refused = |()| Refused {
-                rule: Some(index),
-                what: format!(
-                    "rule '{}' is the last of too many rules that differ only in ranges, negations or big lists: \
-                     more than {CHAIN_MAX} would have to be tried one after the other for one packet",
-                    rule.name
-                ),
-                help: "give them something else to tell them apart, such as a prefix or single ports".to_string(),
-            };
-            Ok(compiler.chains.append(&words(&key), variant, records, is_closed).map_err(refused)?)
+            let chains = &mut compiler.chains;
+            let appended = chains.append(&words(&key), variant, records, is_closed);
+            Ok(appended.map_err(|()| too_long_a_chain(index, rule))?)
         })
     }
 
@@ -275,6 +271,31 @@ impl<'a> Compiler<'a> {
             }
         }
         Ok(())
+    }
+}
+
+fn too_many_checks(index: usize, rule: &Rule, count: usize) -> Refused {
+    Refused {
+        rule: Some(index),
+        what: format!(
+            "rule '{}' has {count} checks, one for each value of not_mark and for each other list that is no key; at \
+             most {} are possible",
+            rule.name,
+            CHAIN_MAX * CHECKS_MAX
+        ),
+        help: "use fewer values of not_mark, such as one with a mask".to_string(),
+    }
+}
+
+fn too_long_a_chain(index: usize, rule: &Rule) -> Refused {
+    Refused {
+        rule: Some(index),
+        what: format!(
+            "rule '{}' is the last of too many rules that differ only in ranges, negations or big lists: more than \
+             {CHAIN_MAX} would have to be tried one after the other for one packet",
+            rule.name
+        ),
+        help: "give them something else to tell them apart, such as a prefix or single ports".to_string(),
     }
 }
 

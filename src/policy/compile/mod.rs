@@ -214,6 +214,19 @@ mod tests {
     }
 
     #[test]
+    fn a_rule_with_too_many_checks_is_refused_as_that() {
+        let most = CHAIN_MAX * CHECKS_MAX;
+        let compiled = |count: usize| {
+            let marks: Vec<String> = (1..=count).map(|mark| mark.to_string()).collect();
+            let text = format!("[[rule]]\nname = 'a'\nnot_mark = [{}]\naction = 'skip'\n", marks.join(", "));
+            compile(&Policy::from_toml(&text).unwrap(), Naming::none(), &[])
+        };
+        assert!(compiled(most).is_ok());
+        let refused = compiled(most + 1).err().unwrap();
+        assert!(refused.what.contains(&format!("has {} checks", most + 1)), "{refused}");
+    }
+
+    #[test]
     fn too_many_rules_that_differ_only_in_ranges_are_refused() {
         let rule = |n: usize| {
             format!("[[rule]]\nname = '{n}'\nport = '{}-{}'\naction = 'skip'\n", n * 100, n * 100 + 99)
