@@ -117,7 +117,11 @@ impl Names {
     pub fn interface(&self, name: &str) -> Result<Interface> {
         remember(&self.interfaces, name, || {
             // A colon cannot be in the name of an interface.
-            let (netns, short) = name.split_once(':').unwrap_or(("", name));
+            let (netns, short) = match name.split_once(':') {
+                Some(("", _) | (_, "")) => bail!("it is written like eth0, or like blue:eth0"),
+                Some(both) => both,
+                None => ("", name),
+            };
             let place = self.place(netns)?;
             let full = match &place.given_name {
                 Some(given) if netns.is_empty() => format!("{given}:{name}"),
@@ -227,6 +231,13 @@ mod tests {
         assert_eq!((lo.netns, lo.index), (Netns::current().unwrap().inode(), 1));
         assert_eq!(names.interface("nothing-such").unwrap().index, 0);
         assert!(names.interface("no-such-netns:lo").is_err());
+        for half in [":lo", "no-such-netns:", ":"] {
+            let error = names.interface(half).unwrap_err();
+            assert!(
+                !error.is::<NoSuchNetns>() && error.to_string().contains("like blue:eth0"),
+                "{half}: {error}"
+            );
+        }
         let here = Netns::current().unwrap().inode();
         assert!(names.has_index(here, 1) && !names.has_index(here, 0x7fff_ffff));
         assert_eq!(names.user("root").unwrap(), Some(0));
