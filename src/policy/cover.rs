@@ -27,15 +27,21 @@ pub fn warn(policy: &Policy, report: &mut Report) {
         match candidates.find(|earlier| covers(&policy.rules[*earlier], rule)) {
             Some(earlier) => {
                 let earlier = &policy.rules[earlier];
-                let what = format!(
-                    "rule '{}' can never match: '{}' matches all of it before",
-                    rule.name, earlier.name
-                );
-                report.push(Problem::warning(rule.place, what).see(earlier.place, "this one comes first"));
+                report.push(never_matches(rule, earlier).see(earlier.place, "this one comes first"));
             }
             None => index.add(at, rule),
         }
     }
+}
+
+/// The warning that a rule deserves if it is to come behind these.
+pub fn warning_behind(earlier: &[Rule], rule: &Rule) -> Option<Problem> {
+    earlier.iter().find(|earlier| covers(earlier, rule)).map(|earlier| never_matches(rule, earlier))
+}
+
+fn never_matches(rule: &Rule, earlier: &Rule) -> Problem {
+    let what = format!("rule '{}' can never match: '{}' matches all of it before", rule.name, earlier.name);
+    Problem::warning(rule.place, what)
 }
 
 /// What the first values of a rule's addresses and ports begin with. A rule that covers another has, for some number of
@@ -214,6 +220,7 @@ fn is_apart(one: &Values, other: &Values) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Decision, Place};
     use super::*;
 
     /// Whether the second of two rules is found to be covered.
@@ -244,6 +251,19 @@ mod tests {
         ] {
             assert!(is_covered(first, second), "{first} does not cover {second}");
         }
+    }
+
+    /// In pairs, this would take minutes.
+    #[test]
+    fn long_lists_are_compared_in_no_time() {
+        let rule = |first: u32, negated| {
+            let list: Vec<Range> = (0..1_000_000).map(|n| Range::one(first + n * 2)).collect();
+            let condition = Condition { negated, values: Values::Uid(list.into()) };
+            let (decision, place) = (Decision::Skip, Place::default());
+            Rule { name: "a".into(), conditions: [condition].into(), decision, place }
+        };
+        assert!(covers(&rule(0, false), &rule(0, false)) && covers(&rule(0, true), &rule(1, false)));
+        assert!(!covers(&rule(1, false), &rule(0, false)) && !covers(&rule(0, true), &rule(0, false)));
     }
 
     #[test]

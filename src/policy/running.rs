@@ -386,7 +386,7 @@ fn stale_interface(interface: &Interface, now: &Names) -> Option<String> {
     };
     match found {
         found if found == *index && (is_same || found == 0 && *index == 0) => None,
-        _ if is_same && now.has_index(*netns, *index) => None,
+        0 if is_same && now.has_index(*netns, *index) => None,
         _ if *index == 0 => Some(format!("interface '{name}' is there now")),
         0 => Some(format!("interface '{name}' is gone")),
         _ => Some(format!("interface '{name}' is another one now")),

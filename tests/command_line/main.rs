@@ -68,7 +68,7 @@ fn everywhere() -> Vec<Trial> {
         names: an_unknown_namespace_is_named;
         progress: what_is_wrong_has_colours_where_they_are_wanted;
         tokens: the_vectors_are_made_and_found_valid a_token_that_is_not_valid_is_exit_code_1_and_says_why
-            a_capture_is_decoded what_is_wrong_with_a_capture_is_named
+            only_a_key_that_signs_makes_a_token a_capture_is_decoded what_is_wrong_with_a_capture_is_named
             an_output_that_nobody_reads_makes_no_wrong_token_right;
         rights: without_rights_the_capabilities_and_the_remedy_are_named;
     ]
@@ -95,6 +95,8 @@ fn with_root() -> Vec<Trial> {
         names: an_unknown_namespace_gets_a_list_of_those_known an_unknown_interface_gets_near_names
             a_query_where_nothing_is_attached an_alternative_name_can_stand_in_a_policy;
         rules: the_example_can_be_used_as_it_says counters_of_rules_that_keep_their_name_survive_a_reload rules_are_added_and_removed
+            an_edit_is_told_what_it_does_to_other_rules_and_to_itself a_policy_with_an_empty_list_is_shown_and_changed
+            an_interface_that_took_the_name_of_another_is_told
             the_kernel_says_which_rule_decides_and_why the_stream_shows_rules_by_their_names
             a_rule_about_a_namespace_that_comes_later_is_a_rule
             an_attach_that_keeps_a_policy_tells_which_interfaces_are_others;

@@ -200,6 +200,77 @@ pub fn rules_are_added_and_removed() -> Result<()> {
     Ok(())
 }
 
+pub fn an_edit_is_told_what_it_does_to_other_rules_and_to_itself() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    let path = write(dir.path(), "p.toml", &stamp("all", "", "r{rule:4}"))?.display().to_string();
+    world.ok(&format!("-i c0 --attach --quiet --policy {path}"))?;
+    let refused = policy(&world.lab, "add --name x --interface none0 --action skip")?.code(1)?;
+    ensure!(
+        refused.err.contains("once it is there") && !refused.err.contains("--allow-missing"),
+        "{refused:#?}"
+    );
+    let told = policy(&world.lab, "add --name behind --last --port 9 --action drop")?.code(0)?;
+    ensure!(told.err.contains("'behind' can never match: 'all' matches all of it before"), "{told:#?}");
+    ensure!(!told.err.contains("their number"), "{told:#?}");
+    let told = policy(&world.lab, "add --name front --port 9 --action drop")?.code(0)?;
+    ensure!(!told.err.contains("never match"), "{told:#?}");
+    ensure!(told.err.contains("their number in it, which is another one now: 1"), "{told:#?}");
+    world.expect_token("7200000002000000", "the token with the new number")?;
+    // What is left can be loaded again.
+    let refused = policy(&world.lab, "del all behind front")?.code(1)?;
+    ensure!(refused.err.contains("default = { action = \"skip\" }"), "{refused:#?}");
+    ensure_eq!(records(&world.lab.ok("policy show --json")?, "rule")?.len(), 3, "rules");
+    world.lab.ok("policy del behind front").map(drop)
+}
+
+/// A file whose lists are empty is in use like any other.
+pub fn a_policy_with_an_empty_list_is_shown_and_changed() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    write(dir.path(), "empty.txt", "")?;
+    let text =
+        stamp("all", "not_src = 'file:empty.txt'", "x") + &stamp("nobody", "dst = 'file:empty.txt'", "y");
+    let path = write(dir.path(), "p.toml", &text)?.display().to_string();
+    world.ok(&format!("-i c0 --attach --quiet --policy {path}"))?;
+    for command in
+        ["show", "show --toml", "add --name x --action skip", "test --dst 192.0.2.1 --port 1", "del x"]
+    {
+        policy(&world.lab, command)?.code(0).context(command)?;
+    }
+    ensure_eq!(world.lab.ok(&format!("policy diff {path}"))?, "no difference\n", "what was loaded");
+    world.expect_token("7800000000000000", "the token of the rule that leaves nobody out")
+}
+
+/// That the name now means another one is told, and what a load would do about it.
+pub fn an_interface_that_took_the_name_of_another_is_told() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    let text = stamp("x", "interface = 'd0'", "x");
+    let path = write(dir.path(), "p.toml", &text)?.display().to_string();
+    sh(&format!("ip -n {} link add d0 type veth peer name e0", world.ns))?;
+    world.ok(&format!("-i c0 --attach --quiet --policy {path}"))?;
+    let ns = &world.ns;
+    let stale = || -> Result<Value> {
+        Ok(records(&world.lab.ok("policy show --json")?, "rule")?[0]["stale"].clone())
+    };
+    let diff = || world.lab.ok(&format!("policy diff --netns {ns} {path}"));
+    sh(&format!("ip -n {ns} link set d0 name d1"))?;
+    ensure_eq!(stale()?, Value::Null, "renamed");
+    sh(&format!("ip -n {ns} link add d0 type veth peer name e1"))?;
+    ensure_eq!(stale()?, format!("interface '{ns}:d0' is another one now"), "what is stale");
+    let changed = diff()?;
+    for line in ["- x: interface ", "+ x: interface "] {
+        ensure!(changed.contains(&format!("{line}{ns}:d0 (index ")), "{changed}");
+    }
+    world.lab.ok(&format!("policy load --netns {ns} {path}"))?;
+    ensure_eq!((stale()?, diff()?), (Value::Null, "no difference\n".to_string()), "after a load");
+    let marks: Vec<String> = (0..600).map(|mark| mark.to_string()).collect();
+    write(dir.path(), "p.toml", &stamp("x", &format!("not_mark = [{}]", marks.join(", ")), "x"))?;
+    let refused = policy(&world.lab, &format!("diff {path}"))?.code(1)?;
+    refused.err(&["rule 'x' has 600 checks", "p.toml:2:8"]).map(drop)
+}
+
 pub fn the_kernel_says_which_rule_decides_and_why() -> Result<()> {
     let world = World::new()?;
     let dir = dir()?;

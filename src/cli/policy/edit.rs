@@ -1,12 +1,15 @@
 //! `netoken policy add` and `del`: quick changes of what is in use. The file that it came from is left alone.
 
+use std::collections::HashMap;
+
 use anyhow::{Context, Result, bail};
 use clap::{ArgGroup, Args};
 
 use super::{Common, load_keys, refuse, tell_loaded, warn};
-use crate::policy::Policy;
 use crate::policy::read::{Options, read_text};
+use crate::policy::report::Report;
 use crate::policy::running::{self, LoadError, Running};
+use crate::policy::{Decision, Policy, Rule, cover};
 use crate::privileges;
 use crate::program::Maps;
 use crate::state::{Instance, instance_flag};
@@ -101,8 +104,10 @@ pub(super) struct DelArgs {
 
 pub(super) fn add(args: &AddArgs) -> Result<()> {
     args.common.enter()?;
-    let checked = read_text("(command line)", &args.toml()?, &Options::default()).map_err(|r| refuse(&r))?;
+    let options = Options { is_typed: true, ..Options::default() };
+    let checked = read_text("(command line)", &args.toml()?, &options).map_err(|report| refuse(&report))?;
     warn(&checked.report);
+    let sources = checked.report.sources;
     let rule = checked.policy.rules.into_iter().next().context("the command line makes no rule")?;
     change(&args.common, |policy| {
         if policy.rules.iter().any(|other| other.name == rule.name) {
@@ -118,7 +123,9 @@ pub(super) fn add(args: &AddArgs) -> Result<()> {
             _ if args.last => policy.rules.len(),
             _ => 0,
         };
-        policy.rules.insert(place, rule.clone());
+        let problems = cover::warning_behind(&policy.rules[..place], &rule).into_iter().collect();
+        warn(&Report { sources, problems, more: 0 });
+        policy.rules.insert(place, rule);
         Ok(())
     })
 }
@@ -129,6 +136,14 @@ pub(super) fn del(args: &DelArgs) -> Result<()> {
         for name in &args.names {
             let at = find(&args.common, policy, name)?;
             policy.rules.remove(at);
+        }
+        // As a load would, or nobody could load again what is then in use.
+        if policy.rules.is_empty() && policy.default.is_none() {
+            bail!(
+                "removing rule '{}': it is the last, there is no default, and nothing would be stamped; if that is meant, \
+                 load a file with: default = {{ action = \"skip\" }}",
+                args.names.join("', '")
+            );
         }
         Ok(())
     })
@@ -157,9 +172,25 @@ fn change(common: &Common, change: impl FnOnce(&mut Policy) -> Result<()>) -> Re
     let instance = state.instance(&common.instance);
     let maps = instance.maps()?;
     let Running { mut policy, source, .. } = running::read(&instance, &maps)?;
+    let before = numbers_in_tokens(&policy);
     change(&mut policy)?;
     let generation = put(&instance, &maps, &policy, &source)?;
+    let after = numbers_in_tokens(&policy);
+    let others = after.iter().filter(|(name, now)| before.get(*name).is_some_and(|was| was != *now)).count();
+    if others > 0 {
+        note!("rules whose token has their number in it, which is another one now: {others}");
+    }
     tell_loaded(common, &state, &policy, generation)
+}
+
+/// The places of the rules whose tokens have them on the wire.
+fn numbers_in_tokens(policy: &Policy) -> HashMap<Box<str>, usize> {
+    let has_number = |rule: &Rule| match &rule.decision {
+        Decision::Stamp { token, .. } => token.has_rule_number(),
+        _ => false,
+    };
+    let numbered = (1..).zip(&policy.rules).filter(|(_, rule)| has_number(rule));
+    numbered.map(|(number, rule)| (rule.name.clone(), number)).collect()
 }
 
 fn put(instance: &Instance, maps: &Maps, policy: &Policy, source: &str) -> Result<u64> {

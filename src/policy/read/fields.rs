@@ -76,7 +76,7 @@ impl FileReader<'_> {
     pub fn items(&self, value: &Spanned<DeValue<'_>>, each: &mut dyn FnMut(Span, &DeValue<'_>)) {
         match value.get_ref() {
             DeValue::Array(items) if items.is_empty() => {
-                self.error(value.span(), "this list is empty: nothing could ever match");
+                self.error(value.span(), "this list is empty; it needs at least one value");
             }
             DeValue::Array(items) => items.iter().for_each(|item| each(item.span(), item.get_ref())),
             one => each(value.span(), one),

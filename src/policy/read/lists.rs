@@ -205,15 +205,13 @@ impl FileReader<'_> {
     /// True if the policy can be used in spite of it.
     fn missing(&self, span: Span, what: String, known: &Known) -> bool {
         let place = self.place(span);
-        match known.warn_missing {
-            true => self.reader.push(
-                Problem::warning(place, what).help("it matches nothing until the policy is loaded again"),
-            ),
-            false => self.reader.push(
-                Problem::error(place, what)
-                    .help("if it may come later, write missing = \"warn\", or use --allow-missing"),
-            ),
-        }
+        self.reader.push(match known.warn_missing {
+            true => Problem::warning(place, what).help("it matches nothing until the policy is loaded again"),
+            false if self.reader.options.is_typed => Problem::error(place, what)
+                .help("add the rule once it is there, or load a file that has missing = \"warn\""),
+            false => Problem::error(place, what)
+                .help("if it may come later, write missing = \"warn\", or use --allow-missing"),
+        });
         known.warn_missing
     }
 }
@@ -232,6 +230,17 @@ fn is_list_with_items(value: &Spanned<DeValue<'_>>) -> bool {
 fn integer(number: &DeInteger<'_>) -> String {
     match (number.radix(), number.as_str()) {
         (10, digits) => digits.trim_start_matches('+').to_string(),
-        (radix, digits) => i64::from_str_radix(digits, radix).map_or("?".to_string(), |n| n.to_string()),
+        (radix, digits) => match i64::from_str_radix(digits, radix) {
+            Ok(number) => number.to_string(),
+            // As it is written, for the message that it is too large.
+            Err(_) => {
+                let prefix = match radix {
+                    2 => "0b",
+                    8 => "0o",
+                    _ => "0x",
+                };
+                format!("{prefix}{digits}")
+            }
+        },
     }
 }

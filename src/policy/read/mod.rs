@@ -33,6 +33,8 @@ pub type Progress<'a> = &'a (dyn Fn(&str, usize, usize) + Sync);
 pub struct Options<'a> {
     /// A cgroup or interface that does not exist is a warning, as with `missing = "warn"` in the file.
     pub allow_missing: bool,
+    /// It was typed as arguments of a command, which have no place for `missing = "warn"`.
+    pub is_typed: bool,
     /// It was read and checked before: what was worth a look then is not looked for.
     pub is_checked: bool,
     /// Who wants to know how far it is.
@@ -438,6 +440,20 @@ mod tests {
         assert_eq!(whats(&report), ["two rules are called 'x'"; 2]);
         let firsts = report.problems.iter().map(|problem| problem.other.as_ref().unwrap().0);
         assert!(firsts.map(|first| first.start).all(|start| start == 16), "{report}");
+    }
+
+    #[test]
+    fn what_is_said_of_a_value_is_true_wherever_it_stands() {
+        let rule = |line: &str| format!("[[rule]]\nname = 'a'\n{line}\naction = 'skip'\n");
+        let empty = "this list is empty; it needs at least one value";
+        for (text, expected) in [
+            ("include = []\n".to_string(), empty),
+            (rule("not_dst = []"), empty),
+            (rule("port = 0xFFFFFFFFFFFFFFFFFF"), "'0xFFFFFFFFFFFFFFFFFF' is not a number from 0 to 65535"),
+            (rule("port = 0x1_0000"), "'65536' is not a number from 0 to 65535"),
+        ] {
+            assert_eq!(whats(&refused(&text)), [expected], "{text}");
+        }
     }
 
     #[test]
