@@ -8,6 +8,7 @@
 //! One of another shape is set aside for as long as an attach takes, so that one that fails can have it back, and what
 //! fits is copied.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -275,6 +276,8 @@ impl Renewal {
                 fs::remove_file(self.dir.join(&name)).ok();
             }
         }
+        // They are set aside where their numbers would mean other keys, and are made anew by who knows them.
+        self.lacking.extend(aside.iter().filter(|name| !known.contains(*name)).cloned());
         if self.lacking.is_empty() && aside.is_empty() {
             return None;
         }
@@ -322,9 +325,22 @@ fn are_alike(from: &MapHandle, to: &MapHandle) -> bool {
     can_be_copied && shape(from) == shape(to)
 }
 
+/// Each key of a map once.
+pub(crate) fn keys(map: &MapHandle) -> impl Iterator<Item = Vec<u8>> + '_ {
+    each_once(map.keys(), map.max_entries())
+}
+
+/// The kernel begins anew where the key that was seen last has just given way to another, as happens in a full map under
+/// load: without an end, that could go on for ever.
+fn each_once(keys: impl Iterator<Item = Vec<u8>>, max_entries: u32) -> impl Iterator<Item = Vec<u8>> {
+    let mut seen = HashSet::new();
+    // Some rounds, for those behind the place where it began anew.
+    keys.take(4 * max_entries as usize).filter(move |key| seen.insert(key.clone()))
+}
+
 /// Copies the entries for which there is room.
 fn copy(from: &MapHandle, to: &MapHandle) -> Result<()> {
-    for key in from.keys() {
+    for key in keys(from) {
         let index = key.first_chunk().map(|index| u32::from_ne_bytes(*index));
         if to.map_type() != MapType::LruHash && index >= Some(to.max_entries()) {
             break;
@@ -360,6 +376,13 @@ mod tests {
         assert_eq!((Size::POLICY_LAYOUT.0, policy), (1, [4672, 64, 40, 80, 24]));
         let rules = [size_of::<Table>(), size_of::<SourcePage>()];
         assert_eq!((GuardSize::GUARD_LAYOUT.0, rules), (3, [8824, 6304]));
+    }
+
+    #[test]
+    fn a_look_that_begins_anew_again_and_again_finds_each_key_once() {
+        let keys = [1, 2, 3].map(|key| vec![key]);
+        let found: Vec<Vec<u8>> = each_once(keys.iter().cycle().cloned(), 5).collect();
+        assert_eq!(found, keys);
     }
 
     #[test]

@@ -10,8 +10,9 @@ use plain::Plain;
 use serde::Serialize;
 
 use super::program::GuardMaps;
-use super::types::{AutoBlocked, Size, SourceKey};
+use super::types::{AutoBlocked, RawAutoBlock, Size, SourceKey};
 use crate::events::model::Clock;
+use crate::pins;
 use crate::policy::values::Prefix;
 
 // SAFETY: integers and arrays of them, without hidden padding, which guard_types.h asserts.
@@ -49,7 +50,11 @@ fn rfc3339<S: serde::Serializer>(time: &SystemTime, serializer: S) -> Result<S::
 pub fn read(maps: &GuardMaps) -> Result<Vec<Blocked>> {
     let (clock, now) = (Clock::now(), SystemTime::now());
     let mut found = Vec::new();
-    for key in maps.auto_blocked.keys() {
+    // Rules that do not block, or not such a prefix, never ask for what others have left.
+    let Some(rules) = maps.table()?.map(|table| table.auto_block).filter(|rules| rules.within_ns != 0) else {
+        return Ok(found);
+    };
+    for key in pins::keys(&maps.auto_blocked) {
         // It may have given way to another one since.
         let Some(value) =
             maps.auto_blocked.lookup(&key, MapFlags::ANY).context("reading a source that is blocked")?
@@ -57,7 +62,7 @@ pub fn read(maps: &GuardMaps) -> Result<Vec<Blocked>> {
             continue;
         };
         let blocked = decode(&key, &value, clock).context("a blocked source of a strange form")?;
-        if blocked.until > now {
+        if blocked.until > now && is_asked_for(&rules, &blocked.key) {
             found.push(blocked);
         }
     }
@@ -82,6 +87,13 @@ pub fn unblock(maps: &GuardMaps, prefix: Prefix) -> Result<usize> {
         }
     }
     Ok(count)
+}
+
+/// Whether the guard looks for prefixes of that length.
+fn is_asked_for(rules: &RawAutoBlock, key: &[u8]) -> bool {
+    let mut source = SourceKey::default();
+    let bits = if source.copy_from_bytes(key).is_ok() { source.prefixlen } else { 0 };
+    bits == if source.family == 4 { rules.prefixlen4 } else { rules.prefixlen6 }
 }
 
 fn decode(key: &[u8], value: &[u8], clock: Clock) -> Option<Blocked> {

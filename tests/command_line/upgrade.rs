@@ -11,6 +11,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use netoken::guard::program::GuardMaps;
 use netoken::types::Counter;
 
+use crate::lab::OBSERVE;
 use crate::look::{expect_bare, expect_no_state, expect_ours, map_id, ours, records};
 use crate::rules::{dir, write};
 use crate::said::Said;
@@ -351,4 +352,21 @@ pub fn tokens_that_another_version_has_seen_are_forgotten_and_that_is_told() -> 
     );
     told(guard("--destroy")?)?;
     expect_no_state(&world.lab)
+}
+
+/// Both go by the same keys, which are made anew for both.
+pub fn what_a_guard_loses_to_an_attach_of_the_stamp_is_told() -> Result<()> {
+    let world = World::new()?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
+    let guard = format!("guard --netns {} -i c0 --attach --hook tc --rules {}", world.ns, rules.display());
+    told(world.lab.run(&guard)?)?;
+    attach(&world, "")?;
+    pin_instead(&world, "rings", made(MapType::Array, 48, 3, None)?)?;
+    let said = attach(&world, "")?;
+    for expected in
+        ["its guard stays as it is", "not kept: ", "the guard's counters", "who is blocked automatically"]
+    {
+        ensure!(said.contains(expected), "'{expected}' expected: {said}");
+    }
+    Ok(())
 }

@@ -23,6 +23,7 @@ pub fn cases() -> Vec<Trial> {
             move || blocks(hook),
         ));
     }
+    cases.push(case("guard: --query shows nobody as blocked whom the rules let in", NET, lets_in));
     cases.push(case("guard: --watch shows alerts", NET, alerts));
     cases
 }
@@ -72,6 +73,31 @@ fn blocks(hook: &str) -> Result<()> {
     ensure_eq!(output.status.code(), Some(1), "an instance that does not exist");
     let output = world.lab.run("guard --unblock 10.1.0.1/24")?;
     ensure_eq!(output.status.code(), Some(2), "a prefix that is none");
+    Ok(())
+}
+
+/// What others have blocked stays in the map, and the guard does not look for it.
+fn lets_in() -> Result<()> {
+    let world = World::new(true)?;
+    let with = |more: &str| {
+        rules(&world, &format!("auto_block = {{ refused = 2, within = '1h', block_for = '1h'{more} }}"))
+    };
+    attach(&world, "tc", &with("")?)?;
+    let listener = Listener::open(&world, FAMILIES[0])?;
+    for _ in 0..4 {
+        expect_dropped(&world, listener.addr)?;
+    }
+    world.attach("")?;
+    let is_shown = || {
+        Ok::<_, anyhow::Error>(world.lab.ok(&format!("guard {} --query", place(&world)))?.contains("BLOCKED"))
+    };
+    ensure!(is_shown()?, "nobody is blocked");
+    for other in [true, false] {
+        let file = if other { with(", v4_bits = 24")? } else { rules(&world, "")? };
+        world.lab.ok(&format!("guard --load --rules {file}"))?;
+        exchange(&world, &listener)?;
+        ensure!(!is_shown()?, "who is let in is shown as blocked");
+    }
     Ok(())
 }
 
