@@ -185,7 +185,7 @@ impl<'a> Hooks<'a> {
         program: BorrowedFd<'_>,
         place: Place,
     ) -> Result<Attachment> {
-        let front = if place.priority.is_none() { self.front(link)? } else { None };
+        let front = if place.priority.is_none() { self.front(link, instance)? } else { None };
         let made_qdisc = self.make_clsact(link)?;
         let attached = self.attach_filter(lock, link, instance, program, place, front);
         if attached.is_err() && made_qdisc {
@@ -254,7 +254,7 @@ impl<'a> Hooks<'a> {
 
     /// The priority in front of every filter that is there; none if there are none, which lets the kernel choose. Its
     /// own choice is in front of those that it placed itself, but behind those with a priority below 32768.
-    fn front(&mut self, link: &Link) -> Result<Option<u16>> {
+    fn front(&mut self, link: &Link, instance: &str) -> Result<Option<u16>> {
         if !self.netlink.has_clsact(link.index)? {
             return Ok(None);
         }
@@ -264,7 +264,8 @@ impl<'a> Hooks<'a> {
             (2.., _) => Ok(Some(first - 1)),
             // A stamp that is not reached is a packet without a token; a guard that is not reached is none.
             (_, Side::Egress) => Ok(None),
-            (_, Side::Ingress) if self.has_ours(link)? => Ok(None),
+            // It keeps its place, wherever that is.
+            (_, Side::Ingress) if !self.attached(link, instance)?.is_empty() => Ok(None),
             (_, Side::Ingress) => bail!(
                 "attaching the guard to {} ingress: a filter of priority 1 is there, in front of which there is no place, \
                  and it may let packets pass the guard by; give it another priority, or use --hook xdp, or say where the \
@@ -272,11 +273,6 @@ impl<'a> Hooks<'a> {
                 link.name
             ),
         }
-    }
-
-    fn has_ours(&mut self, link: &Link) -> Result<bool> {
-        let programs = loaded_programs(self.state)?;
-        Ok(!attached(&mut self.netlink, link.index, self.side, &programs)?.is_empty())
     }
 
     /// Puts back what was there before an attach: filters of ours in their places, or none, and no qdisc of ours.
@@ -402,6 +398,9 @@ impl<'a> Hooks<'a> {
                     link.name,
                     tool("tc")
                 )
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
+                bail!("{doing}: the interface has just gone")
             }
             Err(error) => Err(error).with_context(|| {
                 format!(

@@ -350,3 +350,32 @@ pub fn a_guard_that_cannot_move_everywhere_stays_where_it_was() -> Result<()> {
     ok("-i c0 --destroy")?;
     expect_no_state(&world.lab)
 }
+
+/// What ran goes on counting where it was, and what failed was in use at no time.
+pub fn rules_of_a_guard_that_fails_are_never_in_use() -> Result<()> {
+    let world = World::new()?;
+    world.second_cable()?;
+    // Beside it there is no room for clsact.
+    sh(&format!("tc -n {} qdisc add dev s1 ingress", world.server_ns))?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
+    let others =
+        world.lab.file("others.toml", OBSERVE.replace("'all'", "'others'").replace("observe", "drop"))?;
+    let guard = |args: &str| world.lab.run(&format!("guard --netns {} {args}", world.server_ns));
+    let attached = guard(&format!("-i s0 --attach --hook tc --rules {}", rules.display()))?;
+    ensure!(attached.status.success(), "{attached:?}");
+    world.syns(3)?;
+    let shown = || world.lab.ok("guard --show --json");
+    let before = shown()?;
+    ensure!(before.contains("\"seen\":3"), "{before}");
+    let failed = guard(&format!("-i s0 -i s1 --attach --hook tc --rules {}", others.display()))?;
+    let said = String::from_utf8(failed.stderr)?;
+    ensure!(failed.status.code() == Some(1) && said.contains("ingress qdisc"), "{said}");
+    // The number counts what was ever put into use.
+    ensure_eq!(shown()?, before, "the rules that run");
+    world.syns(1)?;
+    ensure!(shown()?.contains("\"seen\":4"), "{}", shown()?);
+    let attached = guard(&format!("-i s0 --attach --hook tc --rules {}", others.display()))?;
+    ensure!(attached.status.success(), "{attached:?}");
+    ensure!(shown()?.contains("\"name\":\"others\""), "{}", shown()?);
+    Ok(())
+}

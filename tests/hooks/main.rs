@@ -65,14 +65,15 @@ fn main() -> ExitCode {
         place: priority_and_handle_can_be_chosen another_place_leaves_exactly_one_filter
             another_handle_stays_within_the_priority a_taken_place_is_an_error_that_says_so the_default_is_in_front_of_what_is_there
             the_default_is_in_front_of_a_low_priority_too
-            a_place_that_cannot_be_is_wrong_usage a_guard_that_marks_goes_where_there_are_marks;
+            a_place_that_cannot_be_is_wrong_usage a_guard_that_marks_goes_where_there_are_marks
+            a_guard_of_another_instance_is_no_reason_to_stand_behind_others;
         names: names_that_are_no_text_hinder_no_command names_have_no_power_over_a_terminal;
         meanwhile: a_look_finds_what_is_there_while_interfaces_go
             what_goes_while_it_is_removed_is_gone clsact_is_told_from_what_else_may_be_there
             who_looks_gives_nobody_notice;
         half: a_missing_second_interface_leaves_nothing a_command_for_a_missing_interface_makes_no_state a_second_interface_that_refuses_leaves_nothing
             a_second_interface_that_refuses_leaves_the_first_as_it_was
-            a_guard_that_cannot_move_everywhere_stays_where_it_was
+            a_guard_that_cannot_move_everywhere_stays_where_it_was rules_of_a_guard_that_fails_are_never_in_use
             an_attach_that_cannot_remove_the_old_one_changes_nothing an_interface_that_refuses_keeps_nothing_on_the_others
             a_failed_attach_keeps_what_detach_kept a_failed_attach_leaves_the_slots_as_they_were
             a_first_attach_that_fails_beside_a_guard_leaves_no_policy detach_keeps_policy_and_counters

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 
+use crate::lab::OBSERVE;
 use crate::look::{expect_ours, filters, ours};
 use crate::support::{ensure_eq, sh};
 use crate::world::World;
@@ -141,5 +142,27 @@ pub fn a_guard_that_marks_goes_where_there_are_marks() -> Result<()> {
         let found = filters(&world.ns, iface, "ingress")?;
         ensure!(found.len() == 1 && found[0].contains("netoken_guard"), "{iface}: {found:#?}");
     }
+    Ok(())
+}
+
+/// It may be passed by as the first would be.
+pub fn a_guard_of_another_instance_is_no_reason_to_stand_behind_others() -> Result<()> {
+    let world = World::new()?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
+    let attach = |flags: &str| {
+        let rules = rules.display();
+        world.lab.run(&format!("guard --netns {} -i c0 --attach --hook tc --rules {rules} {flags}", world.ns))
+    };
+    sh(&format!("tc -n {} qdisc add dev c0 clsact", world.ns))?;
+    sh(&format!(
+        "tc -n {} filter add dev c0 ingress pref 1 bpf da bytecode '1,6 0 0 4294967295,'",
+        world.ns
+    ))?;
+    ensure!(attach("--priority 5")?.status.success(), "its place was named");
+    let other = attach("--instance other")?;
+    let said = String::from_utf8(other.stderr)?;
+    ensure!(other.status.code() == Some(1) && said.contains("a filter of priority 1 is there"), "{said}");
+    // It keeps the place that it has.
+    ensure!(attach("")?.status.success(), "its place is its own");
     Ok(())
 }
