@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -66,7 +66,9 @@ impl Netns {
             true => PathBuf::from(name_or_path),
             false => Path::new(NAMED).join(name_or_path),
         };
-        let file = File::open(&path).map_err(|error| {
+        // Anything can have that name, also a pipe that would be waited for.
+        let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
+        let file = opened.map_err(|error| {
             let names = names();
             let known = if names.is_empty() { "there are none".to_string() } else { names.join(", ") };
             let doing =

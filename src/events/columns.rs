@@ -10,16 +10,16 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
+use crate::note::AT_ONCE;
+
 /// How often one who waits for the reader of standard output looks whether to stop, in milliseconds.
 const LOOK_MS: u16 = 100;
 /// How long the reader may take for the last lines.
 const GRACE: Duration = Duration::from_secs(1);
-/// What a pipe that is ready for writing takes without waiting: PIPE_BUF of pipe(7).
-const AT_ONCE: usize = 4096;
 
 /// Standard output, whose reader may stop reading: a pager, a terminal after Ctrl-S. A write that waits for it ends
 /// when we are told to stop, as if the reader had gone.
-struct Patient {
+pub(crate) struct Patient {
     out: File,
     stop: Arc<AtomicBool>,
     /// When to stop waiting, once we were told.
@@ -27,6 +27,15 @@ struct Patient {
 }
 
 impl Patient {
+    /// Waits until `stop` is set.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub fn stdout(stop: Arc<AtomicBool>) -> io::Result<Patient> {
+        let out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        Ok(Patient { out, stop, until: None })
+    }
+
     fn gives_up(&mut self) -> bool {
         // Once told, for good: a stream that ends uses the flag again.
         if self.until.is_none() && !self.stop.load(Ordering::Relaxed) {
@@ -74,8 +83,7 @@ impl<const N: usize> Columns<N> {
         widths: [usize; N],
         stop: Arc<AtomicBool>,
     ) -> io::Result<Columns<N>> {
-        let out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-        let out = BufWriter::new(Patient { out, stop, until: None });
+        let out = BufWriter::new(Patient::stdout(stop)?);
         let mut columns = Columns { out, heads, widths };
         columns.grow(&heads.map(str::to_string));
         Ok(columns)
