@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
@@ -77,7 +77,11 @@ impl State {
             Err((mut file, _)) => {
                 let holder = holder(&mut file).unwrap_or("another netoken command".to_string());
                 note!("waiting for {holder} to finish");
-                self.wait(file, stop, &holder)?
+                match wait_for(file, stop) {
+                    Ok(Some(held)) => held,
+                    Ok(None) => bail!("stopped while waiting for {holder} to finish"),
+                    Err(errno) => bail!("locking {}/lock: {errno}", self.path.display()),
+                }
             }
         };
         if !same_file(&held, &path) {
@@ -87,23 +91,6 @@ impl State {
         // Only a name for who waits.
         sign(&mut lock.held).ok();
         Ok(Some(lock))
-    }
-
-    fn wait(&self, mut file: File, stop: Option<&AtomicBool>, holder: &str) -> Result<Flock<File>> {
-        let failed = |errno: Errno| anyhow!("locking {}/lock: {errno}", self.path.display());
-        let Some(stop) = stop else {
-            return Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno));
-        };
-        // A signal that is handled does not end a wait in the kernel: the handlers ask for it to go on.
-        while !stop.load(Ordering::Relaxed) {
-            thread::sleep(LOOK);
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(held) => return Ok(held),
-                Err((same, Errno::EWOULDBLOCK)) => file = same,
-                Err((_, errno)) => return Err(failed(errno)),
-            }
-        }
-        bail!("stopped while waiting for {holder} to finish")
     }
 
     /// Becomes the one reader of an instance's events of one kind.
@@ -162,6 +149,23 @@ impl Drop for ReaderLock {
         let state = self.state.clone();
         in_first_mount_namespace(move || Ok(fs::remove_dir(state)?)).ok();
     }
+}
+
+/// Waits for a lock that another process holds, or until `stop` is set; nothing then.
+pub(crate) fn wait_for(mut file: File, stop: Option<&AtomicBool>) -> Result<Option<Flock<File>>, Errno> {
+    let Some(stop) = stop else {
+        return Flock::lock(file, FlockArg::LockExclusive).map(Some).map_err(|(_, errno)| errno);
+    };
+    // A signal that is handled does not end a wait in the kernel: the handlers ask for it to go on.
+    while !stop.load(Ordering::Relaxed) {
+        thread::sleep(LOOK);
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => return Ok(Some(held)),
+            Err((same, Errno::EWOULDBLOCK)) => file = same,
+            Err((_, errno)) => return Err(errno),
+        }
+    }
+    Ok(None)
 }
 
 fn lock_file(path: &Path, shown: &Path) -> Result<File> {

@@ -11,6 +11,7 @@
 //! Not /sys/fs/bpf, because `ip netns exec` mounts a new /sys. For the same reason the file system is mounted
 //! where the first process sees it, and reached through a descriptor that works in every mount namespace.
 
+mod instance;
 mod locks;
 mod remembered;
 
@@ -33,11 +34,10 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::{Mode, fstat};
 use nix::sys::statfs::statfs;
 
+pub use instance::Instance;
+pub(crate) use locks::wait_for;
 pub use locks::{EventsOf, Lock, ReaderLock};
 pub(crate) use remembered::Remembered;
-
-use crate::pins::{Renewal, Wanted};
-use crate::program::Maps;
 
 /// Names another directory than /run/netoken.
 pub const DIR_VARIABLE: &str = "NETOKEN_RUN";
@@ -62,19 +62,6 @@ pub struct State {
 /// Tells an instance from one of the same name that was destroyed before: the file of a pin, by device and inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity(u64, u64);
-
-/// One named set of maps.
-#[derive(Debug)]
-pub struct Instance {
-    /// As given with `--instance`.
-    pub name: String,
-    /// The directory of its pins, valid in this process.
-    pub pins: PathBuf,
-    /// The directory of what is remembered of its policy, valid in this process.
-    pub policy_dir: PathBuf,
-    /// The same of the rules of its guard.
-    pub guard_dir: PathBuf,
-}
 
 impl State {
     /// Opens the directory, making it and mounting its BPF file system if that is not done yet, and keeps other
@@ -229,84 +216,6 @@ impl State {
             fs::remove_dir(&path).ok();
             Ok(())
         })
-    }
-}
-
-impl Instance {
-    /// Whether it has pins.
-    pub fn exists(&self) -> bool {
-        self.pins.join("counters").exists()
-    }
-
-    /// Which one of its name it is, for who reads its events; none if it is not there. Who destroys it and attaches again
-    /// makes other maps, of which nothing comes to who has the former ones open.
-    pub fn identity(&self, of: EventsOf) -> Option<Identity> {
-        let pin = match of {
-            EventsOf::Stamp => "events",
-            EventsOf::Guard => "guard_events",
-        };
-        fs::metadata(self.pins.join(pin)).ok().map(|pin| Identity(pin.dev(), pin.ino()))
-    }
-
-    /// Whether its directory is one of ours. An attach that was killed may have pinned nothing in it yet; a directory in
-    /// it is never ours.
-    fn is_ours(&self) -> Result<bool> {
-        let is_ours = self.exists() || self.has_guard();
-        Ok(is_ours || !entries(&self.pins)?.iter().any(|(_, kind)| kind.is_dir()))
-    }
-
-    /// Whether those of a guard are among them.
-    pub fn has_guard(&self) -> bool {
-        self.pins.join("guard_counters").exists()
-    }
-
-    /// Makes the directory of its pins.
-    ///
-    /// # Errors
-    /// It cannot be made, or somebody else has made one of that name.
-    pub fn create(&self) -> Result<()> {
-        if !self.is_ours()? {
-            bail!(
-                "making the directory of instance '{}': somebody else's directory of that name is there; choose another \
-                 --instance",
-                self.name
-            );
-        }
-        make_dir(&self.pins)
-    }
-
-    /// Makes place in it for what this version pins, if another version has pinned something there.
-    pub(crate) fn renew(&self, wanted: Vec<Wanted>) -> Result<Renewal> {
-        Renewal::begin(&self.pins, wanted)
-            .with_context(|| format!("looking at the maps of instance '{}'", self.name))
-    }
-
-    /// Its maps.
-    ///
-    /// # Errors
-    /// It does not exist, or its pins cannot be opened.
-    pub fn maps(&self) -> Result<Maps> {
-        Maps::open(&self.pins).with_context(|| format!("opening instance '{}'", self.name))
-    }
-
-    /// Removes its pins: policy and counters are gone when the last program is.
-    ///
-    /// # Errors
-    /// A pin cannot be removed.
-    pub fn remove(&self) -> Result<()> {
-        for entry in fs::read_dir(&self.pins).into_iter().flatten().flatten() {
-            fs::remove_file(entry.path()).with_context(|| {
-                format!("removing the pin {:?} of instance '{}'", entry.file_name(), self.name)
-            })?;
-        }
-        for (dir, what) in [(&self.policy_dir, "policy"), (&self.guard_dir, "guard's rules")] {
-            if dir.exists() {
-                fs::remove_dir_all(dir)
-                    .with_context(|| format!("removing the {what} of instance '{}'", self.name))?;
-            }
-        }
-        fs::remove_dir(&self.pins)
-            .with_context(|| format!("removing the directory of instance '{}'", self.name))
     }
 }
 
