@@ -12,7 +12,7 @@ use crate::hooks::egress::Egress;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::hooks::qdisc::Qdisc;
 use crate::hooks::tcx;
-use crate::hooks::unused::{remove_unused, used_where};
+use crate::hooks::unused::{Lost, remove_unused, used_where};
 use crate::netns::Netns;
 use crate::privileges;
 use crate::state::{Lock, State};
@@ -87,6 +87,7 @@ fn remove_from(
 ) -> Result<()> {
     let (mut done, mut failed) = (Vec::new(), Vec::new());
     let had_state = state.instance(&scope.instance).exists();
+    let lost = Lost::now(state);
     for target in targets {
         let removed = match &target.netns {
             None => take_away(scope, state, &lock, &target, destroy),
@@ -101,7 +102,10 @@ fn remove_from(
     if only_news {
         done.retain(|removed| removed.filters > 0 || removed.qdisc == Some(Qdisc::Removed));
     }
-    let unused = if destroy { remove_unused(state, &lock, &scope.instance) } else { Ok(HashSet::new()) };
+    let unused = match destroy {
+        true => lost.and_then(|lost| remove_unused(state, &lock, &scope.instance, &lost)),
+        false => Ok(HashSet::new()),
+    };
     let users = unused.unwrap_or_else(|error| {
         failed.push(error);
         HashSet::new()

@@ -63,6 +63,11 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    /// Whether both use a map.
+    pub(super) fn shares_maps(&self, other: &Loaded) -> bool {
+        self.map_ids.iter().any(|id| other.map_ids.contains(id))
+    }
+
     /// What it was told; nothing if another version of netoken has loaded it.
     pub fn config(&self) -> Option<Config> {
         config_among(&self.map_ids)
@@ -108,6 +113,19 @@ impl Programs {
     pub fn of_instance(mut self, name: &str) -> Programs {
         self.ours.retain(|_, program| program.instance.as_deref() == Some(name));
         self
+    }
+
+    /// Those whose pins are gone.
+    pub fn without_instance(mut self) -> Programs {
+        self.ours.retain(|_, program| program.instance.is_none());
+        self
+    }
+
+    /// Those for which this is true.
+    pub(super) fn only(&self, is_wanted: impl Fn(u32, &Loaded) -> bool) -> Programs {
+        let ours = self.all().filter(|(id, loaded)| is_wanted(*id, loaded));
+        let ours = ours.map(|(id, loaded)| (id, loaded.clone())).collect();
+        Programs { ours, newest: self.newest, is_old: AtomicBool::new(self.is_old()) }
     }
 }
 

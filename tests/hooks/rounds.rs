@@ -9,7 +9,7 @@ use netoken::hooks::clsact::{Hooks, Place};
 use netoken::hooks::link::find_link;
 use netoken::hooks::netlink::Side;
 use netoken::hooks::qdisc::Qdisc;
-use netoken::hooks::unused::remove_unused;
+use netoken::hooks::unused::{Lost, remove_unused};
 use netoken::policy::Policy;
 use netoken::program::{Program, Settings};
 use netoken::state::{DIR_VARIABLE, State};
@@ -113,7 +113,10 @@ fn rounds(count: usize) -> Result<u32> {
     }
     ensure_eq!(hooks.destroy_clsact(&lock, &link)?, Qdisc::Removed, "what became of the qdisc");
     drop(programs);
-    ensure!(remove_unused(&state, &lock, "default")?.is_empty(), "the instance is still in use");
+    ensure!(
+        remove_unused(&state, &lock, "default", &Lost::now(&state)?)?.is_empty(),
+        "the instance is still in use"
+    );
     drop(hooks);
     state.remove_if_empty(lock)?;
     Ok(id)

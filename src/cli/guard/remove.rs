@@ -10,7 +10,7 @@ use crate::cli::detach::first_of;
 use crate::hooks::clsact::Hooks;
 use crate::hooks::netlink::{Link, Netlink, Side};
 use crate::hooks::qdisc::Qdisc;
-use crate::hooks::unused::{remove_unused, used_where};
+use crate::hooks::unused::{Lost, remove_unused, used_where};
 use crate::hooks::xdp::take_xdp;
 use crate::privileges;
 use crate::state::State;
@@ -25,6 +25,7 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
     let mut hooks = Hooks::open(&state, Side::Ingress)?;
     let (mut done, mut failed) = (Vec::new(), Vec::new());
     let had_state = state.instance(&scope.instance).exists();
+    let lost = Lost::now(&state);
     for link in &links {
         let mut remove = || {
             let programs = hooks.detach(&lock, link, &scope.instance)?
@@ -42,7 +43,10 @@ pub(super) fn remove(scope: &Scope, destroy: bool) -> Result<()> {
         done.retain(|(_, programs, qdisc)| *programs > 0 || *qdisc == Some(Qdisc::Removed));
     }
     drop(hooks);
-    let unused = if destroy { remove_unused(&state, &lock, &scope.instance) } else { Ok(HashSet::new()) };
+    let unused = match destroy {
+        true => lost.and_then(|lost| remove_unused(&state, &lock, &scope.instance, &lost)),
+        false => Ok(HashSet::new()),
+    };
     let users = unused.unwrap_or_else(|error| {
         failed.push(error);
         HashSet::new()
