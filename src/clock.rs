@@ -171,6 +171,16 @@ pub fn write(map: &MapHandle, clock: &Clock) -> Result<()> {
     map.update(&0u32.to_ne_bytes(), bytes, MapFlags::ANY).context("setting the clock of the classifier")
 }
 
+/// Does what [`publish`] does. Returns the slots before and now, for who has to tell of a change.
+///
+/// # Errors
+/// The kernel refused.
+pub fn change_slots(map: &MapHandle, slots: Option<Slots>) -> Result<(Option<Slots>, Option<Slots>)> {
+    let before = self::slots(&published(map)?);
+    publish(map, slots)?;
+    Ok((before, self::slots(&published(map)?)))
+}
+
 /// Publishes it to every instance that there is, as far as this process may. Every command does that, so that it
 /// must not fail for it.
 pub fn publish_to_all() {

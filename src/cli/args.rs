@@ -13,9 +13,9 @@ use crate::hooks::clsact::Place;
 use crate::hooks::egress::Hook;
 use crate::hooks::link::find_link;
 use crate::hooks::netlink::Link;
+use crate::note::quoted;
 use crate::state::{check_name, instance_flag};
 use crate::token::Token;
-use crate::token::keyed::Slots;
 
 // Each explanation on a line of its own: columns would be broken by narrow terminals.
 const EXAMPLES: &str = "\
@@ -186,7 +186,8 @@ pub(super) struct AttachOptions {
     /// Where it is already, if nothing is said.
     pub hook: Option<Hook>,
     pub place: Place,
-    pub slots: Option<Slots>,
+    /// Length of a slot in seconds.
+    pub slot_s: Option<u32>,
 }
 
 /// Where the policy comes from.
@@ -228,7 +229,7 @@ impl Args {
                 said: Said { option_kind: self.option_kind, exid: self.exid, sample: self.sample },
                 hook: self.hook,
                 place,
-                slots: self.slot.map(|length_s| Slots::new(length_s, 1, 1)).transpose()?,
+                slot_s: self.slot,
             })
         };
         let scope = Scope {
@@ -261,16 +262,18 @@ impl Scope {
         if self.ifaces.is_empty() { Ok(links) } else { self.find(&links) }
     }
 
-    /// Whether an instance is one of those that were asked for.
+    /// Whether an instance is one of those that were asked for. What has lost its pins may be of any, and is replaced and
+    /// removed as one of the instance that is named; so it is shown where that would be done.
     pub fn wants(&self, instance: Option<&str>) -> bool {
-        !self.is_one_instance || instance == Some(&self.instance)
+        let is_place_named = !self.ifaces.is_empty() || self.netns.is_some();
+        !self.is_one_instance || instance.map_or(is_place_named, |instance| instance == self.instance)
     }
 
     /// The flags that lead another command to the same place.
     pub fn flags(&self, iface: &str) -> String {
-        let mut flags = format!("--iface {iface}");
+        let mut flags = format!("--iface {}", quoted(iface));
         if let Some(netns) = &self.netns {
-            flags.push_str(&format!(" --netns {netns}"));
+            flags.push_str(&format!(" --netns {}", quoted(netns)));
         }
         flags.push_str(&instance_flag(&self.instance));
         flags

@@ -10,10 +10,10 @@ use anyhow::{Context, Result, bail};
 use super::args::{AttachOptions, PolicySource, Scope};
 use super::detach;
 use super::loads::Loads;
-use super::policy::{Progress, load_keys, put as put_policy, read_by as read_policy};
+use super::policy::{Progress, put as put_policy, read_by as read_policy};
 use super::reload::Reload;
 use super::signals::Signals;
-use super::told::{Before, RISK, filters_remark};
+use super::told::{Before, RISK, filters_remark, lost_note, slots_note};
 use crate::clock;
 use crate::events::reader::Reader;
 use crate::events::rules::RuleNames;
@@ -25,8 +25,8 @@ use crate::hooks::egress::{Done, Egress, Hook};
 use crate::hooks::link::link_header;
 use crate::hooks::netlink::{Link, Netlink};
 use crate::hooks::tcx;
-use crate::hooks::unused::remove_unused;
-use crate::keys::file::{HeldKeys, keys_for};
+use crate::hooks::unused::remove_unused_pins;
+use crate::keys::file::{HeldKeys, keys_for, keys_unless};
 use crate::netns::{Netns, tool};
 use crate::pins::Renewal;
 use crate::policy::read::Checked;
@@ -37,6 +37,7 @@ use crate::realtime;
 use crate::rings;
 use crate::state::{EventsOf, Instance, Lock, ReaderLock, Remembered, State, instance_flag};
 use crate::token::Token;
+use crate::token::keyed::Slots;
 
 pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     let progress = Progress::new(scope.json);
@@ -63,7 +64,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         is_new,
         keys: None,
         progress: &progress,
-        slots: (0, 0),
+        slots: (None, None),
         renewal: None,
         restored: None,
         done: Vec::new(),
@@ -108,6 +109,9 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
         }
     };
 
+    // Who listens may take their time, and nobody else has to wait for that. A stream may run for months, and has no use for
+    // secrets.
+    drop((job.keys.take(), lock));
     if let Some(taken_over) = taken_over {
         note!("instance '{}': {taken_over}", instance.name);
     }
@@ -115,8 +119,7 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
     if given.is_none() {
         tell_stale(&instance, &maps);
     }
-    // A stream may run for months, and has no use for secrets.
-    drop((job, lock));
+    drop(job);
     let Some(mut stream) = stream else {
         return told;
     };
@@ -133,7 +136,12 @@ pub(super) fn run(scope: &Scope, options: &AttachOptions) -> Result<()> {
                     state.remove_if_empty(lock)?;
                     bail!("{doing}: instance '{}' was destroyed", instance.name);
                 }
-                load_keys(&instance, &maps, &checked.policy)?;
+                let rings = checked.policy.rings();
+                if !rings.is_empty() {
+                    let keys = keys_unless(Some(&signals.stop), &scope.instance, rings.iter().copied());
+                    let load = |keys: HeldKeys| rings::load(&instance, &maps.keys, &keys, rings);
+                    keys.context(doing)?.map_or(Ok(()), load)?;
+                }
                 put_policy(&instance, &maps, &checked, path, &progress)?;
                 Ok(checked.policy.summary())
             };
@@ -251,13 +259,13 @@ struct Job<'a> {
     options: &'a AttachOptions,
     state: &'a State,
     instance: &'a Instance,
-    /// The instance was not there before.
+    /// It had no pins before.
     is_new: bool,
     /// Until all is done: what a rotation gave to maps that an attach takes back would be lost with them.
     keys: Option<HeldKeys>,
     progress: &'a Progress,
-    /// Length of a slot in nanoseconds, before and now.
-    slots: (u64, u64),
+    /// Before and now.
+    slots: (Option<Slots>, Option<Slots>),
     renewal: Option<Renewal>,
     /// The number of the policy that was remembered last, if the maps had none.
     restored: Option<Option<u64>>,
@@ -323,7 +331,8 @@ impl Job<'_> {
             if first {
                 self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
                 // Where nobody goes by others, what is attached begins with these.
-                clock::publish(&program.maps.clock, self.options.slots.filter(|_| self.is_new))?;
+                let slots = if self.is_new { self.wanted_slots(&program.maps)? } else { None };
+                clock::publish(&program.maps.clock, slots)?;
                 let named = given.map(|given| given.policy().rings()).unwrap_or_default();
                 let load_keys = |keys| rings::load(self.instance, &program.maps.keys, keys, named);
                 self.keys.as_deref().map_or(Ok(()), load_keys)?;
@@ -347,11 +356,8 @@ impl Job<'_> {
                 signals.go_on(&format!("attaching to {}", target.link.name))?;
             }
             let done = hooks.attach(lock, &target.link, name, program.as_fd(), hook, place)?;
-            let lost = (lost > 0).then(|| {
-                let programs = if lost == 1 { "a program".to_string() } else { format!("{lost} programs") };
-                format!("it takes the place of {programs} whose counters were lost")
-            });
-            self.done.push((target.link.clone(), done, lost.into_iter().chain(before.note(&told)).collect()));
+            let notes = lost_note(lost).into_iter().chain(before.note(&told)).collect();
+            self.done.push((target.link.clone(), done, notes));
             if first {
                 note = Some(match (given, running) {
                     (Some(given), _) => format!("policy: {}", given.policy().summary()),
@@ -371,10 +377,15 @@ impl Job<'_> {
 
     /// To be done when all else has worked: who makes and checks tokens already goes by these at once.
     fn set_slots(&mut self, maps: &Maps) -> Result<()> {
-        let before = clock::published(&maps.clock)?.slot_ns;
-        clock::publish(&maps.clock, self.options.slots)?;
-        self.slots = (before, clock::published(&maps.clock)?.slot_ns);
+        self.slots = clock::change_slots(&maps.clock, self.wanted_slots(maps)?)?;
         Ok(())
+    }
+
+    /// Nothing is said of which of them are accepted: that is for the guard to say.
+    fn wanted_slots(&self, maps: &Maps) -> Result<Option<Slots>> {
+        let now = clock::slots(&clock::published(&maps.clock)?).unwrap_or_default();
+        let wanted = |length_s| Slots::new(length_s, now.behind(), now.ahead());
+        self.options.slot_s.map(wanted).transpose()
     }
 
     /// Takes back what was done; returns the reason. Nothing half done stays behind, and what was there before
@@ -393,7 +404,7 @@ impl Job<'_> {
             Remembered(&self.instance.policy_dir).forget_newer(number);
         }
         if self.is_new {
-            remove_unused(self.state, &lock, &self.instance.name).ok();
+            remove_unused_pins(self.state, &lock, &self.instance.name).ok();
         }
         self.state.remove_if_empty(lock).ok();
         reason
@@ -442,12 +453,8 @@ impl Job<'_> {
                 );
             }
         }
-        let (before_s, now_s) = (self.slots.0 / 1_000_000_000, self.slots.1 / 1_000_000_000);
-        if before_s != now_s {
-            note!(
-                "instance '{}': slots of keyed tokens have {now_s} s now, and had {before_s} s; who checks tokens has to agree",
-                self.instance.name
-            );
+        if let Some(changed) = slots_note(&self.instance.name, self.slots) {
+            note!("{changed}");
         }
         if !output.is_json() {
             note!("{note}");

@@ -8,8 +8,10 @@ use serde::Serialize;
 use crate::guard;
 use crate::hooks::loaded::{Loaded, Role};
 use crate::hooks::tcx;
+use crate::note::quoted;
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
 use crate::state::{DIR_VARIABLE, dir_path};
+use crate::token::keyed::Slots;
 use crate::types;
 
 /// What a program may do that sees packets before the stamp.
@@ -60,6 +62,34 @@ pub(super) fn filters_remark(count: usize, risk: &str) -> Option<String> {
         1 => Some(format!("another filter runs {risk}")),
         count => Some(format!("{count} other filters run {risk}")),
     }
+}
+
+/// What a person is told of programs in whose place another one is, and whose pins were lost; nothing if there were none.
+pub(super) fn lost_note(count: usize) -> Option<String> {
+    match count {
+        0 => None,
+        1 => Some("it takes the place of a program whose counters were lost".to_string()),
+        count => Some(format!("it takes the place of {count} programs whose counters were lost")),
+    }
+}
+
+/// What a person has to know of the slots of an instance, by which its stamp and its guard go; nothing if they are what
+/// they were.
+pub(super) fn slots_note(instance: &str, (before, now): (Option<Slots>, Option<Slots>)) -> Option<String> {
+    let (before, now) = before.zip(now)?;
+    let mut changes = Vec::new();
+    if before.length_s() != now.length_s() {
+        changes.push(format!(
+            "slots of keyed tokens have {} s now, and had {} s; who checks tokens has to agree",
+            now.length_s(),
+            before.length_s()
+        ));
+    }
+    let window = |slots: Slots| format!("{} slots behind and {} ahead", slots.behind(), slots.ahead());
+    if window(before) != window(now) {
+        changes.push(format!("tokens are accepted {} now, and were {}", window(now), window(before)));
+    }
+    (!changes.is_empty()).then(|| format!("instance '{instance}': {}", changes.join("; ")))
 }
 
 /// What is said of a program below the table in which it is listed.
@@ -134,11 +164,11 @@ impl Remarks<'_> {
     fn attach_again(&self) -> String {
         let flag = |name: &str, value: &str| match value {
             "" | "default" => String::new(),
-            value => format!(" --{name} {value}"),
+            value => format!(" --{name} {}", quoted(value)),
         };
         let (netns, instance) =
             (flag("netns", self.netns), flag("instance", self.instance.unwrap_or_default()));
-        format!("{} --iface {}{netns}{instance} --attach", self.command, self.interface)
+        format!("{} --iface {}{netns}{instance} --attach", self.command, quoted(self.interface))
     }
 }
 

@@ -1,10 +1,11 @@
 //! `netoken guard --watch` at the terminal.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, pipe};
@@ -92,6 +93,37 @@ pub fn an_output_that_nobody_reads_does_not_keep_it_alive() -> Result<()> {
     child.wait()?;
     ensure_eq!(ended?.code(), Some(0), "the exit code");
     drop(reader);
+    Ok(())
+}
+
+/// Nor does it have to be killed.
+pub fn an_attach_that_nobody_listens_to_keeps_nobody_waiting() -> Result<()> {
+    let world = World::new()?;
+    let rules = world.lab.file("guard.toml", RULES)?;
+    let guard = format!("guard {} --attach --json --rules {}", place(&world), rules.display());
+    for attach in [guard, world.args("-i c0 --attach --quiet --json")] {
+        let (_reader, writer) = pipe()?;
+        let len = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(4096))?;
+        nix::unistd::write(&writer, &vec![b'\n'; len as usize])?;
+        let mut child = world.lab.netoken(&attach).stdout(writer).stderr(Stdio::null()).spawn()?;
+        let done = (|| {
+            let is_attached = || world.lab.ok(&format!("guard {} --query", place(&world))).is_ok();
+            let is_stamped = || world.ok("-i c0 --query").is_ok();
+            wait_until("it to be attached", || {
+                Ok((if attach.starts_with("guard") { is_attached() } else { is_stamped() }).then_some(()))
+            })?;
+            wait_until("the lock of the state", || {
+                let file = File::open(world.lab.run.join("lock"))?;
+                Ok(Flock::lock(file, FlockArg::LockExclusiveNonblock).ok().map(drop))
+            })?;
+            ensure!(child.try_wait()?.is_none(), "it has ended");
+            kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?;
+            wait_until("its end", || Ok(child.try_wait()?)).map(drop)
+        })();
+        child.kill().ok();
+        child.wait()?;
+        done.context(attach)?;
+    }
     Ok(())
 }
 

@@ -101,11 +101,13 @@ fn with_root() -> Vec<Trial> {
             a_rule_about_a_namespace_that_comes_later_is_a_rule
             an_attach_that_keeps_a_policy_tells_which_interfaces_are_others;
         reload: sighup_loads_the_file_again watch_notices_every_way_of_changing_a_file
-            a_change_while_files_are_read_is_not_missed a_list_that_is_mended_is_noticed a_reload_that_waits_ends_with_a_signal;
+            a_change_while_files_are_read_is_not_missed a_list_that_is_mended_is_noticed a_reload_that_waits_ends_with_a_signal
+            a_reload_that_waits_for_the_keys_ends_with_a_signal;
         query: the_policy_and_what_programs_were_told_are_shown instances_without_filters_are_shown
             one_instance_can_be_asked_for an_instance_that_is_not_whole_does_not_hide_the_others
             an_attached_instance_that_cannot_be_read_does_not_hide_the_others
-            an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told;
+            an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told
+            slots_that_change_are_told_and_the_window_is_the_guards;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
             without_the_right_to_look_nothing_is_said_or_changed;
@@ -121,10 +123,11 @@ fn with_root() -> Vec<Trial> {
             a_directory_that_is_full_is_named_and_the_policy_stays a_name_that_is_no_utf8_is_a_name
             a_relative_directory_is_below_the_current_one
             a_query_names_a_broken_instance a_query_finds_what_is_attached_without_its_state
+            an_attach_that_fails_without_the_pins_forgets_nothing what_is_destroyed_without_its_pins_is_forgotten
             what_a_killed_attach_began_to_remember_is_no_policy a_directory_of_others_is_refused
             a_policy_of_an_attach_that_was_killed_is_forgotten a_policy_of_a_load_that_was_killed_is_forgotten;
         guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
-            an_output_that_is_closed_ends_it
+            an_output_that_is_closed_ends_it an_attach_that_nobody_listens_to_keeps_nobody_waiting
             a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;
         upgrade: a_map_of_another_shape_is_replaced_and_the_loss_told
@@ -134,7 +137,8 @@ fn with_root() -> Vec<Trial> {
             a_policy_of_an_attach_that_failed_is_forgotten
             rules_of_a_load_that_was_killed_are_forgotten
             keys_of_another_shape_are_read_from_their_files rules_and_lists_of_a_guard_are_compiled_again
-            tokens_that_another_version_has_seen_are_forgotten_and_that_is_told;
+            tokens_that_another_version_has_seen_are_forgotten_and_that_is_told
+            what_a_guard_loses_to_an_attach_of_the_stamp_is_told;
         json: attach_prints_one_object_a_line query_prints_one_object_a_line
             detach_and_destroy_print_one_object_a_line;
         stream: ctrl_c_and_sigterm_end_it_in_peace a_hangup_that_the_parent_ignores_stays_ignored detach_on_exit_removes_everything

@@ -195,3 +195,35 @@ pub fn a_setting_that_an_attach_changes_is_told() -> Result<()> {
     ensure!(!other.err.contains("changed"), "{other:#?}");
     Ok(())
 }
+
+/// Both sides of an instance go by the same.
+pub fn slots_that_change_are_told_and_the_window_is_the_guards() -> Result<()> {
+    let world = World::new()?;
+    let rules = |slots: &str| world.lab.file("guard.toml", format!("slots = {{ {slots} }}\n{OBSERVE}"));
+    let place = format!("guard --netns {} -i c0", world.ns);
+    let path = rules("length = 16, behind = 2, ahead = 1")?.display().to_string();
+    let told = |command: &str| -> Result<Vec<String>> {
+        let said = said(&mut world.lab.netoken(command))?.code(0)?;
+        let is_told = |line: &&str| line.contains("slots");
+        Ok(said.err.lines().filter(is_told).map(str::to_string).collect())
+    };
+    let length = |now: u32, before: u32| {
+        format!("slots of keyed tokens have {now} s now, and had {before} s; who checks tokens has to agree")
+    };
+    let window = "tokens are accepted 2 slots behind and 1 ahead now, and were 1 slots behind and 1 ahead";
+    let of_default = |what: &str| vec![format!("instance 'default': {what}")];
+
+    ensure_eq!(told(&format!("{place} --attach --rules {path}"))?, Vec::<String>::new(), "a new instance");
+    let stamp = |slot: u32| told(&world.args(&format!("-i c0 --attach --quiet --slot {slot}")));
+    ensure_eq!(stamp(16)?, Vec::<String>::new(), "the length as before");
+    ensure_eq!(stamp(32)?, of_default(&length(32, 16)), "another length");
+    let shown = world.lab.ok("guard --show")?;
+    ensure!(shown.contains("slots = { length = 32, behind = 2, ahead = 1 }"), "{shown}");
+    rules("length = 16, behind = 1, ahead = 1")?;
+    let back = "tokens are accepted 1 slots behind and 1 ahead now, and were 2 slots behind and 1 ahead";
+    let both = format!("{}; {back}", length(16, 32));
+    ensure_eq!(told(&format!("guard --load --rules {path}"))?, of_default(&both), "a load");
+    rules("length = 16, behind = 2, ahead = 1")?;
+    ensure_eq!(told(&format!("{place} --attach --rules {path}"))?, of_default(window), "the guard's attach");
+    Ok(())
+}

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
@@ -222,4 +223,29 @@ pub fn a_reload_that_waits_ends_with_a_signal() -> Result<()> {
         }
     }
     expect(&world, "1")
+}
+
+pub fn a_reload_that_waits_for_the_keys_ends_with_a_signal() -> Result<()> {
+    let world = World::new()?;
+    let dir = dir()?;
+    world.lab.ok("key new edge")?;
+    let policy = "default = { action = 'stamp', token = { tag = 17, key = 'edge' } }\n";
+    let path = write(dir.path(), "p.toml", policy)?;
+    let rules = "[[rule]]\nname = 'all'\ndst = '::/0'\nmode = 'observe'\nkeys = 'edge'\n";
+    let rules = write(dir.path(), "guard.toml", rules)?.display().to_string();
+    world.lab.ok(&format!("guard --netns {} -i c0 --attach --rules {rules}", world.ns))?;
+    let stream = stream(&world, &path, "")?;
+    let mut watch = Running::start(&mut world.lab.netoken(&format!("guard --watch --rules {rules}")))?;
+    watch.wait_for("the heads of the columns", |line| line.contains("VERDICT"))?;
+    for mut process in [stream, watch] {
+        let keys = File::open(world.lab.keys().join("default"))?;
+        let held = Flock::lock(keys, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+        process.signal(Signal::SIGHUP)?;
+        process.wait_for("that it waits", |line| line.contains("to finish with the keys"))?;
+        process.signal(Signal::SIGTERM)?;
+        let (code, lines) = process.end()?;
+        drop(held);
+        ensure_eq!(code, Some(0), "exit code: {lines:#?}");
+    }
+    Ok(())
 }

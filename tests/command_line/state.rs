@@ -14,10 +14,10 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::sys::signal::Signal;
 
 use crate::lab::{NETOKEN, OBSERVE, Running, wait_until};
-use crate::look::{expect_bare, expect_ours};
+use crate::look::{expect_bare, expect_no_state, expect_ours};
 use crate::progress::write_policy;
 use crate::said::said;
-use crate::support::ensure_eq;
+use crate::support::{ensure_eq, sh};
 use crate::upgrade::{made, pin_instead};
 use crate::world::World;
 
@@ -158,7 +158,9 @@ pub fn a_query_finds_what_is_attached_without_its_state() -> Result<()> {
     let guard = |args: &str| format!("guard --netns {} -i c0 {args}", world.ns);
     world.lab.ok(&guard(&format!("--attach --hook tc --rules {}", rules.display())))?;
     nix::mount::umount(&world.lab.run.join("bpf"))?;
-    for query in [world.args("--query"), world.args("-i c0 --query"), guard("--query")] {
+    // It is replaced and removed as one of any instance.
+    let of_blue = world.args("-i c0 --query --instance blue");
+    for query in [world.args("--query"), world.args("-i c0 --query"), guard("--query"), of_blue] {
         let out = world.lab.ok(&query)?;
         ensure!(
             out.contains("(pins lost)") && out.contains("its policy and counters are not in"),
@@ -174,6 +176,55 @@ pub fn a_query_finds_what_is_attached_without_its_state() -> Result<()> {
     world.lab.ok(&guard("--destroy"))?;
     world.ok("-i c0 --destroy")?;
     expect_bare(&world.ns, "c0")
+}
+
+/// A stamp and a guard on c0, both without their state. Beside the filter of somebody else no stamp can have priority 20,
+/// and c1 takes no guard.
+fn without_pins(world: &World) -> Result<()> {
+    world.second_cable()?;
+    sh(&format!("tc -n {} qdisc add dev c1 ingress", world.ns))?;
+    let slots = "slots = { length = 8, behind = 2, ahead = 1 }\n";
+    let rules = world.lab.file("guard.toml", format!("{slots}{OBSERVE}"))?;
+    world.ok("-i c0 --attach --quiet --token 1111111111111111")?;
+    let add = format!("tc -n {} filter add dev c0 egress pref 20", world.ns);
+    sh(&format!("{add} protocol ip u32 match ip dst 192.0.2.1/32 classid 1:1"))?;
+    let guard = format!("guard --netns {} -i c0 --attach --hook tc --rules {}", world.ns, rules.display());
+    world.lab.ok(&guard)?;
+    Ok(nix::mount::umount(&world.lab.run.join("bpf"))?)
+}
+
+/// What is remembered is what it will go by when it is attached again.
+pub fn an_attach_that_fails_without_the_pins_forgets_nothing() -> Result<()> {
+    let world = World::new()?;
+    without_pins(&world)?;
+    let guard = |args: &str| said(&mut world.lab.netoken(&format!("guard --netns {} {args}", world.ns)));
+    world.fails("-i c0 --attach --quiet --priority 20 --token 2222222222222222")?;
+    guard("-i c0 -i c1 --attach --hook tc")?.code(1)?.err(&["ingress qdisc"])?;
+    let others = world.lab.file("others.toml", OBSERVE.replace("'all'", "'others'"))?;
+    guard(&format!("-i c0 -i c1 --attach --hook tc --rules {}", others.display()))?.code(1)?;
+
+    let attached = guard("-i c0 --attach")?.code(0)?;
+    attached.err(&["c0: it takes the place of a program whose counters were lost"])?;
+    let shown = guard("--show")?.code(0)?.out;
+    for expected in ["rule 1 'all'", "slots = { length = 8, behind = 2, ahead = 1 }"] {
+        ensure!(shown.contains(expected), "'{expected}' expected: {shown}");
+    }
+    said(&mut world.lab.netoken(&world.args("-i c0 --attach --quiet")))?
+        .code(0)?
+        .err(&["policy: as instance 'default' had it"])?;
+    world.expect_token("1111111111111111", "the token that is remembered")
+}
+
+/// Whoever attaches next begins with nothing.
+pub fn what_is_destroyed_without_its_pins_is_forgotten() -> Result<()> {
+    let world = World::new()?;
+    without_pins(&world)?;
+    // What the guard goes by, and may want to go on with.
+    let destroyed = said(&mut world.lab.netoken(&world.args("-i c0 --destroy")))?.code(0)?;
+    destroyed.err(&["still used by its guard"])?;
+    ensure!(world.lab.run.join("default.guard").exists(), "the rules of what is attached are forgotten");
+    world.lab.ok(&format!("guard --netns {} -i c0 --destroy", world.ns))?;
+    expect_no_state(&world.lab)
 }
 
 /// As if it had been killed while it wrote down the policy that was to be the first.

@@ -1,17 +1,20 @@
 //! `netoken guard --attach`: puts the guard on interfaces, all of them or none.
 
 use std::collections::HashSet;
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
 use super::rules::{NO_MARKS, load_keys, set_rules};
-use super::{GuardArgs, HookArg, PASSED_BY, RISK, Record, SEES_IT, TO_THE_FRONT, hook_name, print_json};
+use super::{GuardArgs, HookArg, PASSED_BY, RISK, Record, SEES_IT, TO_THE_FRONT, hook_name};
 use crate::cli::args::Scope;
 use crate::cli::loads::Loads;
 use crate::cli::signals::Signals;
-use crate::cli::told::{Before, Said, filters_remark};
+use crate::cli::told::{Before, Said, filters_remark, lost_note, slots_note};
 use crate::clock::{self, slots};
+use crate::events::columns::Patient;
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
 use crate::guard::rules::Rules;
 use crate::guard::running::{self, Running};
@@ -20,7 +23,7 @@ use crate::hooks::link::guarded_header;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::netlink::{Link, Netlink, Side};
 use crate::hooks::tcx;
-use crate::hooks::unused::remove_unused;
+use crate::hooks::unused::remove_unused_pins;
 use crate::hooks::xdp::{
     Allowed, Mode, XdpAttachment, at_xdp, attach_xdp, attached_xdp, put_back_xdp, take_xdp, undo_xdp,
 };
@@ -48,7 +51,7 @@ struct Job<'a> {
     args: &'a GuardArgs,
     state: &'a State,
     instance: &'a Instance,
-    /// The instance was not there before.
+    /// It had no pins before.
     is_new: bool,
     /// Until all is done: what a rotation gave to maps that an attach takes back would be lost with them.
     keys: Option<HeldKeys>,
@@ -56,7 +59,9 @@ struct Job<'a> {
     /// The number of the rules that were remembered last, if the maps had none.
     restored: Option<Option<u64>>,
     done: Vec<(Link, Done)>,
-    /// The rules and slots that others were put into the place of, as far as there were any.
+    /// Rules run that those of the command line are to replace.
+    replaces_rules: bool,
+    /// The rules and slots that others were put into the place of before all was done, as far as there were any.
     before: Option<(Option<Running>, Option<Slots>)>,
     /// What to say at the end.
     notes: Vec<String>,
@@ -83,25 +88,35 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
         renewal: None,
         restored: None,
         done: Vec::new(),
+        replaces_rules: false,
         before: None,
         notes: Vec::new(),
     };
     let attached = (|| {
-        job.keys = load_keys(&doing, &scope.instance, rules)?;
-        job.attach_all(&lock, &links, rules, &Signals::catch(false)?)
+        job.keys = load_keys(&doing, &scope.instance, rules, None)?;
+        let signals = Signals::catch(false)?;
+        job.attach_all(&lock, &links, rules, &signals)?;
+        Ok(signals)
     })();
-    if let Err(error) = attached {
-        job.undo(&lock);
-        if is_new {
-            remove_unused(&state, &lock, &instance.name).ok();
+    let signals = match attached {
+        Ok(signals) => signals,
+        Err(error) => {
+            job.undo(&lock);
+            if is_new {
+                remove_unused_pins(&state, &lock, &instance.name).ok();
+            }
+            state.remove_if_empty(lock).ok();
+            return Err(error);
         }
-        state.remove_if_empty(lock).ok();
-        return Err(error);
-    }
-    if let Some(taken_over) = job.renewal.take().and_then(Renewal::finish) {
+    };
+    let taken_over = job.renewal.take().and_then(Renewal::finish);
+    // Who listens may take their time, and nobody else has to wait for that.
+    drop((job.keys.take(), lock));
+    if let Some(taken_over) = taken_over {
         note!("instance '{}': {taken_over}", instance.name);
     }
-    job.tell(scope)
+    let mut out = Patient::stdout(Arc::clone(&signals.stop)).context("preparing standard output")?;
+    job.tell(scope, &mut out).context("writing to standard output")
 }
 
 impl Job<'_> {
@@ -129,7 +144,9 @@ impl Job<'_> {
         let mut ready = false;
         let mut loads = Loads::new();
         for link in links {
-            let before = Before::of(self.running(link)?);
+            let ours = self.running(link)?;
+            let lost = ours.iter().filter(|loaded| loaded.instance.is_none()).count();
+            let before = Before::of(ours.into_iter().next());
             let said =
                 Said { option_kind: self.args.option_kind, exid: self.args.exid, sample: self.args.sample };
             let told = said.over(&before);
@@ -151,7 +168,7 @@ impl Job<'_> {
                 let pins = &self.instance.pins;
                 let program = loads.get(settings, |settings| GuardProgram::load(settings, Some(pins)))?;
                 if !ready {
-                    self.prepare(&program.maps, rules)?;
+                    self.prepare(&program.maps, rules, lost > 0)?;
                     ready = true;
                 }
                 // Behind what takes time.
@@ -167,21 +184,34 @@ impl Job<'_> {
                     }
                 }
             }
-            self.notes.extend(before.note(&told).map(|note| format!("{}: {note}", link.name)));
+            let notes = lost_note(lost).into_iter().chain(before.note(&told));
+            self.notes.extend(notes.map(|note| format!("{}: {note}", link.name)));
+        }
+        let first = loads.into_first().context("there is no interface to attach to")?;
+        if let Some(rules) = rules.filter(|_| self.replaces_rules) {
+            signals.go_on("loading the rules of the guard")?;
+            self.set_rules(&first.maps, rules)?;
         }
         // Where that fails, it is still found by its number.
-        GuardMaps::open(&self.instance.pins).and_then(|maps| running::confirm(self.instance, &maps)).ok();
+        running::confirm(self.instance, &first.maps).ok();
+        Ok(())
+    }
+
+    fn set_rules(&mut self, maps: &GuardMaps, rules: &Rules) -> Result<()> {
+        let changed = set_rules(self.instance, maps, rules, &self.args.source(), self.keys.as_deref())?;
+        // Of one that is new nobody knew the slots.
+        self.notes.extend(slots_note(&self.instance.name, changed).filter(|_| !self.is_new));
         Ok(())
     }
 
     /// What is known of the guard of this instance that is on the interface's way in.
-    fn running(&self, link: &Link) -> Result<Option<Loaded>> {
+    fn running(&self, link: &Link) -> Result<Vec<Loaded>> {
         let programs = loaded_programs(self.state)?;
         let ours =
             |loaded: &Loaded| loaded.instance.as_ref().is_none_or(|instance| *instance == self.instance.name);
         let at_xdp = attached_xdp(link.index, &programs)?.map(|ours| ours.loaded);
         let at_tc = attached(&mut Netlink::connect()?, link.index, Side::Ingress, &programs)?;
-        Ok(at_xdp.into_iter().chain(at_tc.into_iter().map(|filter| filter.loaded)).find(ours))
+        Ok(at_xdp.into_iter().chain(at_tc.into_iter().map(|filter| filter.loaded)).filter(ours).collect())
     }
 
     /// Rules that mark are for all interfaces of the instance, of which none may be at XDP. Those that are attached to now
@@ -213,23 +243,34 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Rules come before the program: it must not see a packet without them.
-    fn prepare(&mut self, maps: &GuardMaps, rules: Option<&Rules>) -> Result<()> {
+    /// Rules come before the program: it must not see a packet without them. Those that run are left to be replaced when all
+    /// else has worked, so that nothing goes by rules of an attach that fails; but not if they mark, which at XDP they could
+    /// not.
+    fn prepare(&mut self, maps: &GuardMaps, rules: Option<&Rules>, has_lost: bool) -> Result<()> {
         self.renewal.as_mut().map_or(Ok(()), Renewal::carry_over)?;
         clock::publish(&maps.clock, None)?;
         let has_rules = maps.table()?.is_some();
         if !has_rules {
             self.restored = Some(Remembered(&self.instance.guard_dir).newest());
         }
-        if let Some(rules) = rules {
+        self.replaces_rules = rules.is_some() && has_rules && !maps.marks()?;
+        if let Some(rules) = rules.filter(|_| !self.replaces_rules) {
             // What is not remembered any more cannot be put back, and is no reason to keep it.
             let before = (running::read(self.instance, maps).ok(), slots(&clock::published(&maps.clock)?));
-            set_rules(self.instance, maps, rules, &self.args.source(), self.keys.as_deref())?;
+            self.set_rules(maps, rules)?;
             self.before = Some(before);
             return Ok(());
         }
         self.keys.as_deref().map_or(Ok(()), |keys| rings::load(self.instance, &maps.keys, keys, []))?;
-        if !has_rules && (self.is_new || running::restore(self.instance, maps)?.is_none()) {
+        if has_rules { Ok(()) } else { self.restore(maps, has_lost) }
+    }
+
+    /// Puts the rules that are remembered into use.
+    fn restore(&mut self, maps: &GuardMaps, has_lost: bool) -> Result<()> {
+        // What a program went by whose maps are gone is remembered as well.
+        let may_be = !self.is_new || has_lost;
+        let restored = if may_be { running::restore(self.instance, maps)? } else { None };
+        let Some(rules) = restored else {
             let why = match self.renewal.as_ref().is_some_and(|renewal| renewal.lacks("guard_rules")) {
                 true => "goes by rules of another version of netoken, of which nothing is remembered",
                 false => "has no rules yet",
@@ -238,8 +279,9 @@ impl Job<'_> {
                 "attaching the guard: instance '{}' {why}; say which with --rules FILE",
                 self.instance.name
             );
-        }
-        Ok(())
+        };
+        // The clock has gone with the other maps.
+        if self.is_new { clock::publish(&maps.clock, rules.slots).map(drop) } else { Ok(()) }
     }
 
     /// What may be attached to an interface, the best first, and why that is not XDP where it could be.
@@ -353,7 +395,7 @@ impl Job<'_> {
         }
     }
 
-    fn tell(&self, scope: &Scope) -> Result<()> {
+    fn tell(&self, scope: &Scope, out: &mut impl Write) -> Result<()> {
         for (link, done) in &self.done {
             let (mut filters_before, mut tcx_before) = (0, 0);
             let (hook, how, why, pushed_out) = match done {
@@ -371,7 +413,8 @@ impl Job<'_> {
             };
             let (replaced, moved) = how;
             if scope.json {
-                print_json(&Record::GuardAttached { interface: &link.name, hook, replaced, pushed_out })?;
+                let attached = Record::GuardAttached { interface: &link.name, hook, replaced, pushed_out };
+                out.write_all(format!("{}\n", serde_json::to_string(&attached)?).as_bytes())?;
                 continue;
             }
             if let Some(foreign) = pushed_out {

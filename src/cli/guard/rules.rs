@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use super::{Record, of_instance, print_json};
 use crate::cli::args::Scope;
 use crate::cli::outdated;
+use crate::cli::told::slots_note;
 use crate::clock;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
@@ -17,12 +18,19 @@ use crate::keys::{self, Key};
 use crate::privileges;
 use crate::rings;
 use crate::state::{EventsOf, Identity, Instance, State, instance_flag};
+use crate::token::keyed::Slots;
 
 /// The instance's keys, which must suffice for the rules; nothing if it has no key directory.
-pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> Result<Option<HeldKeys>> {
+/// Waits for who changes them until `stop` is set.
+pub(super) fn load_keys(
+    doing: &str,
+    instance: &str,
+    rules: Option<&Rules>,
+    stop: Option<&AtomicBool>,
+) -> Result<Option<HeldKeys>> {
     keys::guard_process()?;
     let dir = KeyDir::of_instance(instance);
-    let held = dir.hold()?;
+    let held = dir.hold_unless(stop)?;
     let keys = held.as_deref().unwrap_or_default();
     for ring in rules.map(Rules::rings).unwrap_or_default() {
         if !keys.iter().any(|key| key.ring() == ring && key.is_live()) {
@@ -37,6 +45,9 @@ pub(super) fn load_keys(doing: &str, instance: &str, rules: Option<&Rules>) -> R
     Ok(held)
 }
 
+/// Slots before and now.
+pub(super) type SlotsChange = (Option<Slots>, Option<Slots>);
+
 /// Gives an instance its keys, its slots and its rules, which are from the file `source`.
 pub(super) fn set_rules(
     instance: &Instance,
@@ -44,11 +55,11 @@ pub(super) fn set_rules(
     rules: &Rules,
     source: &str,
     keys: Option<&[Key]>,
-) -> Result<()> {
+) -> Result<SlotsChange> {
     keys.map_or(Ok(()), |keys| rings::load(instance, &maps.keys, keys, rules.rings()))?;
     // What fails is the rules, and then the slots are as they were, too.
     running::load(instance, maps, rules, source)?;
-    clock::publish(&maps.clock, rules.slots).map(drop)
+    clock::change_slots(&maps.clock, rules.slots)
 }
 
 /// What ends the loads of a process that lives on between them.
@@ -61,7 +72,8 @@ pub(super) struct Ends<'a> {
 
 /// Puts rules, which are from the file `source`, into use where the guard is attached, and says so.
 pub(super) fn load(scope: &Scope, rules: &Rules, source: &str, ends: Option<&Ends<'_>>) -> Result<()> {
-    put(scope, rules, source, ends)?;
+    let changed = put(scope, rules, source, ends)?;
+    tell_slots(scope, changed);
     if scope.json {
         return print_json(&Record::GuardLoaded {
             instance: &scope.instance,
@@ -74,13 +86,19 @@ pub(super) fn load(scope: &Scope, rules: &Rules, source: &str, ends: Option<&End
     State::find()?.map_or(Ok(()), |state| outdated::tell(&state, &scope.instance, true))
 }
 
-/// The same without a word.
-pub(super) fn put(scope: &Scope, rules: &Rules, source: &str, ends: Option<&Ends<'_>>) -> Result<()> {
+/// The same without a word. Returns what became of the slots.
+pub(super) fn put(
+    scope: &Scope,
+    rules: &Rules,
+    source: &str,
+    ends: Option<&Ends<'_>>,
+) -> Result<SlotsChange> {
     let doing = format!("loading rules into instance '{}'", scope.instance);
     privileges::check(&doing)?;
-    let (state, lock) = State::create_unless(ends.map(|ends| ends.stop))?;
+    let stop = ends.map(|ends| ends.stop);
+    let (state, lock) = State::create_unless(stop)?;
     let loaded = (|| {
-        let keys = load_keys(&doing, &scope.instance, Some(rules))?;
+        let keys = load_keys(&doing, &scope.instance, Some(rules), stop)?;
         let instance = state.instance(&scope.instance);
         if ends.is_some_and(|ends| ends.identity != instance.identity(EventsOf::Guard)) {
             bail!("{doing}: it was destroyed");
@@ -100,6 +118,13 @@ pub(super) fn put(scope: &Scope, rules: &Rules, source: &str, ends: Option<&Ends
     })();
     state.remove_if_empty(lock)?;
     loaded
+}
+
+/// Says it if they have changed.
+pub(super) fn tell_slots(scope: &Scope, changed: SlotsChange) {
+    if let Some(note) = slots_note(&scope.instance, changed) {
+        note!("{note}");
+    }
 }
 
 pub(super) const NO_MARKS: &str = "mode 'mark' needs an skb, which XDP does not have; attach with --hook tc";

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::rules::{Ends, load, put};
+use super::rules::{Ends, load, put, tell_slots};
 use super::{Record, of_instance};
 use crate::cli::args::Scope;
 use crate::cli::blocked::{alert_line, alert_record};
@@ -55,7 +55,7 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
             let ends = &ends;
             let again = move |files: &Files| {
                 let rules = Rules::read(path, files)?;
-                put(scope, &rules, source, Some(ends))?;
+                tell_slots(scope, put(scope, &rules, source, Some(ends))?);
                 Ok(rules.summary())
             };
             Some(Reload::new("rules", files, true, &signals, again))
