@@ -1,6 +1,8 @@
 //! Names of interfaces and namespaces that are wrong, or have nothing attached.
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 
 use crate::lab::Lab;
 use crate::look::expect_no_state;
@@ -29,10 +31,15 @@ pub fn an_unknown_namespace_gets_a_list_of_those_known() -> Result<()> {
             .err(&["no-such-namespace", &ns])
             .context(mode)?;
     }
-    // A file that is no namespace is an error as well.
-    said(&mut lab.netoken("--netns /etc/hostname -i lo --query"))?
-        .code(1)?
-        .err(&["/etc/hostname", "not a network namespace"])?;
+    // A file that is no namespace is an error as well, also a pipe into which nobody writes.
+    let file = lab.file("file", "")?.display().to_string();
+    let pipe = format!("{file}-pipe");
+    mkfifo(pipe.as_str(), Mode::S_IRWXU)?;
+    for path in [file, pipe] {
+        said(&mut lab.netoken(&format!("--netns {path} -i lo --query")))?
+            .code(1)?
+            .err(&[&path, "not a network namespace"])?;
+    }
     expect_no_state(&lab)
 }
 
