@@ -1,5 +1,7 @@
 //! `netoken key`: makes, lists and rotates what keyed tokens are made with.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::io::{self, Write};
 use std::time::{Duration, SystemTime};
 
@@ -13,7 +15,7 @@ use crate::guard;
 use crate::guard::program::GuardMaps;
 use crate::keys::file::{DEFAULT_DIR, DIR_VARIABLE, KeyDir, KeyLock};
 use crate::keys::live::{LiveKeys, Losses, Use};
-use crate::keys::rotate::{Step, date, free_id, next_step, retire, sign};
+use crate::keys::rotate::{Known, Step, date, free_id, next_step, retire, sign};
 use crate::keys::{self, Key, RingName, Secret, State, signer};
 use crate::policy;
 use crate::program::Maps;
@@ -27,7 +29,7 @@ Examples:
   See what there is, and what has been done with it; never a secret:
     netoken key list
   A rotation: make the next key; copy its file to every host, load it there;
-  let it sign; give up the one before, once it is idle:
+  let it sign; give up the one before, once it is idle, and copy its file, too:
     netoken key rotate edge
     netoken key load
     netoken key rotate edge
@@ -114,6 +116,8 @@ struct KeyRecord {
     made: Option<u64>,
     accepted: Option<u64>,
     last_used: Option<String>,
+    /// Whether the running instance goes by what its file says.
+    loaded: Option<bool>,
 }
 
 /// What a command has done, as `--json` prints it.
@@ -280,8 +284,8 @@ fn rotate(
         Step::Add => vec![add(args, dir, &lock, &mut keys, ring, None)?],
         Step::Sign => {
             let (next, before) = sign(&mut keys, ring)?;
-            // The one that stops first: after a crash in between nobody signs, which is seen; two would be an error.
-            for id in before.into_iter().chain([next]) {
+            // The one that stops last: after a crash in between both sign by their files, of which the newest counts.
+            for id in [next].into_iter().chain(before) {
                 save(dir, &lock, &keys, &[id])?;
             }
             vec![next]
@@ -289,13 +293,15 @@ fn rotate(
         Step::Retire => {
             let use_of =
                 |id| running.as_ref().map_or(Ok(Use::default()), |running| running.maps.keys.use_of(id));
-            let ids = retire(&mut keys, ring, use_of, SystemTime::now(), idle, force)?;
+            let known = known(dir, running.as_ref(), signer(&keys, ring))?;
+            let ids = retire(&mut keys, ring, use_of, &known, SystemTime::now(), idle, force)?;
             save(dir, &lock, &keys, &ids)?;
             ids
         }
     };
     let loaded = tell_kernel(args, running.as_ref(), &keys)?;
-    tell(args, ring, step, &ids, loaded, |out| match step {
+    tell(args, ring, step, &ids, loaded, |out| {
+        match step {
         Step::Add => writeln!(
             out,
             "made key {} of ring '{ring}' (verify-only): {}\ncopy that file to every host that checks its tokens, run \
@@ -305,13 +311,40 @@ fn rotate(
         ),
         Step::Sign => writeln!(
             out,
-            "key {} of ring '{ring}' signs; when the one before is idle everywhere, retire it: netoken key rotate {ring}{flag}",
-            ids[0]
+            "key {} of ring '{ring}' signs; on other hosts that stamp with this ring as well, it does once its file \
+             is copied there as it is now: {}\nwhen the one before is idle everywhere, retire it: netoken key rotate \
+             {ring}{flag}",
+            ids[0],
+            dir.file_of(ring, ids[0]).display()
         ),
-        Step::Retire => {
-            let shown: Vec<String> = ids.iter().map(u8::to_string).collect();
-            writeln!(out, "retired key {} of ring '{ring}'; its secret is gone", shown.join(", "))
-        }
+        Step::Retire => ids.iter().try_for_each(|id| {
+            writeln!(
+                out,
+                "retired key {id} of ring '{ring}'; its secret is gone here\nother hosts accept it until they have its \
+                 file as it is now: copy {} to each, and run there: netoken key load{flag}",
+                dir.file_of(ring, *id).display()
+            )
+        }),
+    }
+    })
+}
+
+/// From when on it is known on this host what is done with keys: from when on the instance counts; if it does not run,
+/// from when on another key was made tokens with.
+fn known(dir: &KeyDir, running: Option<&Running>, signing: Option<&Key>) -> Result<Known> {
+    if let Some(Running { instance, .. }) = running {
+        let why = format!("instance '{}' counts since then", instance.name);
+        return Ok(Known { since: instance.counts_keys_since()?, why });
+    }
+    let Some(signing) = signing else {
+        return Ok(Known { since: SystemTime::UNIX_EPOCH, why: "no key signs".to_string() });
+    };
+    // A key's file is written when it begins to sign.
+    let path = dir.file_of(signing.ring(), signing.id());
+    let since = fs::metadata(&path).and_then(|file| file.modified());
+    Ok(Known {
+        since: since.with_context(|| format!("looking at the key {}", path.display()))?,
+        why: format!("key {} signs since then", signing.id()),
     })
 }
 
@@ -395,6 +428,7 @@ fn list(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
         Ok(live) => (live, Ok(())),
         Err(error) => (None, Err(error.context("looking for what has been done with the keys"))),
     };
+    let compared = live.as_ref().map(|live| live.compare(&keys)).transpose()?;
     let now = SystemTime::now();
     let records = keys
         .iter()
@@ -411,14 +445,19 @@ fn list(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
                 last_used: used
                     .and_then(|used| used.last())
                     .map(|last| humantime::format_rfc3339_seconds(last).to_string()),
+                loaded: compared.as_ref().map(|(same, _)| same.contains(&key.id())),
             })
         })
         .collect::<Result<Vec<_>>>()?;
+    let tell_outdated =
+        || compared.iter().for_each(|(same, beside)| tell_outdated(args, &keys, same, beside));
     if args.json {
         records.iter().try_for_each(print_json)?;
+        tell_outdated();
         return unknown;
     }
     if records.is_empty() {
+        tell_outdated();
         note!(
             "there are no keys in {}; make one with: netoken key new RING{}",
             dir.path().display(),
@@ -444,6 +483,7 @@ fn list(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
     let mut out = io::stdout().lock();
     table(&mut out, ["RING", "ID", "STATE", "AGE", "MADE", "ACCEPTED", "LAST USED (UTC)"], &rows)
         .context("writing to standard output")?;
+    tell_outdated();
     let mut rings: Vec<RingName> = keys.iter().map(Key::ring).collect();
     rings.sort_unstable();
     rings.dedup();
@@ -451,6 +491,23 @@ fn list(args: &KeyArgs, dir: &KeyDir) -> Result<()> {
         note!("no key of ring '{ring}' signs: rules that name it leave their SYNs as they are");
     }
     unknown
+}
+
+/// In what the running instance is not as the files say.
+fn tell_outdated(args: &KeyArgs, keys: &[Key], same: &BTreeSet<u8>, beside: &BTreeSet<u8>) {
+    let remedy = format!("until: netoken key load{}", args.flag());
+    for key in keys.iter().filter(|key| !same.contains(&key.id())) {
+        note!(
+            "the running instance does not know the file of key {} of ring '{}' {remedy}",
+            key.id(),
+            key.ring()
+        );
+    }
+    for id in beside {
+        note!(
+            "the running instance accepts tokens of key {id}, of which there is no file any more, {remedy}"
+        );
+    }
 }
 
 /// Nobody wants to know the age of a month in seconds.

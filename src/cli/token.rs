@@ -33,7 +33,8 @@ Example:
 
 const DECODE_EXAMPLE: &str = "\
 Example:
-  tcpdump -i eth0 -w - 'tcp[tcpflags] & tcp-syn != 0' | netoken token decode -";
+  tcpdump -U -i eth0 -w - 'tcp[13] & 2 != 0 or ip6[53] & 2 != 0' |
+      netoken token decode -";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,7 +43,8 @@ Examples:
   netoken token check 00112d3ab4f30123 --keys /etc/netoken/keys/default \\
       --src 192.0.2.1:40000 --dst 198.51.100.7:443 --isn 0x01020304 \\
       --time 2026-11-21T08:30:00Z
-  tcpdump -i eth0 -w - 'tcp[tcpflags] & tcp-syn != 0' | netoken token decode -
+  tcpdump -U -i eth0 -w - 'tcp[13] & 2 != 0 or ip6[53] & 2 != 0' |
+      netoken token decode -
   netoken token decode --keys /etc/netoken/keys/default capture.pcapng
 
 Exit codes: 0 done and, for check, valid; 1 failed or not valid; 2 wrong usage.";
@@ -204,7 +206,7 @@ impl KeySource {
         }
         for path in &self.key_file {
             keys.push(file::read(path)?);
-            keys::check(&keys).with_context(|| format!("reading the key {}", path.display()))?;
+            keys::settle(&mut keys).with_context(|| format!("reading the key {}", path.display()))?;
         }
         Ok(Some(keys))
     }

@@ -168,7 +168,7 @@ impl KeyDir {
     /// All keys, by id; no key if there is no such directory.
     ///
     /// # Errors
-    /// A file cannot be read or is not a key, others can read it, or two keys contradict each other.
+    /// A file cannot be read or is not a key, others can read it, or two keys have the same id.
     pub fn load(&self) -> Result<Vec<Key>> {
         let entries = match fs::read_dir(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -194,7 +194,7 @@ impl KeyDir {
             keys.push(key);
         }
         keys.sort_by_key(|key| key.id);
-        super::check(&keys).with_context(|| format!("reading the keys in {}", self.path.display()))?;
+        super::settle(&mut keys).with_context(|| format!("reading the keys in {}", self.path.display()))?;
         Ok(keys)
     }
 

@@ -127,20 +127,52 @@ impl LiveKeys {
         Ok(())
     }
 
-    /// The numbers of the rings that have a key.
-    fn rings_with_keys(&self) -> Result<HashSet<u8>> {
-        let mut found = HashSet::new();
-        for id in 0..KEYS_MAX as u32 {
-            let key = self
-                .keys
-                .lookup(&id.to_ne_bytes(), MapFlags::ANY)
-                .context("looking at a key in the kernel")?;
-            let key = Zeroizing::new(key.unwrap_or_default());
+    /// A `struct netoken_key`.
+    fn raw(&self, id: u8) -> Result<Zeroizing<Vec<u8>>> {
+        let key = self.keys.lookup(&u32::from(id).to_ne_bytes(), MapFlags::ANY);
+        Ok(Zeroizing::new(key.context("looking at a key in the kernel")?.unwrap_or_default()))
+    }
+
+    /// The ids of the keys that it accepts tokens of, and the number of the ring of each.
+    fn live(&self) -> Result<Vec<(u8, u8)>> {
+        let mut found = Vec::new();
+        for id in 0..KEYS_MAX as u8 {
+            let key = self.raw(id)?;
             if key.get(std::mem::offset_of!(RawKey, state)) == Some(&(KeyState::KEY_LIVE.0 as u8)) {
-                found.extend(key.get(std::mem::offset_of!(RawKey, ring)).copied());
+                found.extend(key.get(std::mem::offset_of!(RawKey, ring)).map(|ring| (id, *ring)));
             }
         }
         Ok(found)
+    }
+
+    /// The numbers of the rings that have a key.
+    fn rings_with_keys(&self) -> Result<HashSet<u8>> {
+        Ok(self.live()?.into_iter().map(|(_, ring)| ring).collect())
+    }
+
+    /// The ids of those of these keys that it has just so, and of those that it accepts tokens of beside them.
+    ///
+    /// # Errors
+    /// The kernel refused to say it.
+    pub fn compare(&self, keys: &[Key]) -> Result<(BTreeSet<u8>, BTreeSet<u8>)> {
+        let live = self.live()?;
+        let is_named = |id| keys.iter().any(|key| key.id == id);
+        let beside = live.iter().map(|(id, _)| *id).filter(|id| !is_named(*id)).collect();
+        let mut same = BTreeSet::new();
+        for key in keys {
+            let is_same = match live.iter().find(|(id, _)| *id == key.id) {
+                None => !key.is_live(),
+                Some((_, number)) => {
+                    let ring = self.ring(u32::from(*number))?;
+                    let signs = ring.signer == u32::from(key.id) + 1;
+                    ring.name == key.ring.padded()
+                        && signs == (key.state == State::Signing)
+                        && *self.raw(key.id)? == *encode(Some(key), KeyState::KEY_LIVE, *number)
+                }
+            };
+            same.extend(is_same.then_some(key.id));
+        }
+        Ok((same, beside))
     }
 
     /// Makes the kernel's keys those.
@@ -193,10 +225,7 @@ impl LiveKeys {
 
     fn set_live(&self, key: &Key, ring: u8) -> Result<()> {
         let new = encode(Some(key), KeyState::KEY_LIVE, ring);
-        let index = u32::from(key.id).to_ne_bytes();
-        let old = self.keys.lookup(&index, MapFlags::ANY).context("looking at a key in the kernel")?;
-        let old = Zeroizing::new(old.unwrap_or_default());
-        if *old == *new {
+        if *self.raw(key.id)? == *new {
             return Ok(());
         }
         // Another secret, a byte at a time: nobody may sign with half of it.

@@ -234,11 +234,12 @@ fn check_id(id: u64) -> Result<u8> {
     }
 }
 
-/// Whether keys can be used together.
+/// Makes keys fit together that come from files. Where several of a ring say that they sign, the newest does: to a host
+/// that only has the next one copied, nobody has told that the one before stopped.
 ///
 /// # Errors
-/// Two of them contradict each other.
-pub fn check(keys: &[Key]) -> Result<()> {
+/// Two have the same id.
+pub fn settle(keys: &mut [Key]) -> Result<()> {
     for (at, key) in keys.iter().enumerate() {
         for other in &keys[..at] {
             if key.id == other.id {
@@ -250,14 +251,17 @@ pub fn check(keys: &[Key]) -> Result<()> {
                     key.id
                 );
             }
-            if key.ring == other.ring && key.state == State::Signing && other.state == State::Signing {
-                bail!(
-                    "keys {} and {} of ring '{}' both sign; set the state of one to \"verify-only\"",
-                    other.id,
-                    key.id,
-                    key.ring
-                );
-            }
+        }
+    }
+    for at in 0..keys.len() {
+        let key = &keys[at];
+        let is_newer = |other: &Key| {
+            other.ring == key.ring
+                && other.state == State::Signing
+                && (other.created, other.id) > (key.created, key.id)
+        };
+        if key.state == State::Signing && keys.iter().any(is_newer) {
+            keys[at].state = State::VerifyOnly;
         }
     }
     Ok(())
@@ -292,6 +296,26 @@ mod tests {
         for bad in ["", "00", "000102030405060708090a0b0c0d0e0g", "000102030405060708090a0b0c0d0e0f00"] {
             assert!(Secret::from_hex(bad.as_bytes()).is_none(), "{bad}");
         }
+    }
+
+    #[test]
+    fn of_several_that_sign_the_newest_does() {
+        let (edge, other) = ("edge".parse().unwrap(), "other".parse().unwrap());
+        let key = |ring, id, seconds, state| {
+            let created = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+            Key { state, ..Key::new(ring, id, Secret::random().unwrap(), created).unwrap() }
+        };
+        let mut keys = [
+            key(edge, 0, 20, State::Signing),
+            key(edge, 1, 10, State::Signing),
+            key(edge, 2, 30, State::VerifyOnly),
+            key(other, 3, 40, State::Signing),
+            key(edge, 4, 20, State::Signing),
+        ];
+        settle(&mut keys).unwrap();
+        let signing: Vec<u8> = keys.iter().filter(|key| key.state == State::Signing).map(Key::id).collect();
+        assert_eq!(signing, [3, 4]);
+        assert!(keys.iter().all(Key::is_live));
     }
 
     #[test]

@@ -72,9 +72,10 @@ pub fn free_id(keys: &[Key], instance: &str) -> Result<u8> {
     match unused.or_else(retired) {
         Some(id) => Ok(id),
         None => bail!(
-            "finding an id for a new key: all {KEYS_MAX} are live, and a token has four bits for it; retire one with: \
-             netoken key rotate RING --step retire{}",
-            instance_flag(instance)
+            "finding an id for a new key: all {KEYS_MAX} are live, and a token has four bits for it; retire old \
+             ones with: netoken key rotate RING --step retire{flag}; or give a ring up: remove its files, and run: \
+             netoken key load{flag}",
+            flag = instance_flag(instance)
         ),
     }
 }
@@ -104,8 +105,17 @@ pub fn sign(keys: &mut [Key], ring: RingName) -> Result<(u8, Option<u8>)> {
     Ok((next, before))
 }
 
+/// From when on it is known what is done with keys.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// What was done before nobody has counted.
+    pub since: SystemTime,
+    /// Why not before.
+    pub why: String,
+}
+
 /// Retires the keys of a ring that are older than the one that signs. Returns their ids. `use_of` says what has been
-/// done with a key on this host; one used in the last `idle` is still seen.
+/// done with a key on this host, as far as it is `known`; one that may have been used in the last `idle` is still seen.
 ///
 /// # Errors
 /// There is none, or one is still seen and nobody forces it.
@@ -113,6 +123,7 @@ pub fn retire(
     keys: &mut [Key],
     ring: RingName,
     use_of: impl Fn(u8) -> Result<Use>,
+    known: &Known,
     now: SystemTime,
     idle: Duration,
     force: bool,
@@ -125,18 +136,22 @@ pub fn retire(
         );
     }
     for id in old.iter().copied().filter(|_| !force) {
-        let Some(last) = use_of(id)?.last() else { continue };
-        // A last use in the future means that the clock was set back: how long ago it was nobody knows.
-        let ago = now.duration_since(last).unwrap_or_default();
-        if ago < idle {
-            bail!(
-                "retiring key {id} of ring '{ring}': it was used {} s ago, and tokens made with it may still be on \
-                 their way; wait until it is idle for {} s, or retire it with --force and lose those connections' \
-                 first attempts",
-                ago.as_secs(),
-                idle.as_secs()
-            );
+        let last = use_of(id)?.last();
+        // A time in the future means that the clock was set back: how long ago it was nobody knows.
+        let ago =
+            now.duration_since(last.map_or(known.since, |last| last.max(known.since))).unwrap_or_default();
+        if ago >= idle {
+            continue;
         }
+        let seen = match last {
+            Some(last) if last >= known.since => format!("it was used {} s ago", ago.as_secs()),
+            _ => format!("whether it was used until {} s ago is not known ({})", ago.as_secs(), known.why),
+        };
+        bail!(
+            "retiring key {id} of ring '{ring}': {seen}, and tokens made with it may still be on their way; wait until \
+             it is idle for {} s, or retire it with --force and lose those connections' first attempts",
+            idle.as_secs()
+        );
     }
     keys.iter_mut().filter(|key| old.contains(&key.id)).for_each(Key::retire);
     Ok(old)
@@ -157,6 +172,10 @@ mod tests {
         Key::new(ring.parse().unwrap(), id, Secret::random().unwrap(), at(created)).unwrap()
     }
 
+    fn since(seconds: u64) -> Known {
+        Known { since: at(seconds), why: "it counts since then".to_string() }
+    }
+
     fn unused(_: u8) -> Result<Use> {
         Ok(Use::default())
     }
@@ -174,7 +193,9 @@ mod tests {
             assert_eq!(signer(&keys, ring).unwrap().id(), round);
             let Some(before) = before else { continue };
             assert_eq!(next_step(&keys, ring), Step::Retire);
-            let retired = retire(&mut keys, ring, unused, at(1000), Duration::from_secs(60), false).unwrap();
+            let retired =
+                retire(&mut keys, ring, unused, &since(900), at(1000), Duration::from_secs(60), false)
+                    .unwrap();
             assert_eq!(retired, [before]);
             let old = keys.iter().find(|key| key.id() == before).unwrap();
             assert!(!old.is_live() && old.secret().is_none());
@@ -214,7 +235,7 @@ mod tests {
                 Use { made: 1, made_at: Some(at(last)), ..Use::default() },
                 Use { accepted: 1, accepted_at: Some(at(last)), ..Use::default() },
             ] {
-                let retired = retire(&mut keys, ring, |_| Ok(by_use), at(now), idle, force);
+                let retired = retire(&mut keys, ring, |_| Ok(by_use), &since(2), at(now), idle, force);
                 assert_eq!(retired.is_ok(), works, "{last} {now} {force}: {retired:?}");
                 if let Err(error) = retired {
                     assert!(format!("{error:#}").contains("--force"), "{error:#}");
@@ -227,12 +248,37 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_counted_may_have_been_a_use() {
+        let ring = EDGE.parse().unwrap();
+        let counted = |last| Use { accepted: 1, accepted_at: Some(at(last)), ..Use::default() };
+        for (used, known, now, says) in [
+            (Use::default(), 1000, 1059, Some("until 59 s ago is not known (it counts since then)")),
+            (Use::default(), 1000, 1060, None),
+            (counted(900), 1000, 1030, Some("until 30 s ago is not known")),
+            (counted(1010), 1000, 1030, Some("it was used 20 s ago")),
+            (counted(1010), 1000, 1070, None),
+            // The clock was set back.
+            (Use::default(), 1000, 400, Some("until 0 s ago")),
+        ] {
+            let mut keys = vec![key(EDGE, 0, 1), key(EDGE, 1, 2)];
+            sign(&mut keys, ring).unwrap();
+            let idle = Duration::from_secs(60);
+            let retired = retire(&mut keys, ring, |_| Ok(used), &since(known), at(now), idle, false);
+            match (says, retired) {
+                (None, Ok(ids)) => assert_eq!(ids, [0]),
+                (Some(says), Err(error)) => assert!(format!("{error:#}").contains(says), "{error:#}"),
+                (_, other) => panic!("{known} {now}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
     fn a_step_out_of_turn_is_refused_with_the_one_that_is_due() {
         let ring = EDGE.parse().unwrap();
         let mut keys = vec![key(EDGE, 0, 1)];
         sign(&mut keys, ring).unwrap();
         assert!(format!("{:#}", sign(&mut keys, ring).unwrap_err()).contains("add"));
-        let early = retire(&mut keys, ring, unused, at(9), Duration::ZERO, true);
+        let early = retire(&mut keys, ring, unused, &since(2), at(9), Duration::ZERO, true);
         assert!(format!("{:#}", early.unwrap_err()).contains("add"));
     }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 
@@ -37,6 +38,15 @@ impl Instance {
             EventsOf::Guard => "guard_events",
         };
         fs::metadata(self.pins.join(pin)).ok().map(|pin| Identity(pin.dev(), pin.ino()))
+    }
+
+    /// When it began to count what is done with keys.
+    ///
+    /// # Errors
+    /// It does not exist.
+    pub fn counts_keys_since(&self) -> Result<SystemTime> {
+        let pin = fs::metadata(self.pins.join("key_counts")).and_then(|pin| pin.modified());
+        pin.with_context(|| format!("looking at the counters of keys of instance '{}'", self.name))
     }
 
     /// Whether its directory is one of ours. An attach that was killed may have pinned nothing in it yet; a directory in

@@ -17,71 +17,81 @@ use crate::world::World;
 const KEYED: &str =
     "default = { action = \"stamp\", token = { tag = 17, key = \"edge\", bind = \"server\" } }\n";
 
-fn run(lab: &Lab, args: &str) -> Result<Said> {
+pub fn run(lab: &Lab, args: &str) -> Result<Said> {
     said(&mut lab.netoken(args))
 }
 
 /// `key list`, one object for each key.
-fn list(lab: &Lab) -> Result<Vec<Value>> {
+pub fn list(lab: &Lab) -> Result<Vec<Value>> {
     let text = run(lab, "key list --json")?.code(0)?.out;
     text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
 }
 
-fn states(lab: &Lab) -> Result<Vec<(u64, String)>> {
+pub fn states(lab: &Lab) -> Result<Vec<(u64, String)>> {
     let of =
         |key: &Value| Ok((key["id"].as_u64().context("id")?, key["state"].as_str().context("state")?.into()));
     list(lab)?.iter().map(of).collect()
 }
 
 /// The secret in a key file, as it is written there.
-fn secret(lab: &Lab, name: &str) -> Result<String> {
+pub fn secret(lab: &Lab, name: &str) -> Result<String> {
     let text = fs::read_to_string(lab.keys().join("default").join(name))?;
     let line = text.lines().find_map(|line| line.strip_prefix("secret = \"")).context("no secret")?;
     Ok(line.trim_end_matches('"').to_string())
 }
 
-fn write_policy(lab: &Lab) -> Result<String> {
+pub fn write_policy(lab: &Lab) -> Result<String> {
     fs::create_dir_all(lab.keys())?;
     let path = lab.keys().join("policy.toml");
     fs::write(&path, KEYED)?;
     Ok(path.display().to_string())
 }
 
-pub fn a_rotation_in_three_steps() -> Result<()> {
-    let lab = Lab::new()?;
-    run(&lab, "key list")?.code(0)?.err(&["there are no keys", "netoken key new"])?;
-    run(&lab, "key rotate edge")?.code(1)?.err(&["it has none", "netoken key new edge"])?;
-    run(&lab, "key new edge")?.code(0)?.err(&[
-        "key 0 of ring 'edge' (signing)",
-        "edge-0.key",
-        "netoken key load",
-    ])?;
-    run(&lab, "key rotate edge --step retire")?.code(1)?.err(&["not due", "--step add"])?;
-    run(&lab, "key rotate edge")?.code(0)?.err(&["key 1 of ring 'edge' (verify-only)"])?;
-    ensure_eq!(states(&lab)?, [(0, "signing".to_string()), (1, "verify-only".to_string())], "added");
-    run(&lab, "key rotate edge")?.code(0)?.err(&["key 1 of ring 'edge' signs"])?;
-    ensure_eq!(states(&lab)?, [(0, "verify-only".to_string()), (1, "signing".to_string())], "signs");
-    // There is one ring, and one key of it signs.
-    let make = format!(
-        "token make --json --keys {}/default --tag 1 --src 1.2.3.4:5 --dst 1.2.3.4:5 --isn 1",
-        lab.keys().display()
-    );
-    ensure!(run(&lab, &make)?.code(0)?.out.contains("\"key_id\":1"), "another key than the signing one");
-    run(&lab, "key rotate edge")?.code(0)?.err(&["retired key 0"])?;
-    ensure_eq!(states(&lab)?, [(0, "retired".to_string()), (1, "signing".to_string())], "retired");
-    ensure!(secret(&lab, "edge-0.key").is_err(), "a retired key still has a secret");
-    // Another ring has ids of its own, and its first key signs, unless it is not to.
-    run(&lab, "key new other --verify-only")?.code(0)?.err(&["key 2 of ring 'other' (verify-only)"])?;
-    run(&lab, &make)?.code(1)?.err(&["3 keys, of several rings", "--key RING"])?;
-    run(&lab, "key new other --id 1")?.code(1)?.err(&["ring 'edge' has a key with that id", "--id"])?;
-    let shown = run(&lab, "key list")?.code(0)?;
-    ensure!(shown.err.contains("no key of ring 'other' signs"), "{shown:#?}");
-    for id in 3..16 {
-        run(&lab, &format!("key new other --verify-only --id {id}"))?.code(0)?;
+/// Files that were changed by hand, or copied there, are not what runs.
+pub fn what_the_kernel_does_not_know_of_the_files_is_told() -> Result<()> {
+    let world = World::new()?;
+    let lab = &world.lab;
+    let dir = lab.keys().join("default");
+    for _ in 0..2 {
+        lab.ok("key new edge")?;
     }
-    // The id of a retired key is free again; then all are in use.
-    run(&lab, "key new last")?.code(0)?.err(&["key 0 of ring 'last' (signing)"])?;
-    run(&lab, "key new more")?.code(1)?.err(&["all 16 are live", "retire"])?;
+    world.ok("-i c0 --attach --quiet")?;
+    let loaded =
+        || -> Result<Vec<Value>> { Ok(list(lab)?.iter().map(|key| key["loaded"].clone()).collect()) };
+    ensure_eq!(loaded()?, [true, true], "loaded by the attach");
+    let tells = |what: &[&str]| -> Result<()> {
+        let said = run(lab, "key list")?.code(0)?;
+        ensure!(what.iter().all(|part| said.err.contains(part)), "{what:?} is not in {said:#?}");
+        Ok(())
+    };
+    let hint = ["key 1 of ring 'edge'", "netoken key load"];
+    let path = dir.join("edge-1.key");
+    let text = fs::read_to_string(&path)?;
+    for change in [
+        text.replace("verify-only", "signing"),
+        text.replace(&secret(lab, "edge-1.key")?, "000102030405060708090a0b0c0d0e0f"),
+        text.lines()
+            .filter(|line| !line.starts_with("secret"))
+            .collect::<Vec<_>>()
+            .join("\n")
+            .replace("verify-only", "retired"),
+    ] {
+        ensure!(change != text, "nothing is changed");
+        fs::write(&path, &change)?;
+        ensure_eq!(loaded()?[1], false, "{change}");
+        tells(&hint)?;
+        lab.ok("key load")?;
+        ensure_eq!(loaded()?, [true, true], "{change}");
+        fs::write(&path, &text)?;
+        lab.ok("key load")?;
+    }
+    fs::remove_file(&path)?;
+    ensure_eq!(loaded()?, [true], "the other one");
+    tells(&["accepts tokens of key 1", "no file", "netoken key load"])?;
+    lab.ok("key load")?;
+    ensure!(run(lab, "key list")?.code(0)?.err.is_empty(), "told although it is as the files say");
+    world.ok("-i c0 --destroy")?;
+    ensure_eq!(loaded()?, [Value::Null], "nothing runs");
     Ok(())
 }
 
@@ -139,21 +149,6 @@ pub fn hints_name_the_instance() -> Result<()> {
     Ok(())
 }
 
-pub fn adding_is_possible_whatever_is_due() -> Result<()> {
-    let lab = Lab::new()?;
-    run(&lab, "key new edge")?.code(0)?;
-    run(&lab, "key rotate edge")?.code(0)?;
-    run(&lab, "key rotate edge --step add")?.code(0)?.err(&["key 2 of ring 'edge' (verify-only)"])?;
-    run(&lab, "key rotate edge --step retire")?.code(1)?.err(&["not due", "--step sign"])?;
-    run(&lab, "key rotate edge")?.code(0)?.err(&["key 2 of ring 'edge' signs"])?;
-    // Retiring is due.
-    run(&lab, "key rotate edge --step add")?.code(0)?.err(&["key 3 of ring 'edge' (verify-only)"])?;
-    let help = run(&lab, "key rotate --help")?.code(0)?.out;
-    let words: Vec<&str> = help.split_whitespace().collect();
-    ensure!(words.join(" ").contains("add makes a key that only verifies, at any time"), "{help}");
-    Ok(())
-}
-
 pub fn a_file_that_others_can_read_is_refused() -> Result<()> {
     let lab = Lab::new()?;
     run(&lab, "key new edge")?.code(0)?;
@@ -171,7 +166,7 @@ pub fn a_file_that_others_can_read_is_refused() -> Result<()> {
 }
 
 /// Fails unless so many tokens were made with the key that is listed at this place.
-fn expect_made(world: &World, at: usize, wanted: u64) -> Result<()> {
+pub fn expect_made(world: &World, at: usize, wanted: u64) -> Result<()> {
     let made = list(&world.lab)?[at]["made"].as_u64().context("no number of tokens")?;
     expect_count(&world.ns, made, wanted, &format!("tokens made with key {at}"))
 }
@@ -188,33 +183,6 @@ pub fn a_policy_without_a_signing_key_is_refused() -> Result<()> {
     world.syns(2)?;
     world.expect_counter("default", "stamped", 2, "SYNs stamped")?;
     expect_made(&world, 0, 2)?;
-    Ok(())
-}
-
-pub fn a_key_that_is_still_seen_is_not_retired() -> Result<()> {
-    let world = World::new()?;
-    let policy = write_policy(&world.lab)?;
-    world.lab.ok("key new edge")?;
-    world.ok(&format!("-i c0 --attach --quiet --policy {policy}"))?;
-    world.syns(3)?;
-    world.lab.ok("key rotate edge")?;
-    world.lab.ok("key rotate edge")?;
-    world.syns(1)?;
-    expect_made(&world, 0, 3)?;
-    expect_made(&world, 1, 1)?;
-    run(&world.lab, "key rotate edge")?.code(1)?.err(&["retiring key 0", "used", "--force"])?;
-    ensure_eq!(states(&world.lab)?[0].1, "verify-only", "state of the old one");
-    // Idle for a second is enough if one says so; the clock of the kernel is a tick behind at most.
-    wait_until("the key to be idle", || {
-        Ok((run(&world.lab, "key rotate edge --step retire --idle 1")?.code == Some(0)).then_some(()))
-    })?;
-    ensure_eq!(states(&world.lab)?[0].1, "retired", "state of the old one");
-    world.lab.ok("key rotate edge")?;
-    world.lab.ok("key rotate edge")?;
-    world.syns(1)?;
-    run(&world.lab, "key rotate edge --force")?.code(0)?.err(&["retired key 1"])?;
-    world.syns(1)?;
-    expect_made(&world, 2, 2)?;
     Ok(())
 }
 

@@ -22,6 +22,7 @@ mod progress;
 mod query;
 mod reload;
 mod rights;
+mod rotation;
 mod rules;
 mod said;
 mod state;
@@ -111,8 +112,12 @@ fn with_root() -> Vec<Trial> {
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
             without_the_right_to_look_nothing_is_said_or_changed;
-        keys: a_rotation_in_three_steps nothing_is_written_for_an_instance_that_cannot_be_told hints_name_the_instance adding_is_possible_whatever_is_due a_file_that_others_can_read_is_refused
-            a_policy_without_a_signing_key_is_refused a_key_that_is_still_seen_is_not_retired
+        rotation: a_rotation_in_three_steps adding_is_possible_whatever_is_due
+            a_new_key_alone_is_enough_for_another_host a_key_that_is_still_seen_is_not_retired
+            a_key_is_not_idle_because_nobody_counted;
+        keys: nothing_is_written_for_an_instance_that_cannot_be_told hints_name_the_instance
+            a_file_that_others_can_read_is_refused a_policy_without_a_signing_key_is_refused
+            what_the_kernel_does_not_know_of_the_files_is_told
             the_files_decide_what_the_kernel_knows
             a_ring_that_nothing_needs_makes_room_for_another
             who_gives_keys_to_the_kernel_waits_for_a_rotation nobody_sees_a_secret

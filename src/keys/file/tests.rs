@@ -110,16 +110,13 @@ fn what_is_wrong_is_named_without_a_value() {
 
 #[test]
 fn keys_that_contradict_each_other_are_refused() {
-    for (keys_there, expect) in [
-        ([key("edge", 3, State::Signing), key("other", 3, State::Signing)], "both have a key 3"),
-        ([key("edge", 3, State::Signing), key("edge", 4, State::Signing)], "both sign"),
-    ] {
-        let (_temp, keys) = dir();
-        let lock = keys.lock().unwrap();
-        keys_there.iter().for_each(|key| keys.save(key, &lock).unwrap());
-        let error = format!("{:#}", keys.load().unwrap_err());
-        assert!(error.contains(expect), "{error}");
+    let (_temp, keys) = dir();
+    let lock = keys.lock().unwrap();
+    for ring in ["edge", "other"] {
+        keys.save(&key(ring, 3, State::Signing), &lock).unwrap();
     }
+    let error = format!("{:#}", keys.load().unwrap_err());
+    assert!(error.contains("both have a key 3"), "{error}");
     let (_temp, keys) = dir();
     let lock = keys.lock().unwrap();
     keys.save(&key("edge", 3, State::Signing), &lock).unwrap();
