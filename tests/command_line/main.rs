@@ -30,6 +30,7 @@ mod stream;
 #[path = "../support/mod.rs"]
 mod support;
 mod tokens;
+mod units;
 mod upgrade;
 #[path = "../hooks/world.rs"]
 #[allow(dead_code)]
@@ -135,6 +136,7 @@ fn with_root() -> Vec<Trial> {
             an_output_that_is_closed_ends_it an_attach_that_nobody_listens_to_keeps_nobody_waiting
             a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;
+        units: the_units_attach_reload_and_detach;
         upgrade: a_map_of_another_shape_is_replaced_and_the_loss_told
             counters_of_a_version_with_fewer_verdicts_are_carried_over
             an_attach_that_fails_leaves_the_maps_of_the_other_version
