@@ -11,6 +11,7 @@
 //! Not /sys/fs/bpf, because `ip netns exec` mounts a new /sys. For the same reason the file system is mounted
 //! where the first process sees it, and reached through a descriptor that works in every mount namespace.
 
+mod changing;
 mod instance;
 mod locks;
 mod remembered;
@@ -34,6 +35,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::{Mode, fstat};
 use nix::sys::statfs::statfs;
 
+pub(crate) use changing::Changing;
 pub use instance::Instance;
 pub(crate) use locks::wait_for;
 pub use locks::{EventsOf, Lock, ReaderLock};

@@ -107,7 +107,8 @@ fn with_root() -> Vec<Trial> {
             one_instance_can_be_asked_for an_instance_that_is_not_whole_does_not_hide_the_others
             an_attached_instance_that_cannot_be_read_does_not_hide_the_others
             an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told
-            slots_that_change_are_told_and_the_window_is_the_guards;
+            slots_that_change_are_told_and_the_window_is_the_guards
+            a_command_that_changes_something_raises_no_alarm a_query_meets_an_attach_at_any_moment;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
             without_the_right_to_look_nothing_is_said_or_changed;
