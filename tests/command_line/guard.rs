@@ -71,6 +71,21 @@ pub fn what_is_watched_stands_under_heads() -> Result<()> {
     Ok(())
 }
 
+pub fn a_new_name_of_an_interface_is_shown_at_once() -> Result<()> {
+    let world = guarded()?;
+    let mut watch =
+        Running::start(&mut world.lab.netoken(&format!("guard --netns {} --watch", world.server_ns)))?;
+    watch.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
+    world.syns(1)?;
+    watch.wait_for("the first name", |line| line.contains("missing") && line.contains(" s0 "))?;
+    world.lab.rename(&world.server_ns, "s0", "s7")?;
+    world.syns(1)?;
+    watch.wait_for("the second name", |line| line.contains("missing") && line.contains(" s7 "))?;
+    watch.signal(Signal::SIGINT)?;
+    ensure_eq!(watch.end()?.0, Some(0), "exit code");
+    Ok(())
+}
+
 pub fn an_output_that_nobody_reads_does_not_keep_it_alive() -> Result<()> {
     let world = guarded()?;
     let (reader, writer) = pipe()?;
