@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, pipe};
 
 use crate::lab::{Running, wait_until};
+use crate::said::said;
 use crate::support::ensure_eq;
 use crate::world::World;
 
@@ -68,6 +69,38 @@ pub fn what_is_watched_stands_under_heads() -> Result<()> {
     ensure_eq!(looked_at, 2, "packets in {:#?}", watch.seen);
     watch.signal(Signal::SIGINT)?;
     ensure_eq!(watch.end()?.0, Some(0), "exit code");
+    Ok(())
+}
+
+pub fn each_error_of_the_rules_has_its_place() -> Result<()> {
+    let world = World::new()?;
+    world.lab.file("list", "192.0.2.1\n  192.0.2.300\n")?;
+    let wrong = "slots = { behind = 15, ahead = 1 }
+blocked = ['192.0.2.1',
+    'x']
+blocked_file = 'list'
+exempt_file = 'none'
+[alerts]
+within = '1s'
+[auto_block]
+refused = 0
+within = '10s'
+block_for = '1m'
+";
+    let path = world.lab.file("guard.toml", format!("{wrong}{RULES}"))?;
+    let said = said(&mut world.lab.netoken(&format!("guard --check --rules {}", path.display())))?.code(1)?;
+    let (path, list) = (path.display(), path.with_file_name("list"));
+    for place in [
+        format!("{path}:1:9: 'slots': "),
+        format!("{path}:3:5: 'blocked': 'x'"),
+        format!("{}:2:3: ", list.display()),
+        format!("{}:1:1: 'blocked': 192.0.2.1/32 is listed twice", list.display()),
+        format!("{path}:5:15: reading the list "),
+        format!("{path}:6:1: 'alerts': "),
+        format!("{path}:8:1: 'auto_block': "),
+    ] {
+        ensure!(said.err.contains(&format!("  {place}")), "'{place}' expected: {said:#?}");
+    }
     Ok(())
 }
 
