@@ -393,7 +393,7 @@ mod tests {
   rules:2:11: 'exempt': 1.2.3.4/8 has bits set behind its prefix length; did you mean 1.0.0.0/8?
   rules:2:24: 'exempt': 'y' is neither an IPv4 nor an IPv6 address
   D/list:2:2: 'x' is neither an IPv4 nor an IPv6 address
-  D/list:3:11: 'soon' is no time; write it in UTC, like 2026-12-01T00:00:00Z
+  D/list:3:11: 'soon' is no time; write it like 2026-12-01T00:00:00Z, or 2026-12-01T01:00:00+01:00
   D/list:4:1: 'blocked': 192.0.2.1/32 is listed twice"
         );
     }

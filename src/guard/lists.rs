@@ -1,11 +1,12 @@
 //! The lists of sources in the guard's file, and in files of their own: which prefixes, and until when.
 
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use rustc_hash::FxHashSet;
 use toml::Spanned;
+use toml::value::{Datetime, Offset};
 
 use super::forms::{ListedFile, UntilFile};
 use super::rules::Listed;
@@ -21,15 +22,27 @@ impl ListedFile {
         match self {
             ListedFile::Always(src) => Ok(Listed { src: src.parse()?, until: None }),
             ListedFile::Until(UntilFile { src, until }) => {
-                Ok(Listed { src: src.parse()?, until: Some(time(&until)?) })
+                Ok(Listed { src: src.parse()?, until: Some(time(&until.0)?) })
             }
         }
     }
 }
 
+/// As RFC 3339 and TOML write it; without an offset it is UTC.
 fn time(text: &str) -> Result<SystemTime> {
-    humantime::parse_rfc3339_weak(text)
-        .map_err(|_| anyhow!("'{text}' is no time; write it in UTC, like 2026-12-01T00:00:00Z"))
+    moment(text).with_context(|| {
+        format!("'{text}' is no time; write it like 2026-12-01T00:00:00Z, or 2026-12-01T01:00:00+01:00")
+    })
+}
+
+fn moment(text: &str) -> Option<SystemTime> {
+    let Datetime { date: Some(date), time: Some(time), offset } = text.parse().ok()? else { return None };
+    let second = time.second.unwrap_or_default();
+    let utc = humantime::parse_rfc3339(&format!("{date}T{:02}:{:02}:{second:02}Z", time.hour, time.minute));
+    let utc = utc.ok()? + Duration::from_nanos(time.nanosecond.unwrap_or_default().into());
+    let Some(Offset::Custom { minutes }) = offset else { return Some(utc) };
+    let away = Duration::from_secs(60 * u64::from(minutes.unsigned_abs()));
+    if minutes > 0 { utc.checked_sub(away) } else { utc.checked_add(away) }
 }
 
 /// The prefixes of a list with their places, and those of the file that it names behind them.
@@ -117,6 +130,39 @@ mod tests {
         "[[rule]]\nname = 'a'\ndst = '10.0.0.0/8'\nmode = 'drop'\ntokens = '0000000000000001'\n";
 
     #[test]
+    fn a_time_is_what_rfc_3339_and_toml_write() {
+        let until = |value: &str| {
+            let text = format!("blocked = [{{ src = '1.2.3.4', until = {value} }}]\n{RULE}");
+            Rules::from_toml(&text, Path::new(".")).map(|rules| rules.blocked[0].until.unwrap())
+        };
+        let (midnight, half) = (until("'2026-12-01T00:00:00Z'").unwrap(), Duration::from_millis(500));
+        assert_eq!(midnight, SystemTime::UNIX_EPOCH + Duration::from_secs(1_796_083_200));
+        for (text, expected) in [
+            ("2026-12-01T00:00:00Z", midnight),
+            ("2026-12-01t00:00:00z", midnight),
+            ("2026-12-01T01:00:00+01:00", midnight),
+            ("2026-11-30T18:30:00-05:30", midnight),
+            ("2026-12-01T00:00:00.5Z", midnight + half),
+            ("2026-12-01T01:00:00.500+01:00", midnight + half),
+            ("2026-12-01T00:00:00", midnight),
+            ("2026-12-01 00:00:00", midnight),
+        ] {
+            assert_eq!(until(&format!("'{text}'")).unwrap(), expected, "'{text}'");
+            assert_eq!(until(text).unwrap(), expected, "{text}");
+        }
+        for value in
+            ["2026-12-01", "'2026-12-01'", "00:00:00", "'1960-01-01T00:00:00Z'", "'2026-02-30T00:00:00Z'"]
+        {
+            let error = format!("{:#}", until(value).unwrap_err());
+            let expected =
+                format!("rules:1:12: 'blocked': '{}' is no time; write it like ", value.trim_matches('\''));
+            assert!(error.contains(&expected), "{error}");
+        }
+        let error = format!("{:#}", until("5").unwrap_err());
+        assert!(error.contains("rules:1:39: ") && error.contains("expected a time like 2026-"), "{error}");
+    }
+
+    #[test]
     fn lists_have_prefixes_and_times() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("list");
@@ -124,7 +170,7 @@ mod tests {
         let text = format!("blocked_file = 'list'\nblocked = ['198.51.100.7']\n{RULE}");
         let rules = Rules::from_toml(&text, dir.path()).unwrap();
         assert_eq!(rules.blocked.len(), 3);
-        let until = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_796_083_200);
+        let until = SystemTime::UNIX_EPOCH + Duration::from_secs(1_796_083_200);
         assert_eq!(rules.blocked[1], Listed { src: "192.0.2.0/24".parse().unwrap(), until: None });
         assert_eq!(rules.blocked[2], Listed { src: "2001:db8::1".parse().unwrap(), until: Some(until) });
         for (line, expect) in

@@ -104,6 +104,26 @@ block_for = '1m'
     Ok(())
 }
 
+pub fn the_end_of_an_entry_is_a_time_in_any_usual_form() -> Result<()> {
+    let world = World::new()?;
+    let check = |until: &str, code: i32| {
+        let text = format!("blocked = [{{ src = '192.0.2.1', until = {until} }}]\n{RULES}");
+        let path = world.lab.file("guard.toml", text)?;
+        let mut check = world.lab.netoken(&format!("guard --check --rules {}", path.display()));
+        said(&mut check)?.code(code).context(until.to_string())
+    };
+    for until in ["2026-12-01T00:00:00+01:00", "2026-12-01T00:00:00Z", "2026-12-01T00:00:00.5Z"] {
+        check(until, 0)?;
+        check(&format!("'{until}'"), 0)?;
+    }
+    for until in ["2026-12-01", "'2026-12-01'", "'tomorrow'"] {
+        let refused = check(until, 1)?;
+        let (_, advice) = refused.err.split_once("write it like ").context(until)?;
+        check(advice.split([',', '\n']).next().unwrap_or_default(), 0)?;
+    }
+    Ok(())
+}
+
 pub fn a_new_name_of_an_interface_is_shown_at_once() -> Result<()> {
     let world = guarded()?;
     let mut watch =

@@ -128,7 +128,7 @@ fn with_root() -> Vec<Trial> {
             what_a_killed_attach_began_to_remember_is_no_policy a_directory_of_others_is_refused
             a_policy_of_an_attach_that_was_killed_is_forgotten a_policy_of_a_load_that_was_killed_is_forgotten;
         guard: what_is_watched_stands_under_heads a_new_name_of_an_interface_is_shown_at_once
-            each_error_of_the_rules_has_its_place
+            each_error_of_the_rules_has_its_place the_end_of_an_entry_is_a_time_in_any_usual_form
             an_output_that_nobody_reads_does_not_keep_it_alive
             an_output_that_is_closed_ends_it an_attach_that_nobody_listens_to_keeps_nobody_waiting
             a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
