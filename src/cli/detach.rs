@@ -23,7 +23,7 @@ use crate::state::{Lock, State};
 struct Removed {
     interface: String,
     /// The network namespace that it has moved to, if it has.
-    #[serde(skip)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     netns: Option<String>,
     /// How many filters of ours were removed.
     filters: usize,

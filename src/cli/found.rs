@@ -3,7 +3,8 @@
 
 use std::io::{self, Write};
 use std::ops::Not;
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 use nix::time::{ClockId, clock_gettime};
@@ -17,7 +18,12 @@ use crate::hooks::link::link_header;
 use crate::hooks::loaded::{Loaded, Programs, TRIES, loaded_by};
 use crate::hooks::netlink::{Filter, Link, Netlink};
 use crate::netns::{Netns, look_into};
-use crate::state::{Instance, State};
+use crate::state::{Changing, Instance, State};
+
+/// How long to wait for a command that changes something. One that stands still must not hide what is attached.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often to look whether it has finished.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// What is looked for.
 pub(super) struct Kind {
@@ -89,9 +95,54 @@ pub(super) struct Found {
     _state: Option<State>,
 }
 
+/// What was read of instances.
+pub(super) struct Contents<T> {
+    pub held: Vec<Held<T>>,
+    /// What failed of those that have a hook.
+    pub failed: Vec<anyhow::Error>,
+    /// What is to be said of the others.
+    notes: Vec<String>,
+}
+
 /// Looks for programs of ours: where an interface or a namespace was named only there, else everywhere that has a name.
-/// `look` finds those of an interface among all that are loaded.
-pub(super) fn find(
+/// `look` finds those of an interface among all that are loaded. Reads every instance that has a hook and, unless an
+/// interface was named, those that have none and are `kept`.
+pub(super) fn find<T>(
+    scope: &Scope,
+    kind: &Kind,
+    look: impl Fn(&mut Netlink, &Link, &Programs) -> Result<Vec<Place>>,
+    kept: impl Fn(&Instance) -> bool,
+    read: impl Fn(&Instance) -> Result<T>,
+) -> Result<(Found, Contents<T>)> {
+    let deadline = Instant::now() + PATIENCE;
+    let looked = loop {
+        let before = Changing::now()?;
+        let is_late = Instant::now() >= deadline;
+        if matches!(before, Changing::Somebody(_)) && !is_late {
+            thread::sleep(PAUSE);
+            continue;
+        }
+        let looked = find_now(scope, kind, &look).map(|found| {
+            let contents = found.read(scope, &kept, &read);
+            (found, contents)
+        });
+        // What was half done looked like something that is broken.
+        match Changing::now()? {
+            after @ Changing::Nobody(_) if after == before => break looked,
+            after if is_late => {
+                note!("{after} has not finished: what it changes may be shown half done");
+                break looked;
+            }
+            _ => {}
+        }
+    };
+    let (found, contents) = looked?;
+    contents.notes.iter().for_each(|note| note!("{note}"));
+    Ok((found, contents))
+}
+
+/// The same once, whoever changes something meanwhile.
+fn find_now(
     scope: &Scope,
     kind: &Kind,
     look: impl Fn(&mut Netlink, &Link, &Programs) -> Result<Vec<Place>>,
@@ -186,15 +237,13 @@ impl Found {
         self.instances.iter().any(|instance| instance.name == name && kept(instance))
     }
 
-    /// Reads every instance that has a hook and, unless an interface was named, those that have none and are `kept`. With
-    /// what failed of those that have one.
-    pub fn read<T>(
+    fn read<T>(
         &self,
         scope: &Scope,
         kept: impl Fn(&Instance) -> bool,
         read: impl Fn(&Instance) -> Result<T>,
-    ) -> (Vec<Held<T>>, Vec<anyhow::Error>) {
-        let (mut done, mut failed) = (Vec::new(), Vec::new());
+    ) -> Contents<T> {
+        let mut done = Contents { held: Vec::new(), failed: Vec::new(), notes: Vec::new() };
         for instance in &self.instances {
             let name = Some(instance.name.as_str());
             let is_attached = self.hooks.iter().any(|hook| hook.instance.as_deref() == name);
@@ -203,16 +252,16 @@ impl Found {
                 continue;
             }
             match read(instance) {
-                Ok(held) => done.push(Held { instance: instance.name.clone(), is_attached, held }),
-                Err(error) if is_attached => failed.push(error),
+                Ok(held) => done.held.push(Held { instance: instance.name.clone(), is_attached, held }),
+                Err(error) if is_attached => done.failed.push(error),
                 // It may have been removed meanwhile; an attach that was killed leaves one without all of its maps.
-                Err(error) if instance.pins.exists() => note!(
+                Err(error) if instance.pins.exists() => done.notes.push(format!(
                     "netoken: {error:#}; nothing is attached with it here, and the next --attach or --destroy mends it"
-                ),
+                )),
                 Err(_) => {}
             }
         }
-        (done, failed)
+        done
     }
 
     /// Shows where it is attached, to a person.

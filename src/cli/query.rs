@@ -8,12 +8,14 @@ use serde::Serialize;
 
 use super::args::Scope;
 use super::detach::first_of;
-use super::found::{Found, Held, Kind, Place, find};
+use super::found::{Contents, Found, Held, Kind, Place, find};
 use super::told::RISK;
 use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::show::totals_line;
 use crate::hooks::egress::{Stamp, stamps};
+use crate::hooks::loaded::Programs;
+use crate::hooks::netlink::{Link, Netlink};
 use crate::kernel::Kernel;
 use crate::policy::running::{self, Outline};
 use crate::privileges;
@@ -54,10 +56,10 @@ struct Read {
 
 pub(super) fn run(scope: &Scope) -> Result<()> {
     privileges::check("looking for attached programs")?;
-    let found = find(scope, &STAMPS, |netlink, link, programs| {
+    let look = |netlink: &mut Netlink, link: &Link, programs: &Programs| {
         Ok(stamps(netlink, link.index, programs)?.into_iter().map(place).collect())
-    })?;
-    let (held, failed) = found.read(scope, |_| true, read);
+    };
+    let (found, Contents { held, failed, .. }) = find(scope, &STAMPS, look, |_| true, read)?;
     if found.hooks.is_empty() {
         nothing(scope, &found)?;
     }

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use super::notices::{Notices, Of};
 use crate::hooks::netlink::Netlink;
 use crate::netns::Netns;
 
@@ -13,26 +14,29 @@ const GOOD: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Names of the interfaces in this network namespace and in those that have a name.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Interfaces {
     names: HashMap<(u32, u32), String>,
     looked: Option<Instant>,
+    /// Of this network namespace alone, as who waits for notices of another one keeps it; none if there was no descriptor.
+    notices: Option<Notices>,
 }
 
 impl Interfaces {
+    /// In the network namespace of the calling thread.
+    pub fn here() -> Interfaces {
+        Interfaces { names: HashMap::new(), looked: None, notices: Notices::open(&[Of::Links]).ok() }
+    }
+
     /// The name; `#` and the index if it is not known. What is gone keeps the name that it had.
     pub fn name(&mut self, netns_inode: u32, ifindex: u32) -> String {
         let key = (netns_inode, ifindex);
         let good = if self.names.contains_key(&key) { GOOD } else { RETRY };
-        if self.looked.is_none_or(|looked| looked.elapsed() >= good) {
+        let has_changed = self.notices.as_ref().is_some_and(|notices| notices.any().unwrap_or_default());
+        if has_changed || self.looked.is_none_or(|looked| looked.elapsed() >= good) {
             self.look();
         }
         self.names.get(&key).cloned().unwrap_or_else(|| format!("#{ifindex}"))
-    }
-
-    /// Some may have other names now.
-    pub fn changed(&mut self) {
-        self.looked = None;
     }
 
     fn look(&mut self) {

@@ -81,17 +81,12 @@ impl Output {
     /// There is no descriptor left.
     pub fn new(json: bool, rules: RuleNames, stop: Arc<AtomicBool>) -> io::Result<Output> {
         let out = Columns::new(HEADS, WIDTHS, stop)?;
-        Ok(Output { out, json, interfaces: Interfaces::default(), rules })
+        Ok(Output { out, json, interfaces: Interfaces::here(), rules })
     }
 
     /// True if the lines are JSON.
     pub fn is_json(&self) -> bool {
         self.json
-    }
-
-    /// Interfaces may have other names from now on.
-    pub fn interfaces_changed(&mut self) {
-        self.interfaces.changed();
     }
 
     /// Prints the heads of the columns.

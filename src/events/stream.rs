@@ -114,7 +114,6 @@ fn report_changes(output: &mut Output, watch: &mut Watch<'_>) -> Result<()> {
     if changes.is_empty() {
         return Ok(());
     }
-    output.interfaces_changed();
     for (interface, change) in changes {
         if output.is_json() {
             output.record(&Record::Interface { interface: &interface, change: &change })?;

@@ -2,23 +2,16 @@
 //! destroys the instance. The kernel's notices only say that it is time to look; what is there then is what counts.
 
 use std::fmt;
-use std::io;
-use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-use netlink_sys::protocols::NETLINK_ROUTE;
-use netlink_sys::{Socket, SocketAddr};
+use anyhow::Result;
 use serde::Serialize;
 
+use super::notices::{Notices, Of};
 use crate::hooks::egress::{Egress, Hook};
 use crate::hooks::netlink::Link;
 use crate::hooks::tcx;
 use crate::state::{EventsOf, Identity, Instance, State, instance_flag};
-
-/// Multicast groups of include/uapi/linux/rtnetlink.h.
-const RTNLGRP_LINK: u32 = 1;
-const RTNLGRP_TC: u32 = 4;
 
 /// How often to look at tcx, of which the kernel gives no notice.
 const UNNOTICED: Duration = Duration::from_secs(1);
@@ -102,7 +95,7 @@ impl Left {
 
 /// Interfaces of one network namespace that are watched.
 pub struct Watch<'a> {
-    notices: Socket,
+    notices: Notices,
     state: &'a State,
     instance: &'a Instance,
     identity: Option<Identity>,
@@ -119,12 +112,7 @@ impl<'a> Watch<'a> {
     /// # Errors
     /// The kernel refused a netlink socket, or to list what is there.
     pub fn start(state: &'a State, instance: &'a Instance, links: Vec<Link>) -> Result<Watch<'a>> {
-        let mut notices = Socket::new(NETLINK_ROUTE).context("opening a netlink socket for notices")?;
-        notices.bind(&SocketAddr::new(0, 0)).context("binding a netlink socket for notices")?;
-        for group in [RTNLGRP_LINK, RTNLGRP_TC] {
-            notices.add_membership(group).context("asking for notices of interfaces and filters")?;
-        }
-        notices.set_non_blocking(true).context("preparing a netlink socket for notices")?;
+        let notices = Notices::open(&[Of::Links, Of::Filters])?;
         let mut hooks = Egress::open(state)?;
         let links = links.into_iter().map(|link| {
             let stamp = hooks.stamp_of(&link, &instance.name)?;
@@ -147,7 +135,7 @@ impl<'a> Watch<'a> {
     /// The kernel refused to list what is there.
     pub fn changes(&mut self) -> Result<Vec<(String, Change)>> {
         let is_time = self.next_look.is_some_and(|next| Instant::now() >= next) || self.is_destroyed();
-        if !self.has_notices()? && !is_time {
+        if !self.notices.any()? && !is_time {
             return Ok(Vec::new());
         }
         let mut hooks = Egress::open(self.state)?;
@@ -204,26 +192,6 @@ impl<'a> Watch<'a> {
     /// Ends it.
     pub fn end(self) -> Left {
         Left { links: self.links, moved: self.moved, identity: self.identity }
-    }
-
-    /// Takes all notices off the socket; a lost one (ENOBUFS) is as good as any.
-    fn has_notices(&self) -> Result<bool> {
-        let mut any = false;
-        let mut buffer = Vec::with_capacity(32 << 10);
-        loop {
-            buffer.clear();
-            match self.notices.recv(&mut buffer, 0) {
-                Ok(_) => any = true,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(any),
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => any = true,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    return Err(error).with_context(|| {
-                        format!("reading notices from descriptor {}", self.notices.as_raw_fd())
-                    });
-                }
-            }
-        }
     }
 }
 

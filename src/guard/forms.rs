@@ -7,6 +7,7 @@ use std::marker::PhantomData;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use toml::value::Datetime;
 
 /// One value, or a list of them.
 pub(super) enum OneOrMany<T> {
@@ -67,7 +68,36 @@ pub(super) enum ListedFile {
 #[serde(deny_unknown_fields)]
 pub(super) struct UntilFile {
     pub(super) src: String,
-    pub(super) until: String,
+    pub(super) until: TimeFile,
+}
+
+/// A time, as a text or as TOML's own kind of value.
+pub(super) struct TimeFile(pub String);
+
+impl<'de> Deserialize<'de> for TimeFile {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(TimeVisitor)
+    }
+}
+
+struct TimeVisitor;
+
+impl<'de> Visitor<'de> for TimeVisitor {
+    type Value = TimeFile;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a time like 2026-12-01T00:00:00Z")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(TimeFile(text.to_string()))
+    }
+
+    /// By which TOML hands over its own.
+    fn visit_map<A: MapAccess<'de>>(self, time: A) -> Result<Self::Value, A::Error> {
+        let time = Datetime::deserialize(MapAccessDeserializer::new(time))?;
+        Ok(TimeFile(time.to_string()))
+    }
 }
 
 impl<'de> Deserialize<'de> for ListedFile {

@@ -11,12 +11,14 @@ pub mod counters;
 pub mod events;
 mod file;
 mod forms;
+mod lists;
 pub mod program;
 pub mod rules;
 pub mod running;
 mod sources;
 mod thresholds;
 pub mod write;
+mod wrong;
 
 /// The types and constants that the guard and Rust share, read out of the compiled program's BTF.
 pub mod types {

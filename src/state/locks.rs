@@ -75,7 +75,7 @@ impl State {
         let held = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(held) => held,
             Err((mut file, _)) => {
-                let holder = holder(&mut file).unwrap_or("another netoken command".to_string());
+                let holder = holder(&mut file);
                 note!("waiting for {holder} to finish");
                 match wait_for(file, stop) {
                     Ok(Some(held)) => held,
@@ -119,7 +119,7 @@ impl State {
                     bail!(
                         "reading the {whose} of instance '{}': {} already reads them, and an event has one reader; {instead}",
                         instance.name,
-                        holder(&mut file).unwrap_or("another process".to_string())
+                        holder(&mut file)
                     );
                 }
             }
@@ -190,11 +190,11 @@ fn sign(lock: &mut File) -> io::Result<()> {
     write!(lock, "process {} ({})", std::process::id(), arguments.join(" "))
 }
 
-/// Who holds a lock, if that is written in it.
-fn holder(lock: &mut File) -> Option<String> {
+/// Who holds a lock, as far as that is written in it.
+pub(super) fn holder(lock: &mut File) -> String {
     let mut holder = String::new();
     lock.read_to_string(&mut holder).ok();
-    Some(holder).filter(|holder| !holder.is_empty())
+    if holder.is_empty() { "another netoken command".to_string() } else { holder }
 }
 
 fn same_file(held: &File, path: &Path) -> bool {
@@ -218,7 +218,7 @@ mod tests {
         )
         .unwrap();
         let mut file = lock_file(&path, &path).unwrap();
-        assert!(holder(&mut file).unwrap().starts_with("process 1 "));
+        assert!(holder(&mut file).starts_with("process 1 "));
         sign(&mut file).unwrap();
         let said = fs::read_to_string(&path).unwrap();
         assert!(said.starts_with(&format!("process {} (", std::process::id())), "{said:?}");

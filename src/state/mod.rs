@@ -11,6 +11,7 @@
 //! Not /sys/fs/bpf, because `ip netns exec` mounts a new /sys. For the same reason the file system is mounted
 //! where the first process sees it, and reached through a descriptor that works in every mount namespace.
 
+mod changing;
 mod instance;
 mod locks;
 mod remembered;
@@ -34,6 +35,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::{Mode, fstat};
 use nix::sys::statfs::statfs;
 
+pub(crate) use changing::Changing;
 pub use instance::Instance;
 pub(crate) use locks::wait_for;
 pub use locks::{EventsOf, Lock, ReaderLock};
@@ -83,6 +85,7 @@ impl State {
             let made = path.clone();
             // Nothing if the last user removes it between the two steps.
             let dir = in_first_mount_namespace(move || {
+                check_no_link(&made)?;
                 make_dir(&made)?;
                 match open_dir(&made) {
                     Err(error) if error.downcast_ref() == Some(&Errno::ENOENT) => Ok(None),
@@ -138,16 +141,20 @@ impl State {
         })
     }
 
-    /// Opens the directory if it is there.
+    /// Opens the directory if it is there, and has been put into use.
     ///
     /// # Errors
-    /// It is there and cannot be opened.
+    /// It is there and cannot be opened, or is not root's alone.
     pub fn find() -> Result<Option<State>> {
         let path = dir_path();
         let wanted = path.clone();
-        let dir = in_first_mount_namespace(move || match is_bpffs(&wanted.join("bpf")) {
-            true => open_dir(&wanted).map(Some),
-            false => Ok(None),
+        let dir = in_first_mount_namespace(move || {
+            check_no_link(&wanted)?;
+            let is_used = is_bpffs(&wanted.join("bpf"));
+            match open_dir(&wanted) {
+                Err(error) if !is_used && error.is::<Errno>() => Ok(None),
+                dir => dir.map(|dir| is_used.then_some(dir)),
+            }
         })?;
         Ok(dir.map(|dir| State { path, dir }))
     }
@@ -294,8 +301,9 @@ pub(crate) fn flag_of_pins(dir: &Path) -> String {
 /// Where state is kept, absolute.
 pub(crate) fn dir_path() -> PathBuf {
     let path = dir_named(std::env::var_os(DIR_VARIABLE));
-    // In another mount namespace the current directory is another one.
-    std::path::absolute(&path).unwrap_or(path)
+    // In another mount namespace the current directory is another one. Taken apart, it has no slash at its end, which would
+    // lead through a link.
+    std::path::absolute(&path).unwrap_or(path).components().collect()
 }
 
 /// An empty name is none, as with other variables of this kind.
@@ -311,11 +319,23 @@ fn make_dir(path: &Path) -> Result<()> {
 
 fn open_dir(path: &Path) -> Result<OwnedFd> {
     let doing = || format!("opening {}", path.display());
-    let dir = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-        .with_context(doing)?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let dir = open(path, flags, Mode::empty()).with_context(doing)?;
     let found = fstat(&dir).with_context(doing)?;
     check_owner(found.st_uid, found.st_mode).with_context(doing)?;
     Ok(dir)
+}
+
+/// Whoever made a link decides where it leads.
+fn check_no_link(path: &Path) -> Result<()> {
+    if fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink()) {
+        bail!(
+            "opening {}: it is a symbolic link, and whoever made it could lead root anywhere; remove it, or have \
+             {DIR_VARIABLE} name the directory itself",
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 /// Who can make files in the directory could make links there, through which root would write anywhere, or a policy.

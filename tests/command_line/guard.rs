@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, pipe};
 
 use crate::lab::{Running, wait_until};
+use crate::said::said;
 use crate::support::ensure_eq;
 use crate::world::World;
 
@@ -66,6 +67,73 @@ pub fn what_is_watched_stands_under_heads() -> Result<()> {
         }
     }
     ensure_eq!(looked_at, 2, "packets in {:#?}", watch.seen);
+    watch.signal(Signal::SIGINT)?;
+    ensure_eq!(watch.end()?.0, Some(0), "exit code");
+    Ok(())
+}
+
+pub fn each_error_of_the_rules_has_its_place() -> Result<()> {
+    let world = World::new()?;
+    world.lab.file("list", "192.0.2.1\n  192.0.2.300\n")?;
+    let wrong = "slots = { behind = 15, ahead = 1 }
+blocked = ['192.0.2.1',
+    'x']
+blocked_file = 'list'
+exempt_file = 'none'
+[alerts]
+within = '1s'
+[auto_block]
+refused = 0
+within = '10s'
+block_for = '1m'
+";
+    let path = world.lab.file("guard.toml", format!("{wrong}{RULES}"))?;
+    let said = said(&mut world.lab.netoken(&format!("guard --check --rules {}", path.display())))?.code(1)?;
+    let (path, list) = (path.display(), path.with_file_name("list"));
+    for place in [
+        format!("{path}:1:9: 'slots': "),
+        format!("{path}:3:5: 'blocked': 'x'"),
+        format!("{}:2:3: ", list.display()),
+        format!("{}:1:1: 'blocked': 192.0.2.1/32 is listed twice", list.display()),
+        format!("{path}:5:15: reading the list "),
+        format!("{path}:6:1: 'alerts': "),
+        format!("{path}:8:1: 'auto_block': "),
+    ] {
+        ensure!(said.err.contains(&format!("  {place}")), "'{place}' expected: {said:#?}");
+    }
+    Ok(())
+}
+
+pub fn the_end_of_an_entry_is_a_time_in_any_usual_form() -> Result<()> {
+    let world = World::new()?;
+    let check = |until: &str, code: i32| {
+        let text = format!("blocked = [{{ src = '192.0.2.1', until = {until} }}]\n{RULES}");
+        let path = world.lab.file("guard.toml", text)?;
+        let mut check = world.lab.netoken(&format!("guard --check --rules {}", path.display()));
+        said(&mut check)?.code(code).context(until.to_string())
+    };
+    for until in ["2026-12-01T00:00:00+01:00", "2026-12-01T00:00:00Z", "2026-12-01T00:00:00.5Z"] {
+        check(until, 0)?;
+        check(&format!("'{until}'"), 0)?;
+    }
+    for until in ["2026-12-01", "'2026-12-01'", "'tomorrow'"] {
+        let refused = check(until, 1)?;
+        let (_, advice) = refused.err.split_once("write it like ").context(until)?;
+        check(advice.split([',', '\n']).next().unwrap_or_default(), 0)?;
+    }
+    Ok(())
+}
+
+pub fn a_new_name_of_an_interface_is_shown_at_once() -> Result<()> {
+    let world = guarded()?;
+    let mut watch =
+        Running::start(&mut world.lab.netoken(&format!("guard --netns {} --watch", world.server_ns)))?;
+    watch.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
+    world.syns(1)?;
+    watch.wait_for("the first name", |line| line.contains("missing") && line.contains(" s0 "))?;
+    world.lab.rename(&world.server_ns, "s0", "s7")?;
+    world.syns(1)?;
+    watch.wait_for("the second name", |line| line.contains("missing") && line.contains(" s7 "))?;
     watch.signal(Signal::SIGINT)?;
     ensure_eq!(watch.end()?.0, Some(0), "exit code");
     Ok(())

@@ -23,7 +23,7 @@ const DOCUMENTS: [(&str, &str); 3] = [
 /// Keys that are not always there, by their type.
 const OPTIONAL: [(&str, &[&str]); 6] = [
     ("interface", &["new_name", "netns"]),
-    ("removed", &["qdisc", "qdisc_filters"]),
+    ("removed", &["netns", "qdisc", "qdisc_filters"]),
     ("check", &["reason", "ring", "bind", "slot"]),
     ("guard_attached", &["pushed_out"]),
     ("guard_removed", &["qdisc", "qdisc_filters"]),

@@ -109,7 +109,8 @@ fn with_root() -> Vec<Trial> {
             one_instance_can_be_asked_for an_instance_that_is_not_whole_does_not_hide_the_others
             an_attached_instance_that_cannot_be_read_does_not_hide_the_others
             an_interface_that_is_down_is_told a_setting_that_an_attach_changes_is_told
-            slots_that_change_are_told_and_the_window_is_the_guards;
+            slots_that_change_are_told_and_the_window_is_the_guards
+            a_command_that_changes_something_raises_no_alarm a_query_meets_an_attach_at_any_moment;
         policy: a_rejected_file_changes_nothing_that_runs a_policy_is_summed_up;
         rights: each_missing_capability_is_named keys_are_for_root_alone without_the_right_to_mount_the_error_says_so
             without_the_right_to_look_nothing_is_said_or_changed;
@@ -132,7 +133,9 @@ fn with_root() -> Vec<Trial> {
             an_attach_that_fails_without_the_pins_forgets_nothing what_is_destroyed_without_its_pins_is_forgotten
             what_a_killed_attach_began_to_remember_is_no_policy a_directory_of_others_is_refused
             a_policy_of_an_attach_that_was_killed_is_forgotten a_policy_of_a_load_that_was_killed_is_forgotten;
-        guard: what_is_watched_stands_under_heads an_output_that_nobody_reads_does_not_keep_it_alive
+        guard: what_is_watched_stands_under_heads a_new_name_of_an_interface_is_shown_at_once
+            each_error_of_the_rules_has_its_place the_end_of_an_entry_is_a_time_in_any_usual_form
+            an_output_that_nobody_reads_does_not_keep_it_alive
             an_output_that_is_closed_ends_it an_attach_that_nobody_listens_to_keeps_nobody_waiting
             a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
         documented: every_documented_type_is_printed_as_it_says;

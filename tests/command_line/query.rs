@@ -1,11 +1,15 @@
 //! What `--query` shows, and what `--attach` says beside that it has attached.
 
-use std::fs;
-use std::io::pipe;
+use std::fs::{self, File};
+use std::io::{Write, pipe};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::fcntl::{Flock, FlockArg};
 
-use crate::lab::OBSERVE;
+use crate::lab::{OBSERVE, Running};
 use crate::look::records;
 use crate::said::{said, said_to};
 use crate::support::{ensure_eq, sh};
@@ -115,6 +119,79 @@ pub fn an_instance_that_is_not_whole_does_not_hide_the_others() -> Result<()> {
     expect(&shown.err, &["instance 'cut'", "'policies'", "--attach or --destroy mends it"])?;
     world.ok("-i c0 --attach --quiet --instance cut")?;
     expect(&query(&world, "")?, &["instance 'cut': 0 SYNs"])
+}
+
+/// Nor by what it leaves undone for a moment. Who stands still hides nothing.
+pub fn a_command_that_changes_something_raises_no_alarm() -> Result<()> {
+    let world = World::new()?;
+    world.ok("-i c0 --attach --quiet")?;
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
+    world.lab.ok(&format!("guard --netns {} -i c0 --attach --rules {}", world.ns, rules.display()))?;
+    let pins = |name: &str| world.lab.run.join("bpf").join(name);
+    let queries = [world.args("--query"), format!("guard --netns {} --query", world.ns)];
+    let expect_whole = |query: &str, out: &str| {
+        ensure!(out.contains("instance 'default': 0 ") && !out.contains("lost"), "{query}: {out}");
+        Ok(())
+    };
+    for query in &queries {
+        let lock = File::options().read(true).write(true).open(world.lab.run.join("lock"))?;
+        let mut held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+        write!(held, "process 1 (a command)")?;
+        fs::rename(pins("default"), pins("elsewhere"))?;
+        let running = Running::start(&mut world.lab.netoken(query))?;
+        thread::sleep(Duration::from_millis(300));
+        fs::rename(pins("elsewhere"), pins("default"))?;
+        held.set_len(0)?;
+        drop(held);
+        let (code, lines) = running.end()?;
+        ensure_eq!(code, Some(0), "the exit code of {query}: {lines:#?}");
+        expect_whole(query, &lines.join("\n"))?;
+    }
+    // One that stands still, and the name that one leaves that was killed.
+    let lock = File::options().read(true).write(true).open(world.lab.run.join("lock"))?;
+    let mut held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+    held.set_len(0)?;
+    write!(held, "process 1 (a command)")?;
+    for query in &queries {
+        let shown = said(&mut world.lab.netoken(query))?.code(0)?;
+        expect_whole(query, &shown.out)?;
+        expect(&shown.err, &["process 1 (a command) has not finished"])?;
+    }
+    drop(held);
+    for query in &queries {
+        let shown = said(&mut world.lab.netoken(query))?.code(0)?;
+        expect_whole(query, &shown.out)?;
+        ensure!(shown.err.is_empty(), "{query}: {shown:#?}");
+    }
+    Ok(())
+}
+
+/// Whatever the moment, an instance that is attached or detached again and again is there with its policy.
+pub fn a_query_meets_an_attach_at_any_moment() -> Result<()> {
+    let world = World::new()?;
+    let over = AtomicBool::new(false);
+    let change = || {
+        (0..20).try_for_each(|_| {
+            world.ok("-i c0 --attach --quiet")?;
+            world.ok("-i c0 --destroy").map(drop)
+        })
+    };
+    thread::scope(|scope| {
+        let changes = scope.spawn(|| {
+            let changed = change();
+            over.store(true, Ordering::Release);
+            changed
+        });
+        while !over.load(Ordering::Acquire) {
+            let shown = said(&mut world.lab.netoken(&world.args("--query")))?.code(0)?;
+            let is_there = shown.out.contains("default: stamp") && shown.err.is_empty();
+            let is_gone = shown.out.is_empty() && shown.err.starts_with("netoken is not attached");
+            // Where it takes long, as in an emulated machine, one comes after the other.
+            let is_warned = shown.err.contains("may be shown half done");
+            ensure!(is_there || is_gone || is_warned, "{shown:#?}");
+        }
+        changes.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Neither those before it nor those behind it; and a pipe that nobody reads does not make a success of it.

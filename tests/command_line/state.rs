@@ -39,16 +39,46 @@ pub fn a_directory_of_others_is_refused() -> Result<()> {
     fs::write(&precious, "precious")?;
     fs::create_dir(&dir)?;
     symlink(&precious, dir.join("lock"))?;
-    for (owner, mode, why) in [(0, 0o1777, "mode 1777"), (65534, 0o700, "user 65534")] {
+    let rules = world.lab.file("guard.toml", OBSERVE)?;
+    let commands = [
+        world.args("-i c0 --attach --quiet"),
+        world.args("-i c0 --destroy"),
+        world.args("--query"),
+        format!("guard --netns {} -i c0 --attach --rules {}", world.ns, rules.display()),
+        "guard --query".to_string(),
+        "guard --show".to_string(),
+        "policy show".to_string(),
+    ];
+    let refused = |dir: &Path, what: &[&str]| {
+        for args in &commands {
+            said(world.lab.netoken(args).env("NETOKEN_RUN", dir))?
+                .code(1)?
+                .err(what)
+                .context(args.clone())?;
+        }
+        expect_bare(&world.ns, "c0")
+    };
+    let shown = dir.display().to_string();
+    for (owner, mode, why) in [(0, 0o1777, "mode 1777"), (0, 0o770, "mode 770"), (65534, 0o700, "user 65534")]
+    {
         chown(&dir, Some(owner), None)?;
         fs::set_permissions(&dir, Permissions::from_mode(mode))?;
-        for args in ["-i c0 --attach --quiet", "-i c0 --destroy"] {
-            let mut command = world.lab.netoken(&world.args(args));
-            let shown = dir.display().to_string();
-            said(command.env("NETOKEN_RUN", &dir))?.code(1)?.err(&[&shown, why, "NETOKEN_RUN", "chmod"])?;
-        }
-        expect_bare(&world.ns, "c0")?;
+        refused(&dir, &[&shown, why, "NETOKEN_RUN", "chmod"])?;
     }
+    // A link is refused wherever it leads, and whatever stands behind its name.
+    let link = world.lab.run.join("link");
+    let inner = world.lab.run.join("inner");
+    fs::create_dir(&inner)?;
+    fs::set_permissions(&inner, Permissions::from_mode(0o700))?;
+    for to in [&inner, &world.lab.run.join("nowhere")] {
+        symlink(to, &link)?;
+        for name in [link.clone(), link.join(""), link.join(".")] {
+            let shown = format!("{}: it is a symbolic link", link.display());
+            refused(&name, &[&shown, "remove it", "NETOKEN_RUN"])?;
+        }
+        fs::remove_file(&link)?;
+    }
+    ensure_eq!(fs::read_dir(&inner)?.count(), 0, "what is where the link led");
     ensure_eq!(fs::read_to_string(&precious)?, "precious", "what the link leads to");
     Ok(())
 }

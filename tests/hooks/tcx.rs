@@ -251,6 +251,16 @@ pub fn a_program_that_has_moved_is_detached_on_exit() -> Result<()> {
     let (stream, elsewhere) = moved_away(&mut world, "--detach-on-exit")?;
     expect_detached_there(&world, stream, &elsewhere, 1)?;
 
+    // A script is told where it was as well.
+    let mut world = World::new()?;
+    let (stream, elsewhere) = moved_away(&mut world, "--detach-on-exit --json")?;
+    let (_, lines) = stream.end()?;
+    let removed = lines.iter().find(|line| line.contains("\"removed\"")).context("no record")?;
+    let record = format!(
+        r#"{{"type":"removed","interface":"c0","netns":"{elsewhere}","filters":1,"qdisc":"absent"}}"#
+    );
+    ensure_eq!(*removed, record, "the record of {lines:#?}");
+
     // After its last look: a reload waits for the lock, and a signal ends that.
     let mut world = World::new()?;
     let path =

@@ -8,7 +8,7 @@ use super::{PASSED_BY, RISK, Record, SEES_IT, TO_THE_FRONT, hook_name, print_jso
 use crate::cli::args::Scope;
 use crate::cli::blocked::print_blocked;
 use crate::cli::detach::first_of;
-use crate::cli::found::{Found, Held, Kind, Place, find};
+use crate::cli::found::{Contents, Found, Held, Kind, Place, find};
 use crate::guard::blocked::{self, Blocked};
 use crate::guard::counters::GuardCounters;
 use crate::guard::program::GuardMaps;
@@ -29,10 +29,9 @@ struct Read {
 
 pub(super) fn query(scope: &Scope) -> Result<()> {
     privileges::check("looking for attached programs")?;
-    let found = find(scope, &GUARDS, look)?;
     // Those that keep rules for the next attach.
     let has_rules = |instance: &Instance| instance.has_guard() && instance.guard_dir.exists();
-    let (held, failed) = found.read(scope, has_rules, read);
+    let (found, Contents { held, failed, .. }) = find(scope, &GUARDS, look, has_rules, read)?;
     if found.hooks.is_empty() {
         nothing(scope, &found, has_rules)?;
     }

@@ -62,7 +62,7 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
         }
     };
     let out = Columns::new(HEADS, WIDTHS, Arc::clone(&signals.stop))?;
-    let mut output = Output { scope, out, interfaces: Interfaces::default() };
+    let mut output = Output { scope, out, interfaces: Interfaces::here() };
     if !scope.json {
         note!("watching; Ctrl-C ends it, and the guard stays attached");
     }
