@@ -2,11 +2,14 @@
 
 use std::collections::HashSet;
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::args::Scope;
+use crate::events::columns::Patient;
 use crate::events::watch::Left;
 use crate::hooks::egress::Egress;
 use crate::hooks::netlink::{Link, Netlink};
@@ -39,7 +42,8 @@ pub(super) fn run(scope: &Scope, destroy: bool) -> Result<()> {
     let targets = scope.find_or_all(Netlink::connect()?.links()?)?;
     // Also where there is no state: a filter whose state was lost is known by its program.
     let (state, lock) = State::create()?;
-    remove_from(scope, &state, lock, targets.into_iter().map(Target::here).collect(), destroy, all)
+    let targets = targets.into_iter().map(Target::here).collect();
+    remove_from(scope, &state, lock, targets, destroy, all, &mut io::stdout().lock())
 }
 
 /// An interface, and its network namespace if that is another one.
@@ -72,7 +76,9 @@ pub(super) fn remove(scope: &Scope, left: &Left, state: &State, lock: Lock) -> R
     }
     let moved = elsewhere.into_iter().filter_map(tcx::whereabouts);
     targets.extend(moved.map(|(netns, link)| Target { netns: Some(netns), link }));
-    remove_from(scope, state, lock, targets, true, false)
+    // Signals are handled, so one that waited for a reader who has stopped would wait for ever.
+    let mut out = Patient::stdout(Arc::new(AtomicBool::new(true))).context("preparing standard output")?;
+    remove_from(scope, state, lock, targets, true, false, &mut out)
 }
 
 /// Does everything first, and then tells: that nobody can be told must not leave anything behind. What was done is told
@@ -84,6 +90,7 @@ fn remove_from(
     targets: Vec<Target>,
     destroy: bool,
     only_news: bool,
+    out: &mut dyn Write,
 ) -> Result<()> {
     let (mut done, mut failed) = (Vec::new(), Vec::new());
     let had_state = state.instance(&scope.instance).exists();
@@ -112,7 +119,7 @@ fn remove_from(
     });
     failed.extend(state.remove_if_empty(lock).err());
 
-    let told = tell(scope, &done).context("writing to standard output");
+    let told = tell(scope, &done, out).context("writing to standard output");
     if done.is_empty() && failed.is_empty() && only_news && !scope.json {
         let also = if had_state && users.is_empty() { "; its policy and counters are removed" } else { "" };
         note!("instance '{}' is not attached to any interface here{also}", scope.instance);
@@ -144,8 +151,7 @@ fn take_away(scope: &Scope, state: &State, lock: &Lock, target: &Target, destroy
     Ok(Removed { interface: target.link.name.clone(), netns, filters, qdisc })
 }
 
-fn tell(scope: &Scope, done: &[Removed]) -> Result<()> {
-    let mut out = io::stdout().lock();
+fn tell(scope: &Scope, done: &[Removed], out: &mut dyn Write) -> Result<()> {
     for removed in done {
         if scope.json {
             writeln!(out, "{}", serde_json::to_string(removed)?)?;

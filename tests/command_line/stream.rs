@@ -1,13 +1,17 @@
 //! The stream: what it shows, and how it ends when it is asked to.
 
-use std::io::pipe;
+use std::fs;
+use std::io::{ErrorKind, Write, pipe};
 use std::net::TcpStream;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -176,10 +180,10 @@ pub fn a_signal_during_a_quiet_attach_leaves_all_or_nothing() -> Result<()> {
 /// A pager that shows its first page, a terminal after Ctrl-S.
 pub fn an_output_that_nobody_reads_does_not_keep_it_alive() -> Result<()> {
     let world = World::new()?;
-    for both in [false, true] {
+    for (flags, both, stays) in [("", false, 1), ("", true, 1), ("--json --detach-on-exit", false, 0)] {
         let (reader, writer) = pipe()?;
         fcntl(&reader, FcntlArg::F_SETPIPE_SZ(4096))?;
-        let mut command = world.lab.netoken(&world.args("-i c0 --attach"));
+        let mut command = world.lab.netoken(&world.args(&format!("-i c0 --attach {flags}")));
         command.stdout(writer.try_clone()?);
         match both {
             true => command.stderr(writer),
@@ -190,17 +194,36 @@ pub fn an_output_that_nobody_reads_does_not_keep_it_alive() -> Result<()> {
         wait_until("the filter", || Ok((!ours(&world.ns, "c0")?.is_empty()).then_some(())))?;
         let shown = || world.syns(50).and_then(|()| Ok(syns(&world)? > 200));
         wait_until("more than the pipe takes", || Ok(shown()?.then_some(())))?;
+        if !both {
+            fill(&reader)?;
+        }
         // It is in the write, or waits for it to be possible, and reads no events any more.
         kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?;
         let ended = wait_until("the stream to end", || Ok(child.try_wait()?));
         child.kill().ok();
         child.wait()?;
-        ensure_eq!(ended?.code(), Some(0), "the exit code");
-        expect_ours(&world.ns, "c0", 1)?;
+        ensure_eq!(ended.with_context(|| flags)?.code(), Some(0), "the exit code");
+        expect_ours(&world.ns, "c0", stays)?;
         world.ok("-i c0 --destroy")?;
         drop(reader);
     }
     Ok(())
+}
+
+/// Fills a pipe of one page to the last byte, once there is something in it, and whoever polls before he writes waits. A
+/// short line might find room otherwise.
+fn fill(pipe: &impl AsRawFd) -> Result<()> {
+    let path = format!("/proc/self/fd/{}", pipe.as_raw_fd());
+    let mut writer = fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let is_ready = || poll(&mut [PollFd::new(writer.as_fd(), PollFlags::POLLOUT)], PollTimeout::ZERO);
+    wait_until("something in the pipe", || Ok((is_ready()? == 0).then_some(())))?;
+    loop {
+        match writer.write(b" ") {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 fn syns(world: &World) -> Result<u64> {

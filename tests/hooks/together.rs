@@ -20,7 +20,7 @@ use crate::world::World;
 
 /// Interfaces on which nothing is.
 const MANY: usize = 200;
-const QUERIES: usize = 40;
+const QUERIES: usize = 10;
 
 fn start(world: &World, args: &str) -> Result<Child> {
     let mut command = world.lab.netoken(&world.args(args));
