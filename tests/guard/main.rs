@@ -5,6 +5,7 @@
 
 mod alerts;
 mod block;
+mod events;
 mod forged;
 mod layouts;
 mod lists;
@@ -62,6 +63,8 @@ fn main() -> ExitCode {
             who_finds_no_room_is_not_counted a_block_ends_and_a_window_as_well;
         alerts: each_severity_is_told_once_in_a_window new_thresholds_count_at_once
             an_alert_that_finds_no_room_is_told_later;
+        events: an_event_says_what_was_decided_and_nothing_of_the_packet_before
+            one_of_ten_packets_makes_an_event_and_all_are_counted;
         lists: exempt_and_blocked_sources_by_their_longest_prefix an_entry_that_has_expired_shows_what_is_around_it
             an_entry_expires_by_the_clock_of_tokens
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it
