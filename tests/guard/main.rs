@@ -62,6 +62,7 @@ fn main() -> ExitCode {
             in_mode_observe_nothing_is_dropped without_being_asked_nobody_is_blocked a_source_can_be_let_in_again
             who_finds_no_room_is_not_counted a_block_ends_and_a_window_as_well;
         alerts: each_severity_is_told_once_in_a_window new_thresholds_count_at_once
+            a_window_of_older_rules_ends_where_theirs_are_shorter
             an_alert_that_finds_no_room_is_told_later;
         events: an_event_says_what_was_decided_and_nothing_of_the_packet_before
             one_of_ten_packets_makes_an_event_and_all_are_counted;

@@ -66,7 +66,8 @@ fn everywhere() -> Vec<Trial> {
         policies: the_first_rule_that_matches_decides a_default_is_for_both_families_and_rules_beat_it a_prefix_is_for_its_own_family
             without_any_policy_nothing_changes each_rule_stamps_its_own_token
             skip_and_drop_come_before_everything_else when_full_drop_drops_what_cannot_be_stamped
-            of_two_reasons_the_first_is_named the_oracle_agrees_with_the_list_of_failures;
+            of_two_reasons_the_first_is_named the_oracle_agrees_with_the_list_of_failures
+            the_last_of_as_many_ranges_as_one_packet_may_try_decides each_rule_has_a_counter_however_many_there_are;
         reference: the_kernel_agrees_with_the_reference the_classifier_agrees_with_the_reference;
         faults: a_helper_that_fails_leaves_the_packet_as_it_came
             a_helper_that_fails_drops_where_the_policy_says_so a_restore_that_fails_drops_the_packet
