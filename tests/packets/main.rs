@@ -77,7 +77,8 @@ fn everywhere() -> Vec<Trial> {
             one_of_ten_syns_makes_an_event_and_all_are_counted;
         keyed: kernel_and_library_make_the_same_token slots_change_at_their_edges_and_wrap
             a_stepped_clock_is_followed_both_ways a_rule_without_a_signing_key_leaves_the_syn_as_it_came
-            another_signer_is_one_write a_key_counts_what_is_made_with_it
+            another_signer_is_one_write a_key_counts_what_is_made_with_it the_clock_is_read_anew
+            a_signer_that_is_not_whole_makes_no_token only_what_a_ring_had_is_told_as_lost
             every_option_list_takes_a_keyed_token_as_a_static_one;
         shared: siphash_gives_its_published_results the_vectors_are_made_and_found_valid
             kernel_and_library_check_alike both_clocks_are_read_as_user_space_reads_them;
