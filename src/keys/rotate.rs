@@ -204,8 +204,11 @@ mod tests {
         let ring = EDGE.parse().unwrap();
         let mut keys = vec![key(EDGE, 0, 1), key(EDGE, 1, 2)];
         sign(&mut keys, ring).unwrap();
-        // One of the same moment as the one that signs, one that comes next, and one that was given up before its time.
-        keys.extend([key(EDGE, 2, 2), key(EDGE, 3, 3), key(EDGE, 4, 9)]);
+        // Of the same moment as the one that signs.
+        keys.push(key(EDGE, 2, 2));
+        assert_eq!(next_step(&keys, ring), Step::Retire);
+        // One that comes next, and one that was given up before its time.
+        keys.extend([key(EDGE, 3, 3), key(EDGE, 4, 9)]);
         keys[4].retire();
         assert_eq!(next_step(&keys, ring), Step::Sign);
         let retired = retire(&mut keys, ring, unused, at(1000), Duration::ZERO, false).unwrap();

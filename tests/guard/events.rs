@@ -112,3 +112,16 @@ pub fn one_of_ten_packets_makes_an_event_and_all_are_counted() -> Result<()> {
     }
     Ok(())
 }
+
+pub fn without_a_reader_packets_are_counted_but_make_no_event() -> Result<()> {
+    for kind in [Kind::Tc, Kind::Xdp] {
+        let bench = Bench::new(kind, RULES)?;
+        for _ in 0..3 {
+            bench.run_uncounted(&syn().build())?;
+        }
+        let counters = bench.counters()?;
+        let counted = (counters.total(), counters.events());
+        ensure!(counted == (3, 0), "{kind:?}: {counted:?} are counted");
+    }
+    Ok(())
+}

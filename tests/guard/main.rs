@@ -66,7 +66,8 @@ fn main() -> ExitCode {
             a_window_of_older_rules_ends_where_theirs_are_shorter
             an_alert_that_finds_no_room_is_told_later;
         events: an_event_says_what_was_decided_and_nothing_of_the_packet_before
-            one_of_ten_packets_makes_an_event_and_all_are_counted;
+            one_of_ten_packets_makes_an_event_and_all_are_counted
+            without_a_reader_packets_are_counted_but_make_no_event;
         lists: exempt_and_blocked_sources_by_their_longest_prefix an_entry_that_has_expired_shows_what_is_around_it
             an_entry_expires_by_the_clock_of_tokens
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it
