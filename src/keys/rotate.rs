@@ -204,6 +204,51 @@ mod tests {
     }
 
     #[test]
+    fn a_step_of_a_ring_leaves_all_others_as_they_are() {
+        let (ring, other) = (EDGE.parse().unwrap(), "other".parse().unwrap());
+        let mut keys = vec![key(EDGE, 0, 1), key(EDGE, 1, 2), key("other", 8, 1), key("other", 9, 5)];
+        assert_eq!(sign(&mut keys, other).unwrap(), (9, None));
+        assert_eq!(signer(&keys, ring).map(Key::id), None);
+        assert_eq!((next_step(&keys, ring), next_step(&keys, other)), (Step::Sign, Step::Retire));
+        assert_eq!(sign(&mut keys, ring).unwrap(), (1, None));
+        let signers = [ring, other].map(|ring| signer(&keys, ring).map(Key::id));
+        assert_eq!(signers, [Some(1), Some(9)]);
+        crate::keys::check(&keys).unwrap();
+        let retired = retire(&mut keys, ring, unused, at(1000), Duration::ZERO, false).unwrap();
+        assert_eq!(retired, [0]);
+        assert!(keys.iter().filter(|key| key.ring == other).all(Key::is_live));
+        assert_eq!(date(&keys, ring, at(3)), at(3));
+    }
+
+    #[test]
+    fn only_what_is_older_is_retired_and_what_is_retired_never_signs_again() {
+        let ring = EDGE.parse().unwrap();
+        let mut keys = vec![key(EDGE, 0, 1), key(EDGE, 1, 2)];
+        sign(&mut keys, ring).unwrap();
+        // Of the same moment as the one that signs.
+        keys.push(key(EDGE, 2, 2));
+        assert_eq!(next_step(&keys, ring), Step::Retire);
+        // One that comes next, and one that was given up before its time.
+        keys.extend([key(EDGE, 3, 3), key(EDGE, 4, 9)]);
+        keys[4].retire();
+        assert_eq!(next_step(&keys, ring), Step::Sign);
+        let retired = retire(&mut keys, ring, unused, at(1000), Duration::ZERO, false).unwrap();
+        assert_eq!(retired, [0, 2]);
+        assert_eq!(sign(&mut keys, ring).unwrap(), (3, Some(1)));
+        let states: Vec<State> = keys.iter().map(Key::state).collect();
+        assert_eq!(
+            states,
+            [State::Retired, State::VerifyOnly, State::Retired, State::Signing, State::Retired]
+        );
+        assert!(keys[4].secret().is_none());
+        // Nor does it hold up the date of the next.
+        assert_eq!(date(&keys, ring, at(5)), at(5));
+        retire(&mut keys, ring, unused, at(1000), Duration::ZERO, false).unwrap();
+        assert_eq!(next_step(&keys, ring), Step::Add);
+        assert!(sign(&mut keys, ring).is_err());
+    }
+
+    #[test]
     fn a_new_key_signs_next_though_the_clock_was_ahead() {
         let ring = EDGE.parse().unwrap();
         let mut keys = vec![key(EDGE, 0, 5000), key("other", 9, 9000)];

@@ -91,6 +91,23 @@ pub fn new_thresholds_count_at_once() -> Result<()> {
     Ok(())
 }
 
+/// It would end later than the rules that are in use say.
+pub fn a_window_of_older_rules_ends_where_theirs_are_shorter() -> Result<()> {
+    for kind in [Kind::Tc, Kind::Xdp] {
+        let bench = Bench::new(kind, &for_an_hour("low = 5"))?;
+        let mut reader = Reader::open(&bench.program.maps)?;
+        refuse(&bench, 4)?;
+        bench.set_rules(&for_an_hour("low = 5").replace("1h", "30m"))?;
+        refuse(&bench, 4)?;
+        let before = told(&mut reader)?;
+        ensure!(before.is_empty(), "{kind:?}: {before:?} of four packets in the new window");
+        refuse(&bench, 1)?;
+        let then = told(&mut reader)?;
+        ensure!(then == [("low", 5)], "{kind:?}: {then:?} of five");
+    }
+    Ok(())
+}
+
 /// The buffer is full of the packets that the alert is about. Each CPU has one, so all are sent on one CPU.
 pub fn an_alert_that_finds_no_room_is_told_later() -> Result<()> {
     let on_one_cpu = || {

@@ -211,6 +211,40 @@ pub fn who_finds_no_room_is_not_counted() -> Result<()> {
     Ok(())
 }
 
+/// However often they come.
+pub fn who_has_a_right_static_token_is_not_counted() -> Result<()> {
+    for kind in KINDS {
+        let mut bench = Bench::new(kind, &rules("", "drop"))?;
+        for v6 in [false, true] {
+            let right = with(&syn().family(v6), LINUX, &[STATIC]);
+            for _ in 0..3 * REFUSED {
+                expect(&mut bench, &right, "valid")?;
+            }
+            ensure!(blocked(&bench)?.is_empty(), "{:?} are blocked", blocked(&bench)?);
+        }
+    }
+    Ok(())
+}
+
+pub fn a_source_is_as_many_bits_as_the_rules_say() -> Result<()> {
+    for kind in KINDS {
+        let mut bench = Bench::new(kind, &rules(", v4_bits = 24, v6_bits = 40", "drop"))?;
+        for (bad, neighbour, other) in
+            [("8.0.0.1", "8.0.0.254", "8.0.1.1"), ("2001:db8::1", "2001:db8:ff:1::2", "2001:db8:100::1")]
+        {
+            for _ in 0..REFUSED {
+                expect(&mut bench, &from(bad), "missing")?;
+            }
+            expect(&mut bench, &from(neighbour), "missing")?;
+            expect(&mut bench, &from(bad), "auto_blocked")?;
+            expect(&mut bench, &from(neighbour), "auto_blocked")?;
+            expect(&mut bench, &from(other), "missing")?;
+        }
+        ensure!(blocked(&bench)? == ["2001:db8::/40", "8.0.0.0/24"], "{:?}", blocked(&bench)?);
+    }
+    Ok(())
+}
+
 /// Asks until the source is not blocked any more.
 fn wait(bench: &mut Bench, began: Instant) -> Result<Duration> {
     loop {

@@ -5,6 +5,7 @@
 
 mod alerts;
 mod block;
+mod events;
 mod forged;
 mod layouts;
 mod lists;
@@ -59,9 +60,14 @@ fn main() -> ExitCode {
         block: too_many_refused_packets_block_their_source_and_no_other
             a_source_that_is_blocked_gets_in_with_a_keyed_token who_is_exempt_is_never_blocked
             in_mode_observe_nothing_is_dropped without_being_asked_nobody_is_blocked a_source_can_be_let_in_again
-            who_finds_no_room_is_not_counted a_block_ends_and_a_window_as_well;
+            who_finds_no_room_is_not_counted who_has_a_right_static_token_is_not_counted
+            a_source_is_as_many_bits_as_the_rules_say a_block_ends_and_a_window_as_well;
         alerts: each_severity_is_told_once_in_a_window new_thresholds_count_at_once
+            a_window_of_older_rules_ends_where_theirs_are_shorter
             an_alert_that_finds_no_room_is_told_later;
+        events: an_event_says_what_was_decided_and_nothing_of_the_packet_before
+            one_of_ten_packets_makes_an_event_and_all_are_counted
+            without_a_reader_packets_are_counted_but_make_no_event;
         lists: exempt_and_blocked_sources_by_their_longest_prefix an_entry_that_has_expired_shows_what_is_around_it
             an_entry_expires_by_the_clock_of_tokens
             a_mapped_source_reaches_no_list new_rules_replace_all_of_the_old_ones rules_without_a_list_forget_it

@@ -401,10 +401,19 @@ pub fn what_may_go_on_to_another_address_never_passes() -> Result<()> {
         let packet = syn().to(if v6 { "2001:db8:3::1" } else { "198.51.100.1" }, 443);
         let routed = source_route(packet.clone(), 131);
         let both = [routed.clone(), routed.clone().fragment(0, true), routed.clone().fragment(0, false)];
+        // Types 0, 2 and 4 are those of RFC 2460, of mobile nodes and of segments.
+        let of_type = |kind: u8| {
+            let mut packet = routed.clone();
+            packet.extensions.iter_mut().for_each(|(_, bytes)| bytes[1] = kind);
+            packet
+        };
         let only6 = [
+            of_type(0),
+            of_type(2),
+            of_type(4),
             packet.clone().fragment(0, false).extension(ROUTING, 2),
             packet.clone().fragment(1, true).extension(DEST_OPTS, 0),
-            more_headers(routed, 8),
+            more_headers(routed.clone(), 8),
             more_headers(packet, 9),
         ];
         both.into_iter().chain(only6.into_iter().filter(|_| v6)).collect()

@@ -153,6 +153,7 @@ fn rows() -> Vec<(Packet, Expected)> {
             row(with(&[MD5, &[1, 1]].concat()), Verdict::VERDICT_AUTH_OPTION, 1, 20),
             row(with(&STAMP), Verdict::VERDICT_ALREADY_STAMPED, 0, 12),
             row(with(&[200, 1, 0, 0]), Verdict::VERDICT_MALFORMED, 1, 4),
+            row(with(&[]).data_offset(4), Verdict::VERDICT_MALFORMED, 1, 0),
             row(with(LINUX).fragment(0, true), Verdict::VERDICT_FRAGMENT, 1, 20),
         ]);
     }
@@ -196,18 +197,21 @@ pub fn an_event_says_which_policy_decided() -> Result<()> {
         let log = Log::default();
         let buffer = log.open(&map)?;
         let no_default = "[[rule]]\nname = 'other'\ndst = '203.0.113.0/24'\naction = 'skip'\n";
-        for (policy, generation) in [
-            (None, 0),
-            (Some(POLICY), 1),
-            (Some("default = { action = 'skip' }"), 2),
-            (Some(no_default), 0),
-            (Some(POLICY), 4),
+        let of_all = "[[rule]]\nname = 'all'\naction = 'skip'\n";
+        for (policy, generation, rule) in [
+            (None, 0, 0),
+            (Some(POLICY), 1, 0),
+            (Some("default = { action = 'skip' }"), 2, 0),
+            (Some(of_all), 3, 1),
+            (Some(no_default), 0, 0),
+            (Some(POLICY), 5, 0),
         ] {
             policy.map_or(Ok(()), |policy| bench.set_policy(policy))?;
             bench.run(&syn().build(), How::default())?;
             let events = log.take(&buffer)?;
             ensure_eq!(events.len(), 1, "events with {policy:?}");
             ensure_eq!(events[0].generation, generation, "the generation of {policy:?}");
+            ensure_eq!(events[0].rule, rule, "the rule of {policy:?}");
         }
         Ok(())
     })
@@ -256,13 +260,18 @@ pub fn one_of_ten_syns_makes_an_event_and_all_are_counted() -> Result<()> {
         let buffer = log.open(&map)?;
         // Every verdict is sampled on its own: a rare one does not drown in a frequent one.
         let (stamped, full) = (syn().options(LINUX).build(), syn().options(&unknown(40)).build());
+        let mut events = Vec::new();
         for number in 0..100 {
             bench.run(&stamped, How::default())?;
             if number % 5 == 0 {
                 bench.run(&full, How::default())?;
             }
+            if number == 0 {
+                events = log.take(&buffer)?;
+                ensure_eq!(events.len(), 2, "events of the first of each");
+            }
         }
-        let events = log.take(&buffer)?;
+        events.extend(log.take(&buffer)?);
         let of = |verdict: Verdict| events.iter().filter(|e| u32::from(e.verdict) == verdict.0).count();
         ensure_eq!(of(Verdict::VERDICT_STAMPED), 10, "events of 100 stamped SYNs");
         ensure_eq!(of(Verdict::VERDICT_NO_ROOM), 2, "events of 20 SYNs without room");
@@ -272,6 +281,7 @@ pub fn one_of_ten_syns_makes_an_event_and_all_are_counted() -> Result<()> {
         ensure_eq!(counters.of(Verdict::VERDICT_NO_ROOM), 20, "without room");
         ensure_eq!(counters.total(), 120, "all");
         ensure_eq!(counters.dropped(), 20, "dropped");
+        ensure_eq!(counters.events(), 12, "events, for who has to know how many are lost");
         Ok(())
     })
 }

@@ -1,16 +1,19 @@
 //! Keyed tokens as the classifier stamps them: held against the library, which makes them without the kernel.
 
+use std::mem::offset_of;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use netoken::clock;
 use netoken::kernel::Kernel;
 use netoken::keys::{Key, RingName, Secret, rotate};
 use netoken::program::{Maps, Settings};
 use netoken::token::Token;
 use netoken::token::keyed::{Bind, Flow, Slots, Stamp, Verifier, make};
-use netoken::types::Verdict;
+use netoken::types::{KeyState, Verdict};
 
 use crate::packet::{LINUX, Packet, syn};
 use crate::random::Random;
@@ -321,6 +324,72 @@ pub fn a_key_counts_what_is_made_with_it() -> Result<()> {
     for id in (0..16).filter(|id| *id != 5) {
         ensure_eq!(stamper.bench.program.maps.keys.use_of(id)?.made, 0, "made with key {id}");
     }
+    Ok(())
+}
+
+/// Reading it costs as much as the MAC, so it is read once in a tick; but in each.
+pub fn the_clock_is_read_anew() -> Result<()> {
+    let mut stamper = Stamper::new(Bind::Isn)?;
+    let mut made_at = || -> Result<SystemTime> {
+        stamper.token_for(&syn())?;
+        stamper.bench.program.maps.keys.use_of(5)?.made_at.context("never used")
+    };
+    let first = made_at()?;
+    // A tick is 10 ms at most.
+    thread::sleep(Duration::from_millis(50));
+    let passed = made_at()?.duration_since(first).unwrap_or_default();
+    ensure!(passed >= Duration::from_millis(30), "{passed:?} passed by the clock of the classifier");
+    Ok(())
+}
+
+/// As the kernel may have it for a moment, while an update of a key that signs is under way.
+pub fn a_signer_that_is_not_whole_makes_no_token() -> Result<()> {
+    let mut stamper = Stamper::new(Bind::Flow)?;
+    stamper.token_for(&syn())?;
+    let map = MapHandle::try_from(&stamper.bench.program.maps.keys.keys)?;
+    let (id, secret, state) = (5u32.to_ne_bytes(), 0..16, offset_of!(netoken::types::Key, state));
+    let whole = map.lookup(&id, MapFlags::ANY)?.context("no key")?;
+    let (mut zeros, mut retired, mut absent) = (whole.clone(), whole.clone(), whole.clone());
+    zeros[secret].fill(0);
+    retired[state] = KeyState::KEY_RETIRED.0 as u8;
+    absent[state] = KeyState::KEY_ABSENT.0 as u8;
+    for (what, key) in [("zeros", zeros), ("retired", retired), ("absent", absent)] {
+        map.update(&id, &key, MapFlags::ANY)?;
+        stamper.bench.expect_untouched(what, &syn().build(), Verdict::VERDICT_NO_KEY, false)?;
+    }
+    // A half of zeros is no missing secret.
+    for half in [0..8, 8..16] {
+        let mut key = whole.clone();
+        key[half].fill(0);
+        map.update(&id, &key, MapFlags::ANY)?;
+        stamper.token_for(&syn())?;
+    }
+    Ok(())
+}
+
+/// Of what was there before: what nobody had is not lost.
+pub fn only_what_a_ring_had_is_told_as_lost() -> Result<()> {
+    let keys = |signs: &[usize]| -> Result<Vec<Key>> {
+        let key = |at: usize| Key::new(ring(at), at as u8, Secret::random()?, SystemTime::UNIX_EPOCH);
+        let mut keys = [1, 2].into_iter().map(key).collect::<Result<Vec<Key>>>()?;
+        signs.iter().try_for_each(|at| rotate::sign(&mut keys, ring(*at)).map(drop))?;
+        Ok(keys)
+    };
+    let bench = Bench::load(Settings::default())?;
+    let live = &bench.program.maps.keys;
+    // Ring 3 has a number, and never had a key.
+    live.ring_number(ring(3))?;
+    live.load(&keys(&[1])?)?;
+    let lost = |keys: &[Key]| -> Result<[Vec<RingName>; 2]> {
+        let losses = live.losses(keys)?;
+        Ok([losses.signing, losses.all].map(|rings| rings.into_iter().collect()))
+    };
+    ensure_eq!(lost(&keys(&[1])?)?, [vec![], vec![]], "lost of the same");
+    ensure_eq!(lost(&keys(&[2])?)?, [vec![ring(1)], vec![]], "lost where another signs");
+    ensure_eq!(lost(&[])?, [vec![ring(1)], vec![ring(1), ring(2)]], "lost where there is no key");
+    let mut retired = keys(&[1])?;
+    retired[1].retire();
+    ensure_eq!(lost(&retired)?, [vec![], vec![ring(2)]], "lost where one is retired");
     Ok(())
 }
 

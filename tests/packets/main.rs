@@ -66,7 +66,8 @@ fn everywhere() -> Vec<Trial> {
         policies: the_first_rule_that_matches_decides a_default_is_for_both_families_and_rules_beat_it a_prefix_is_for_its_own_family
             without_any_policy_nothing_changes each_rule_stamps_its_own_token
             skip_and_drop_come_before_everything_else when_full_drop_drops_what_cannot_be_stamped
-            of_two_reasons_the_first_is_named the_oracle_agrees_with_the_list_of_failures;
+            of_two_reasons_the_first_is_named the_oracle_agrees_with_the_list_of_failures
+            the_last_of_as_many_ranges_as_one_packet_may_try_decides each_rule_has_a_counter_however_many_there_are;
         reference: the_kernel_agrees_with_the_reference the_classifier_agrees_with_the_reference;
         faults: a_helper_that_fails_leaves_the_packet_as_it_came
             a_helper_that_fails_drops_where_the_policy_says_so a_restore_that_fails_drops_the_packet
@@ -76,7 +77,8 @@ fn everywhere() -> Vec<Trial> {
             one_of_ten_syns_makes_an_event_and_all_are_counted;
         keyed: kernel_and_library_make_the_same_token slots_change_at_their_edges_and_wrap
             a_stepped_clock_is_followed_both_ways a_rule_without_a_signing_key_leaves_the_syn_as_it_came
-            another_signer_is_one_write a_key_counts_what_is_made_with_it
+            another_signer_is_one_write a_key_counts_what_is_made_with_it the_clock_is_read_anew
+            a_signer_that_is_not_whole_makes_no_token only_what_a_ring_had_is_told_as_lost
             every_option_list_takes_a_keyed_token_as_a_static_one;
         shared: siphash_gives_its_published_results the_vectors_are_made_and_found_valid
             kernel_and_library_check_alike both_clocks_are_read_as_user_space_reads_them;

@@ -164,6 +164,12 @@ pub fn nops_between_options_make_room() -> Result<()> {
         let out = bench.run(&packet.build(), How::default())?.frame;
         ensure_eq!(out, packet.options(&packed).build(), "squeezed to the byte");
     }
+    // RFC 9293 section 3.1: what is left behind the end of the list is zeros, and not what moved away.
+    let packed = [&unknown(15)[..], &STAMP, &[0; 13]].concat();
+    for packet in both(&[&[1; 25][..], &unknown(15)].concat()) {
+        let out = bench.run(&packet.build(), How::default())?.frame;
+        ensure_eq!(out, packet.options(&packed).build(), "zeros behind the list");
+    }
     for packet in both(&[NOP, &unknown(30), NOP, MSS].concat()) {
         bench.expect("squeezing does not help", &packet.build(), Verdict::VERDICT_NO_ROOM)?;
     }

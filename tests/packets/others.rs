@@ -25,6 +25,13 @@ fn with_byte(packet: &Packet, at: usize, byte: u8) -> Vec<u8> {
     frame
 }
 
+/// Where that many words would end, the flags of a TCP header would be those of a SYN.
+fn short_header(packet: &Packet, words: u8) -> Vec<u8> {
+    let mut frame = with_byte(packet, 14, 0x40 | words);
+    frame[14 + usize::from(words) * 4 + 13] = SYN;
+    frame
+}
+
 /// For both families and with and without payload.
 fn described() -> Vec<(&'static str, Packet)> {
     let nine = (0..9).fold(syn().v6(), |packet, _| packet.extension(DEST_OPTS, 0));
@@ -84,8 +91,8 @@ fn raw() -> Vec<(&'static str, Vec<u8>)> {
         ("IP version 5", with_byte(&v4, 14, 0x55)),
         ("IP version 6 with the EtherType of IPv4", with_byte(&v4, 14, 0x65)),
         ("IP version 4 with the EtherType of IPv6", with_byte(&v6, 14, 0x45)),
-        ("header length of 4 words", with_byte(&v4, 14, 0x44)),
-        ("header length of 0 words", with_byte(&v4, 14, 0x40)),
+        ("header length of 4 words", short_header(&v4, 4)),
+        ("header length of 0 words", short_header(&v4, 0)),
         ("an extension that ends behind the frame", with_byte(&v6.clone().extension(DEST_OPTS, 0), 55, 200)),
         ("only an Ethernet header", with_ether_type(0x0806)[..14].to_vec()),
         ("a VLAN tag and nothing behind", v4.vlan(1).build()[..18].to_vec()),

@@ -1,9 +1,11 @@
 //! What the policy decides before anything is stamped: which rule wins, and what each decision does.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use netoken::policy::Policy;
+use netoken::policy::compile::{Naming, compile};
 use netoken::program::LinkHeader;
 use netoken::program::Settings;
-use netoken::types::Verdict;
+use netoken::types::{Size, Verdict};
 
 use crate::oracle::{Judgement, Path, judge};
 use crate::packet::{LINUX, MD5, Packet, STAMP, syn};
@@ -253,6 +255,51 @@ pub fn the_oracle_agrees_with_the_list_of_failures() -> Result<()> {
         let judged = judge(&packet.build(), &path);
         ensure_eq!(judged.verdict(), Some(verdict), "{}", judged.describe());
         ensure_eq!(matches!(judged, Judgement::Stamped(_)), false, "{}", judged.describe());
+    }
+    Ok(())
+}
+
+/// The rules differ only in ranges, so a packet tries one after the other, as many as that may be.
+pub fn the_last_of_as_many_ranges_as_one_packet_may_try_decides() -> Result<()> {
+    let most = Size::CHAIN_MAX.0 as u16;
+    let rule = |n: u16| {
+        let action = if n + 1 == most { "drop" } else { "skip" };
+        format!("[[rule]]\nname = '{n}'\nport = '{}-{}'\naction = '{action}'\n", n * 100, n * 100 + 99)
+    };
+    let mut bench = Bench::under(&(0..most).map(rule).collect::<String>())?;
+    for v6 in [false, true] {
+        let mut to = |port: u16, verdict, dropped| {
+            let frame = Packet { dport: port, ..syn().family(v6) }.build();
+            bench.expect_untouched(&format!("to port {port}"), &frame, verdict, dropped)
+        };
+        to(most * 100 - 101, Verdict::VERDICT_SKIPPED, false)?;
+        to(most * 100 - 100, Verdict::VERDICT_DROPPED, true)?;
+        to(most * 100 - 1, Verdict::VERDICT_DROPPED, true)?;
+        to(most * 100, Verdict::VERDICT_NO_POLICY, false)?;
+    }
+    Ok(())
+}
+
+/// The counters of the first rules are in one map, those of the others in chunks, and none is counted beside itself.
+pub fn each_rule_has_a_counter_however_many_there_are() -> Result<()> {
+    let numbers = [0, 1, Size::HITS_FIRST.0 - 1, Size::HITS_FIRST.0, Size::HITS_FIRST.0 + 1];
+    let edge = Size::HITS_FIRST.0 + Size::HITS_CHUNK.0;
+    let numbers: Vec<u32> = numbers.into_iter().chain([edge - 1, edge, edge + 1]).collect();
+    let rule = |n: usize| format!("[[rule]]\nname = '{n}'\nport = {}\naction = 'skip'\n", 1000 + n);
+    let policy = Policy::from_toml(&(0..numbers.len()).map(rule).collect::<String>())?;
+    let mut bench = Bench::load(Settings::default())?;
+    let compiled = compile(&policy, Naming::none(), &numbers)?;
+    bench.program.maps.install(&compiled, None)?;
+    let times = |at: usize| at as u64 + 1;
+    for at in 0..numbers.len() {
+        for _ in 0..times(at) {
+            let frame = syn().to("192.0.2.10", 1000 + at as u16).build();
+            bench.expect_untouched("a counted SYN", &frame, Verdict::VERDICT_SKIPPED, false)?;
+        }
+    }
+    for (at, hits) in bench.program.maps.hits(&numbers)?.into_iter().enumerate() {
+        ensure_eq!(hits.packets, times(at), "packets of counter {}", numbers[at]);
+        ensure!(hits.last_jiffies != 0, "no time of the last packet of counter {}", numbers[at]);
     }
     Ok(())
 }

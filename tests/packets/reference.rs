@@ -18,7 +18,7 @@ use toml::{Table, Value};
 
 use crate::packet::syn;
 use crate::random::{Random, seed};
-use crate::run::Bench;
+use crate::run::{Bench, How};
 use crate::support::{ensure_eq, sh, share_of};
 
 /// Pairs of a policy and a packet, at least.
@@ -398,8 +398,7 @@ pub fn the_classifier_agrees_with_the_reference() -> Result<()> {
         used += 1;
         let table: Table = text.parse()?;
         for _ in 0..60 {
-            let about =
-                Syn { mark: 0, interface: (world.netns, 1), sender: None, ..random_syn(&mut random, &world) };
+            let about = Syn { interface: (world.netns, 1), sender: None, ..random_syn(&mut random, &world) };
             let mut packet = syn();
             (packet.src, packet.dst, packet.sport, packet.dport) =
                 (about.src, about.dst, about.src_port, about.port);
@@ -410,7 +409,9 @@ pub fn the_classifier_agrees_with_the_reference() -> Result<()> {
                 Some(_) => Verdict::VERDICT_SKIPPED,
             };
             let what = format!("{about:?}: {expected:?} with\n{text}");
-            bench.expect_untouched(&what, &packet.build(), verdict, verdict == Verdict::VERDICT_DROPPED)?;
+            let how = How { mark: about.mark, ..How::default() };
+            let dropped = verdict == Verdict::VERDICT_DROPPED;
+            bench.expect_untouched_how(&what, &packet.build(), verdict, dropped, how)?;
         }
     }
     Ok(())

@@ -23,6 +23,7 @@ const DROP: u32 = 2;
 
 /// `struct __sk_buff` of `linux/bpf.h` in words, and the words that a test sets.
 const CTX_WORDS: usize = 48;
+const CTX_MARK: usize = 2;
 const CTX_IFINDEX: usize = 10;
 const CTX_DATA_END: usize = 20;
 const CTX_GSO_SEGS: usize = 41;
@@ -38,6 +39,7 @@ pub struct How {
     pub ifindex: u32,
     /// The skb comes with the sum of all its bytes; the kernel checks afterwards that it is still right.
     pub checksum_complete: bool,
+    pub mark: u32,
 }
 
 /// What the classifier did with one frame.
@@ -197,7 +199,19 @@ impl Bench {
         verdict: Verdict,
         dropped: bool,
     ) -> Result<()> {
-        let outcome = self.run(frame, How::default()).with_context(|| what.to_string())?;
+        self.expect_untouched_how(what, frame, verdict, dropped, How::default())
+    }
+
+    /// The same, with an skb in another state.
+    pub fn expect_untouched_how(
+        &mut self,
+        what: &str,
+        frame: &[u8],
+        verdict: Verdict,
+        dropped: bool,
+        how: How,
+    ) -> Result<()> {
+        let outcome = self.run(frame, how).with_context(|| what.to_string())?;
         ensure!(
             outcome.verdict == Some(verdict) && outcome.dropped == dropped && outcome.frame == frame,
             "{what}: expected {} {dropped}, got {} {}\n  in  {}\n  out {}",
@@ -233,6 +247,7 @@ fn one_moved(before: &Counters, now: &Counters) -> Result<Option<Verdict>> {
 /// Runs a program on a frame; returns what it returned, and the frame that came out.
 pub fn test_run(program: BorrowedFd<'_>, frame: &[u8], how: How) -> Result<(u32, Vec<u8>)> {
     let mut ctx = [0u32; CTX_WORDS];
+    ctx[CTX_MARK] = how.mark;
     ctx[CTX_IFINDEX] = how.ifindex;
     ctx[CTX_DATA_END] = how.linear;
     ctx[CTX_GSO_SIZE] = how.gso_size;
