@@ -8,13 +8,15 @@ use serde::Serialize;
 
 use super::args::Scope;
 use super::detach::first_of;
-use super::found::{Found, Held, Kind, Place, find};
+use super::found::{Found, Held, Kind, Place, find, places};
+use super::guard::query::{GUARDS, look as look_for_guards};
 use super::told::RISK;
 use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::show::totals_line;
 use crate::hooks::egress::{Stamp, stamps};
 use crate::kernel::Kernel;
+use crate::note::quoted;
 use crate::policy::running::{self, Outline};
 use crate::privileges;
 use crate::program::Maps;
@@ -58,8 +60,11 @@ pub(super) fn run(scope: &Scope) -> Result<()> {
         Ok(stamps(netlink, link.index, programs)?.into_iter().map(place).collect())
     })?;
     let (held, failed) = found.read(scope, |_| true, read);
+    let guards = guards(scope, &found, &held).unwrap_or_default();
     if found.hooks.is_empty() {
-        nothing(scope, &found)?;
+        nothing(scope, &found, guards.as_deref())?;
+    } else if let Some(guards) = guards.filter(|_| !scope.json) {
+        note!("{guards}");
     }
     let printed = print(scope, &found, &held).context("writing to standard output");
     first_of(failed).and(printed)
@@ -93,10 +98,31 @@ fn clock_of(instance: &Instance, maps: &Maps) -> Result<InstanceClock> {
     Ok(InstanceClock { instance: instance.name.clone(), source, unix_s, slot_s, slot })
 }
 
-fn nothing(scope: &Scope, found: &Found) -> Result<()> {
+/// Where there are guards of instances of which no filter was found, and what shows more of them; nothing if there are none.
+fn guards(scope: &Scope, found: &Found, held: &[Held<Read>]) -> Result<Option<String>> {
+    if !found.hooks.is_empty() && held.iter().all(|held| held.is_attached) {
+        return Ok(None);
+    }
+    let places = places(scope, &GUARDS, look_for_guards, |instance| !found.has_hook_of(instance))?;
+    if places.is_empty() {
+        return Ok(None);
+    }
+    let mut command = "netoken guard".to_string();
+    scope.ifaces.iter().for_each(|iface| command.push_str(&format!(" --iface {}", quoted(iface))));
+    if let Some(netns) = &scope.netns {
+        command.push_str(&format!(" --netns {}", quoted(netns)));
+    }
+    if scope.is_one_instance {
+        command.push_str(&format!(" --instance {}", quoted(&scope.instance)));
+    }
+    Ok(Some(format!("guards are attached to {}: {command} --query", places.join(", "))))
+}
+
+fn nothing(scope: &Scope, found: &Found, guards: Option<&str>) -> Result<()> {
     if !scope.ifaces.is_empty() {
+        let guards = guards.map_or(String::new(), |guards| format!("\n{guards}"));
         bail!(
-            "looking for filters of ours on {0}{2}: there are none; attach one with: netoken {1} --attach",
+            "looking for filters of ours on {0}{2}: there are none; attach one with: netoken {1} --attach{guards}",
             scope.ifaces.join(", "),
             scope.flags(&scope.ifaces[0]),
             if scope.is_one_instance {
@@ -113,8 +139,10 @@ fn nothing(scope: &Scope, found: &Found) -> Result<()> {
             scope.flags("NAME")
         );
     }
-    if !scope.json {
-        note!("netoken is not attached to any interface");
+    match guards {
+        _ if scope.json => {}
+        Some(guards) => note!("netoken stamps on no interface; {guards}"),
+        None => note!("netoken is not attached to any interface"),
     }
     Ok(())
 }

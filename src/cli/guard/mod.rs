@@ -24,7 +24,7 @@ use crate::privileges;
 use crate::state::State;
 
 mod attach;
-mod query;
+pub(super) mod query;
 mod remove;
 mod rules;
 mod show;

@@ -19,7 +19,8 @@ use crate::hooks::xdp::attached_xdp;
 use crate::privileges;
 use crate::state::Instance;
 
-const GUARDS: Kind = Kind { record: "guard_hook", command: "netoken guard", risk: RISK };
+/// What a guard is to who looks for programs.
+pub(in crate::cli) const GUARDS: Kind = Kind { record: "guard_hook", command: "netoken guard", risk: RISK };
 
 /// What is read of an instance.
 struct Read {
@@ -40,7 +41,8 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
     first_of(failed).and(printed)
 }
 
-fn look(netlink: &mut Netlink, link: &Link, programs: &Programs) -> Result<Vec<Place>> {
+/// The guards of an interface.
+pub(in crate::cli) fn look(netlink: &mut Netlink, link: &Link, programs: &Programs) -> Result<Vec<Place>> {
     let at_xdp = attached_xdp(link.index, programs)?.map(|ours| Place {
         hook: hook_name(ours.mode),
         program: ours.program,
