@@ -1,7 +1,6 @@
 //! `--query`: what is attached where, since when, and what it has done.
 
 use std::io::{self, Write};
-use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -10,16 +9,14 @@ use super::args::Scope;
 use super::detach::first_of;
 use super::found::{Found, Held, Kind, Place, find, places};
 use super::guard::query::{GUARDS, look as look_for_guards};
+use super::instance_clock::InstanceClock;
 use super::told::RISK;
-use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::show::totals_line;
 use crate::hooks::egress::{Stamp, stamps};
-use crate::kernel::Kernel;
 use crate::note::quoted;
 use crate::policy::running::{self, Outline};
 use crate::privileges;
-use crate::program::Maps;
 use crate::state::Instance;
 
 const STAMPS: Kind = Kind { record: "hook", command: "netoken", risk: RISK };
@@ -33,24 +30,11 @@ struct InstanceCounters<'a> {
     counters: &'a Counters,
 }
 
-/// The wall clock of an instance's keyed tokens, as `--json` prints it.
-#[derive(Serialize)]
-#[serde(tag = "type", rename = "clock")]
-struct InstanceClock {
-    instance: String,
-    source: Source,
-    /// Unix time as the classifier sees it.
-    unix_s: u64,
-    slot_s: u64,
-    slot: u64,
-}
-
 /// What is read of an instance.
 struct Read {
     counters: Counters,
     /// Where it cannot be read, the rest is as good.
     policy: Result<Option<Outline>>,
-    /// Of no interest where no token is keyed.
     clock: Option<InstanceClock>,
 }
 
@@ -85,17 +69,8 @@ fn place(stamp: Stamp) -> Place {
 
 fn read(instance: &Instance) -> Result<Read> {
     let maps = instance.maps()?;
-    let clock = if maps.keys.any()? { Some(clock_of(instance, &maps)?) } else { None };
+    let clock = InstanceClock::read(instance, &maps.keys, &maps.clock)?;
     Ok(Read { counters: Counters::read(&maps)?, policy: running::outline(instance, &maps), clock })
-}
-
-fn clock_of(instance: &Instance, maps: &Maps) -> Result<InstanceClock> {
-    let published = clock::published(&maps.clock)?;
-    let source = Source::choose(Kernel::probe());
-    let unix_s = clock::as_seen(&published, source)?.as_secs();
-    let slot_s = published.slot_ns / 1_000_000_000;
-    let slot = unix_s.checked_div(slot_s).unwrap_or_default();
-    Ok(InstanceClock { instance: instance.name.clone(), source, unix_s, slot_s, slot })
 }
 
 /// Where there are guards of instances of which no filter was found, and what shows more of them; nothing if there are none.
@@ -172,25 +147,11 @@ fn print(scope: &Scope, found: &Found, all: &[Held<Read>]) -> Result<()> {
             Ok(None) => writeln!(out, "  policy: none")?,
             Err(error) => note!("netoken: {error:#}"),
         }
-        clock.as_ref().map_or(Ok(()), |clock| print_clock(&mut out, scope, clock))?;
+        clock.as_ref().map_or(Ok(()), |clock| clock.print(&mut out, scope.json))?;
     }
     Ok(())
 }
 
 fn print_json(out: &mut impl Write, record: &impl Serialize) -> Result<()> {
     Ok(writeln!(out, "{}", serde_json::to_string(record)?)?)
-}
-
-fn print_clock(out: &mut impl Write, scope: &Scope, clock: &InstanceClock) -> Result<()> {
-    if scope.json {
-        return print_json(out, clock);
-    }
-    let InstanceClock { source, unix_s, slot_s, slot, .. } = clock;
-    let time = humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(*unix_s));
-    writeln!(
-        out,
-        "  keyed tokens go by {}, which makes it {time}: slot {slot} of {slot_s} s",
-        source.name()
-    )?;
-    Ok(())
 }

@@ -1,11 +1,14 @@
 //! What a person has to be told of guards, rules and keys beside what was asked for.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
+use crate::json::checked;
 use crate::lab::OBSERVE;
 use crate::look::records;
 use crate::said::{Said, said};
 use crate::world::World;
+
+const KEYED: &str = "[[rule]]\nname = 'keyed'\ndst = '10.77.0.0/24'\nmode = 'observe'\nkeys = 'edge'\n";
 
 fn run(world: &World, args: &str) -> Result<Said> {
     said(&mut world.lab.netoken(args))
@@ -61,5 +64,26 @@ pub fn where_only_guards_are_a_query_tells_where() -> Result<()> {
     world.ok("-i c0 --attach --quiet")?;
     let both = run(&world, "--query --instance default")?.code(0)?;
     ensure!(!both.err.contains("guards"), "{both:#?}");
+    Ok(())
+}
+
+pub fn a_query_of_the_guard_shows_its_rules_and_the_clock() -> Result<()> {
+    let world = guarded(OBSERVE)?;
+    let path = rules(&world, KEYED)?;
+    let shown = world.lab.ok("guard --query")?;
+    expect(&shown, &[&format!("  rules: 1 rule; from {path}, loaded 20")])?;
+    ensure!(!shown.contains("CLOCK_"), "nothing is keyed:\n{shown}");
+    world.lab.ok("key new edge")?;
+    world.lab.ok(&format!("guard --load --rules {path}"))?;
+    let shown = world.lab.ok("guard --query")?;
+    expect(&shown, &[&format!("  rules: 1 rule; from {path}, loaded 20"), "  keyed tokens go by CLOCK_"])?;
+    let json = world.lab.ok("guard --query --json")?;
+    checked(json.lines())?;
+    let of =
+        |kind: &str| records(&json, kind).and_then(|found| found.into_iter().next().context(json.clone()));
+    let (rules, clock) = (of("guard_rules")?, of("clock")?);
+    ensure!(rules["instance"] == "default" && rules["rules"] == 1 && rules["number"] == 2, "{rules}");
+    ensure!(rules["source"] == path && rules["loaded"].is_string(), "{rules}");
+    ensure!(clock["instance"] == "default" && clock["slot_s"] == 16, "{clock}");
     Ok(())
 }

@@ -15,6 +15,7 @@ use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
+use crate::guard::running::Outline;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::qdisc::Qdisc;
 use crate::hooks::xdp::{Foreign, Mode};
@@ -219,11 +220,9 @@ enum Record<'a> {
         loaded: String,
         source: &'a str,
         rules: usize,
-        exempt: usize,
-        /// Of those, how many have ended.
-        exempt_expired: usize,
-        blocked: usize,
-        blocked_expired: usize,
+        /// With `--show`, as all that is said of lists.
+        #[serde(flatten)]
+        lists: Option<Lists>,
     },
     GuardRule {
         /// Its place, from 1.
@@ -249,6 +248,31 @@ enum Record<'a> {
         #[serde(flatten)]
         qdisc: Option<Qdisc>,
     },
+}
+
+impl<'a> Record<'a> {
+    /// Of rules that were not read.
+    fn outline(instance: &'a str, outline: &'a Outline) -> Record<'a> {
+        let Outline { number, loaded, source, rules } = outline;
+        Record::GuardRules {
+            instance,
+            number: *number,
+            loaded: loaded.clone(),
+            source,
+            rules: *rules,
+            lists: None,
+        }
+    }
+}
+
+/// How long the lists are.
+#[derive(Serialize)]
+struct Lists {
+    exempt: usize,
+    /// Of those, how many have ended.
+    exempt_expired: usize,
+    blocked: usize,
+    blocked_expired: usize,
 }
 
 /// Packets by verdict, with a field for each.

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Record, Verdicts, print_json};
+use super::{Lists, Record, Verdicts, print_json};
 use crate::cli::args::Scope;
 use crate::cli::difference::{Difference, of_rules, tell};
 use crate::guard::program::GuardMaps;
@@ -62,10 +62,12 @@ fn show_json(scope: &Scope, running: &Running) -> Result<()> {
         loaded: humantime::format_rfc3339_seconds(running.loaded).to_string(),
         source: &running.source,
         rules: rules.rules.len(),
-        exempt: rules.exempt.len(),
-        exempt_expired: expired(&rules.exempt),
-        blocked: rules.blocked.len(),
-        blocked_expired: expired(&rules.blocked),
+        lists: Some(Lists {
+            exempt: rules.exempt.len(),
+            exempt_expired: expired(&rules.exempt),
+            blocked: rules.blocked.len(),
+            blocked_expired: expired(&rules.blocked),
+        }),
     })?;
     for ((rule, counts), number) in rules.rules.iter().zip(&running.counts).zip(1..) {
         print_json(&Record::GuardRule {
