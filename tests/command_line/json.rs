@@ -25,7 +25,7 @@ const OPTIONAL: [(&str, &[&str]); 7] = [
     ("interface", &["new_name", "netns"]),
     ("removed", &["qdisc", "qdisc_filters"]),
     ("check", &["reason", "ring", "bind", "slot"]),
-    ("guard_attached", &["pushed_out"]),
+    ("guard_attached", &["pushed_out", "rings_without_key"]),
     ("guard_removed", &["qdisc", "qdisc_filters"]),
     ("guard_counters", &["lost"]),
     ("guard_rules", &["exempt", "exempt_expired", "blocked", "blocked_expired"]),

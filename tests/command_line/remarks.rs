@@ -1,11 +1,15 @@
 //! What a person has to be told of guards, rules and keys beside what was asked for.
 
+use std::fs;
+
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use crate::json::checked;
 use crate::lab::OBSERVE;
 use crate::look::records;
 use crate::said::{Said, said};
+use crate::support::ensure_eq;
 use crate::world::World;
 
 const KEYED: &str = "[[rule]]\nname = 'keyed'\ndst = '10.77.0.0/24'\nmode = 'observe'\nkeys = 'edge'\n";
@@ -86,4 +90,52 @@ pub fn a_query_of_the_guard_shows_its_rules_and_the_clock() -> Result<()> {
     ensure!(rules["source"] == path && rules["loaded"].is_string(), "{rules}");
     ensure!(clock["instance"] == "default" && clock["slot_s"] == 16, "{clock}");
     Ok(())
+}
+
+pub fn rules_whose_keys_are_gone_are_marked() -> Result<()> {
+    let world = World::new()?;
+    world.lab.ok("key new edge")?;
+    let path = rules(&world, KEYED)?;
+    let guard = format!("guard {} --attach", place(&world));
+    world.lab.ok(&format!("{guard} --rules {path}"))?;
+    let policy = "default = { action = 'stamp', token = { tag = 17, key = 'edge' } }\n\
+                  [[rule]]\nname = 'fixed'\nport = 1\naction = 'skip'\n";
+    let policy = world.lab.file("policy.toml", policy)?;
+    world.ok(&format!("-i c0 --attach --quiet --policy {}", policy.display()))?;
+
+    let marks = |is_lost: bool| -> Result<()> {
+        let shown = [world.lab.ok("guard --show")?, world.lab.ok("policy show")?];
+        for (shown, mark) in shown.iter().zip([
+            "keys edge, binds server  [ring 'edge' has no key: all its tokens are refused; copy its key file here, then: netoken key load]\n",
+            "  [no key of ring 'edge' signs: its SYNs get no token; see netoken key list]\n",
+        ]) {
+            ensure!(shown.contains(mark) == is_lost && shown.contains("  [") == is_lost, "{is_lost}:\n{shown}");
+        }
+        let shown = [world.lab.ok("guard --show --json")?, world.lab.ok("policy show --json")?].concat();
+        checked(shown.lines())?;
+        let lost = if is_lost { json!(["edge"]) } else { json!([]) };
+        ensure_eq!(records(&shown, "guard_rule")?[0]["rings_without_key"], lost, "{shown}");
+        let rules = records(&shown, "rule")?;
+        ensure!(rules[0]["ring_without_key"].is_null(), "{shown}");
+        let lost = if is_lost { json!("edge") } else { json!(null) };
+        ensure_eq!(rules[1]["ring_without_key"], lost, "{shown}");
+        for flags in ["", " --json"] {
+            let attached = run(&world, &format!("{guard}{flags}"))?.code(0)?;
+            let told = "instance 'default': ring 'edge' has no key: the guard's rules in use that name it refuse all its tokens";
+            ensure!(attached.err.contains(told) == is_lost, "{is_lost}: {attached:#?}");
+            if !flags.is_empty() {
+                let object = &checked(attached.out.lines())?[0];
+                ensure!(object.get("rings_without_key") == is_lost.then_some(&json!(["edge"])), "{object}");
+            }
+        }
+        Ok(())
+    };
+    marks(false)?;
+    let dir = world.lab.keys().join("default");
+    fs::rename(dir.join("edge-0.key"), dir.join("away"))?;
+    world.lab.ok("key load")?;
+    marks(true)?;
+    fs::rename(dir.join("away"), dir.join("edge-0.key"))?;
+    world.lab.ok("key load")?;
+    marks(false)
 }

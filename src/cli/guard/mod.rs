@@ -1,5 +1,6 @@
 //! `netoken guard`: puts the guard on interfaces, gives it its rules, and says what it does.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -19,6 +20,7 @@ use crate::guard::running::Outline;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::qdisc::Qdisc;
 use crate::hooks::xdp::{Foreign, Mode};
+use crate::keys::RingName;
 use crate::netns;
 use crate::policy::values::Prefix;
 use crate::privileges;
@@ -198,6 +200,9 @@ enum Record<'a> {
         /// Somebody else's XDP program that was there.
         #[serde(skip_serializing_if = "Option::is_none")]
         pushed_out: Option<&'a Foreign>,
+        /// Those that its rules name, whose tokens it refuses.
+        #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+        rings_without_key: &'a BTreeSet<RingName>,
     },
     GuardLoaded {
         instance: &'a str,
@@ -230,6 +235,8 @@ enum Record<'a> {
         name: &'a str,
         /// What it says, in one line.
         says: String,
+        /// Key rings whose tokens it refuses because they have no key.
+        rings_without_key: Vec<RingName>,
         /// Packets that it decided about, since it has its name.
         seen: u64,
         #[serde(flatten)]
