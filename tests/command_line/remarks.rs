@@ -6,8 +6,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use crate::json::checked;
-use crate::lab::OBSERVE;
-use crate::look::records;
+use crate::lab::{OBSERVE, wait_until};
+use crate::look::{map_id, programs_of, records};
 use crate::said::{Said, said};
 use crate::support::ensure_eq;
 use crate::world::World;
@@ -138,4 +138,21 @@ pub fn rules_whose_keys_are_gone_are_marked() -> Result<()> {
     fs::rename(dir.join("away"), dir.join("edge-0.key"))?;
     world.lab.ok("key load")?;
     marks(false)
+}
+
+pub fn a_load_that_comes_too_soon_says_what_uses_its_file() -> Result<()> {
+    let world = guarded(OBSERVE)?;
+    world.lab.ok(&format!("guard {} --detach", place(&world)))?;
+    // The kernel unloads it a moment later.
+    let counters = map_id(&world.lab, "default", "guard_counters")?;
+    wait_until("the guard to be unloaded", || Ok(programs_of(counters).is_empty().then_some(())))?;
+    let path = rules(&world, &OBSERVE.replace("'all'", "'new'"))?;
+    let refused = run(&world, &format!("guard --load --rules {path}"))?
+        .code(1)?
+        .err(&[&format!("netoken guard --iface NAME --attach --rules {path}\n")])?;
+    // Followed to the letter.
+    let advice = refused.err.trim_end().rsplit_once("netoken ").context("no advice")?.1;
+    let advice = advice.replace("--iface NAME", &place(&world));
+    world.lab.ok(&advice)?;
+    expect(&world.lab.ok("guard --show")?, &["rule 1 'new'"])
 }

@@ -15,6 +15,7 @@ use crate::guard::running;
 use crate::hooks::loaded::Role;
 use crate::keys::file::{HeldKeys, KeyDir};
 use crate::keys::{self, Key};
+use crate::note::quoted;
 use crate::privileges;
 use crate::rings;
 use crate::state::{EventsOf, Identity, Instance, State, instance_flag};
@@ -106,8 +107,9 @@ pub(super) fn put(
         let programs = of_instance(&state, &scope.instance)?;
         if programs.is_empty() {
             bail!(
-                "{doing}: its guard is not attached; it gets rules when it is: netoken guard {} --attach",
-                scope.flags("NAME")
+                "{doing}: its guard is not attached; it gets rules when it is: netoken guard {} --attach --rules {}",
+                scope.flags("NAME"),
+                quoted(source)
             );
         }
         // Where it is attached at XDP there is nothing that could be marked.
