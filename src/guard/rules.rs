@@ -116,6 +116,13 @@ pub struct Listed {
     pub until: Option<SystemTime>,
 }
 
+impl Listed {
+    /// Whether it is still on the list.
+    pub fn is_on(&self, now: SystemTime) -> bool {
+        self.until.is_none_or(|until| until > now)
+    }
+}
+
 impl Rules {
     /// The key rings that its rules accept.
     pub fn rings(&self) -> BTreeSet<RingName> {
@@ -125,6 +132,19 @@ impl Rules {
     /// Whether a rule wants marks, which XDP does not have.
     pub fn marks(&self) -> bool {
         self.rules.iter().any(|rule| matches!(rule.mode, Mode::Mark(_)))
+    }
+
+    /// Entries of the list of blocked sources that block something of a prefix now.
+    pub fn blocking(&self, prefix: Prefix) -> Vec<Prefix> {
+        let now = SystemTime::now();
+        let is_exempt =
+            |src: Prefix| self.exempt.iter().any(|exempt| exempt.is_on(now) && exempt.src.covers(src));
+        let blocked = self.blocked.iter().filter(|blocked| blocked.is_on(now)).map(|blocked| blocked.src);
+        blocked
+            .filter(|src| {
+                (src.covers(prefix) && !is_exempt(prefix)) || (prefix.covers(*src) && !is_exempt(*src))
+            })
+            .collect()
     }
 
     /// One line for a person.

@@ -156,3 +156,33 @@ pub fn a_load_that_comes_too_soon_says_what_uses_its_file() -> Result<()> {
     world.lab.ok(&advice)?;
     expect(&world.lab.ok("guard --show")?, &["rule 1 'new'"])
 }
+
+pub fn who_unblocks_what_the_rules_block_is_told() -> Result<()> {
+    let lists = "exempt = ['192.0.2.64/26']\n\
+                 blocked = ['192.0.2.0/24', { src = '198.51.100.7', until = '2020-01-01T00:00:00Z' }]\n";
+    let world = guarded(&format!("{lists}{OBSERVE}"))?;
+    let path = rules(&world, OBSERVE)?;
+    for (prefix, entry) in [
+        ("192.0.2.7", Some("192.0.2.0/24")),
+        ("192.0.0.0/16", Some("192.0.2.0/24")),
+        // Who is on both lists is exempt.
+        ("192.0.2.65", None),
+        // It has ended.
+        ("198.51.100.7", None),
+        ("203.0.113.1", None),
+    ] {
+        let told = run(&world, &format!("guard --unblock {prefix}"))?.code(0)?;
+        expect(&told.err, &[&format!("0 sources of {prefix}")])?;
+        let note = entry.map(|entry| {
+            format!("the rules block {entry} by a list of their own: change {path}, or the list that it names, and then: netoken guard --load --rules {path}\n")
+        });
+        match &note {
+            Some(note) => expect(&told.err, &[note])?,
+            None => ensure!(!told.err.contains("by a list"), "{told:#?}"),
+        }
+        let told = run(&world, &format!("guard --unblock {prefix} --json"))?.code(0)?;
+        let object = &checked(told.out.lines())?[0];
+        ensure!(object["blocked_by_rules"] == usize::from(entry.is_some()), "{object}");
+    }
+    Ok(())
+}

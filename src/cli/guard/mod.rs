@@ -366,8 +366,9 @@ fn unblock(scope: &Scope, prefix: Prefix) -> Result<()> {
     privileges::check(&doing)?;
     let state = State::find()?.filter(|state| state.instance(&scope.instance).pins.exists());
     let Some(state) = state else { bail!("{doing}: there is no such instance") };
-    let maps = GuardMaps::open(&state.instance(&scope.instance).pins).with_context(|| doing.clone())?;
-    unblock_prefix(scope.json, &scope.instance, &maps, prefix)
+    let instance = state.instance(&scope.instance);
+    let maps = GuardMaps::open(&instance.pins).with_context(|| doing.clone())?;
+    unblock_prefix(scope.json, &instance, &maps, prefix)
 }
 
 /// The loaded programs of an instance.

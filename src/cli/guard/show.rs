@@ -54,7 +54,7 @@ pub(super) fn show(scope: &Scope, toml: bool) -> Result<()> {
 
 fn expired(list: &[Listed]) -> usize {
     let now = SystemTime::now();
-    list.iter().filter(|listed| listed.until.is_some_and(|until| until <= now)).count()
+    list.iter().filter(|listed| !listed.is_on(now)).count()
 }
 
 fn show_json(scope: &Scope, running: &Running, keyless: &BTreeSet<RingName>) -> Result<()> {
