@@ -123,6 +123,12 @@ impl Listed {
     }
 }
 
+/// How many entries of a list have ended.
+pub fn ended(list: &[Listed]) -> usize {
+    let now = SystemTime::now();
+    list.iter().filter(|listed| !listed.is_on(now)).count()
+}
+
 impl Rules {
     /// The key rings that its rules accept.
     pub fn rings(&self) -> BTreeSet<RingName> {
@@ -145,6 +151,22 @@ impl Rules {
                 (src.covers(prefix) && !is_exempt(prefix)) || (prefix.covers(*src) && !is_exempt(*src))
             })
             .collect()
+    }
+
+    /// What a person has to know of entries that are on the lists and have ended; nothing if there are none. `of` is whose
+    /// entries they are, where that is not clear.
+    pub fn expired(&self, of: &str) -> Option<String> {
+        match ended(&self.exempt) + ended(&self.blocked) {
+            0 => None,
+            1 => Some(format!("1 entry{of} has expired")),
+            count => Some(format!("{count} entries{of} have expired")),
+        }
+    }
+
+    /// The same as the summary, and how many entries of the lists have ended.
+    pub fn summary_now(&self) -> String {
+        let expired = self.expired("").map_or(String::new(), |expired| format!("; {expired}"));
+        self.summary() + &expired
     }
 
     /// One line for a person.

@@ -186,3 +186,24 @@ pub fn who_unblocks_what_the_rules_block_is_told() -> Result<()> {
     }
     Ok(())
 }
+
+pub fn entries_that_have_ended_are_counted() -> Result<()> {
+    let world = World::new()?;
+    let old = "until = '2020-01-01T00:00:00Z' }";
+    let one = rules(&world, &format!("blocked = ['192.0.2.1', {{ src = '192.0.2.2', {old}]\n{OBSERVE}"))?;
+    let check = |path: &str| run(&world, &format!("guard --check --rules {path}"))?.code(0);
+    expect(&check(&one)?.err, &["1 rule, 0 prefixes exempt, 2 prefixes blocked; 1 entry has expired\n"])?;
+    let two = format!("exempt = [{{ src = '192.0.2.3', {old}]\n{}", fs::read_to_string(&one)?);
+    let two = world.lab.file("two.toml", two)?.display().to_string();
+    expect(&check(&two)?.err, &["1 prefix exempt, 2 prefixes blocked; 2 entries have expired\n"])?;
+    let attached = run(&world, &format!("guard {} --attach --rules {one}", place(&world)))?.code(0)?;
+    expect(&attached.err, &["1 entry of the lists has expired"])?;
+    let loaded = run(&world, &format!("guard --load --rules {two}"))?.code(0)?;
+    expect(&loaded.err, &["2 entries have expired"])?;
+    let loaded = run(&world, &format!("guard --load --json --rules {two}"))?.code(0)?;
+    let object = &checked(loaded.out.lines())?[0];
+    ensure!(object["exempt_expired"] == 1 && object["blocked_expired"] == 1, "{object}");
+    let none = rules(&world, OBSERVE)?;
+    ensure!(!check(&none)?.err.contains("expired"), "nothing has expired");
+    Ok(())
+}

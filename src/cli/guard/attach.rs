@@ -196,6 +196,7 @@ impl Job<'_> {
             signals.go_on("loading the rules of the guard")?;
             self.set_rules(&first.maps, rules)?;
         }
+        self.notes.extend(rules.and_then(|rules| rules.expired(" of the lists")));
         // Rules of the command line were not accepted without. All else is done: that this cannot be found out is no failure.
         self.keyless = first.maps.rings_without_key().unwrap_or_default();
         // Where that fails, it is still found by its number.

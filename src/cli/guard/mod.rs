@@ -15,7 +15,7 @@ use crate::files::Files;
 use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::program::GuardMaps;
-use crate::guard::rules::Rules;
+use crate::guard::rules::{Rules, ended};
 use crate::guard::running::Outline;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::qdisc::Qdisc;
@@ -207,8 +207,8 @@ enum Record<'a> {
     GuardLoaded {
         instance: &'a str,
         rules: usize,
-        exempt: usize,
-        blocked: usize,
+        #[serde(flatten)]
+        lists: Lists,
     },
     GuardCounters {
         instance: &'a str,
@@ -282,6 +282,17 @@ struct Lists {
     blocked_expired: usize,
 }
 
+impl Lists {
+    fn of(rules: &Rules) -> Lists {
+        Lists {
+            exempt: rules.exempt.len(),
+            exempt_expired: ended(&rules.exempt),
+            blocked: rules.blocked.len(),
+            blocked_expired: ended(&rules.blocked),
+        }
+    }
+}
+
 /// Packets by verdict, with a field for each.
 struct Verdicts<'a>(&'a Row);
 
@@ -323,7 +334,7 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
     let files = Files::default();
     let rules = args.rules.as_deref().map(|path| Rules::read(path, &files)).transpose()?;
     if let (true, Some(rules)) = (args.check, &rules) {
-        note!("the rules are right: {}", rules.summary());
+        note!("the rules are right: {}", rules.summary_now());
         return Ok(());
     }
     if let Some(netns) = &args.netns {

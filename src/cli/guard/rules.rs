@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, bail};
 
-use super::{Record, of_instance, print_json};
+use super::{Lists, Record, of_instance, print_json};
 use crate::cli::args::Scope;
 use crate::cli::outdated;
 use crate::cli::told::slots_note;
@@ -79,11 +79,10 @@ pub(super) fn load(scope: &Scope, rules: &Rules, source: &str, ends: Option<&End
         return print_json(&Record::GuardLoaded {
             instance: &scope.instance,
             rules: rules.rules.len(),
-            exempt: rules.exempt.len(),
-            blocked: rules.blocked.len(),
+            lists: Lists::of(rules),
         });
     }
-    note!("instance '{}' has new rules: {}", scope.instance, rules.summary());
+    note!("instance '{}' has new rules: {}", scope.instance, rules.summary_now());
     State::find()?.map_or(Ok(()), |state| outdated::tell(&state, &scope.instance, true))
 }
 

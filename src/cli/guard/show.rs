@@ -3,7 +3,6 @@
 use std::collections::{BTreeSet, HashSet};
 use std::io::{self, Write};
 use std::path::Path;
-use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 
@@ -12,7 +11,7 @@ use crate::cli::args::Scope;
 use crate::cli::difference::{Difference, of_rules, tell};
 use crate::cli::told::load_keys;
 use crate::guard::program::GuardMaps;
-use crate::guard::rules::{Listed, Rule, Rules};
+use crate::guard::rules::{Listed, Rule, Rules, ended};
 use crate::guard::running::{self, Running};
 use crate::guard::write::{line, listed_line, settings, to_toml};
 use crate::keys::RingName;
@@ -52,11 +51,6 @@ pub(super) fn show(scope: &Scope, toml: bool) -> Result<()> {
     }
 }
 
-fn expired(list: &[Listed]) -> usize {
-    let now = SystemTime::now();
-    list.iter().filter(|listed| !listed.is_on(now)).count()
-}
-
 fn show_json(scope: &Scope, running: &Running, keyless: &BTreeSet<RingName>) -> Result<()> {
     let rules = &running.rules;
     print_json(&Record::GuardRules {
@@ -65,12 +59,7 @@ fn show_json(scope: &Scope, running: &Running, keyless: &BTreeSet<RingName>) -> 
         loaded: humantime::format_rfc3339_seconds(running.loaded).to_string(),
         source: &running.source,
         rules: rules.rules.len(),
-        lists: Some(Lists {
-            exempt: rules.exempt.len(),
-            exempt_expired: expired(&rules.exempt),
-            blocked: rules.blocked.len(),
-            blocked_expired: expired(&rules.blocked),
-        }),
+        lists: Some(Lists::of(rules)),
     })?;
     for ((rule, counts), number) in rules.rules.iter().zip(&running.counts).zip(1..) {
         print_json(&Record::GuardRule {
@@ -101,8 +90,8 @@ fn show_text(scope: &Scope, running: &Running, keyless: &BTreeSet<RingName>) -> 
         humantime::format_rfc3339_seconds(running.loaded)
     )?;
     for (name, list) in [("exempt", &running.rules.exempt), ("blocked", &running.rules.blocked)] {
-        if expired(list) > 0 {
-            writeln!(out, "{name}: {} of {} have expired", expired(list), list.len())?;
+        if ended(list) > 0 {
+            writeln!(out, "{name}: {} of {} have expired", ended(list), list.len())?;
         }
     }
     for (name, value) in settings(&running.rules) {

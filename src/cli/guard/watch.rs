@@ -56,7 +56,7 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
             let again = move |files: &Files| {
                 let rules = Rules::read(path, files)?;
                 tell_slots(scope, put(scope, &rules, source, Some(ends))?);
-                Ok(rules.summary())
+                Ok(rules.summary_now())
             };
             Some(Reload::new("rules", files, true, &signals, again))
         }
