@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use serde::Deserialize;
 
 use crate::keys::RingName;
+use crate::policy::cover::hidden;
 use crate::policy::values::Prefix;
 use crate::token::Token;
 use crate::token::keyed::{Bind, Slots};
@@ -116,6 +117,16 @@ pub struct Listed {
     pub until: Option<SystemTime>,
 }
 
+impl Rule {
+    /// Whether it is about all that the other one is about.
+    fn covers(&self, other: &Rule) -> bool {
+        let ports =
+            |(first, last): (u16, u16)| self.ports.iter().any(|(from, to)| *from <= first && last <= *to);
+        let dst = |dst: Prefix| self.dst.iter().any(|prefix| prefix.covers(dst));
+        other.dst.iter().copied().all(dst) && other.ports.iter().copied().all(ports)
+    }
+}
+
 impl Listed {
     /// Whether it is still on the list.
     pub fn is_on(&self, now: SystemTime) -> bool {
@@ -151,6 +162,14 @@ impl Rules {
                 (src.covers(prefix) && !is_exempt(prefix)) || (prefix.covers(*src) && !is_exempt(*src))
             })
             .collect()
+    }
+
+    /// What is worth a look: rules that can never match because one earlier rule matches all of it. What several earlier
+    /// rules only cover together is not found.
+    pub fn warnings(&self) -> Vec<String> {
+        let hides = |at: usize, rule: &Rule| self.rules[..at].iter().find(|earlier| earlier.covers(rule));
+        let hidden_by = |(at, rule)| hides(at, rule).map(|earlier| hidden(&rule.name, &earlier.name));
+        self.rules.iter().enumerate().filter_map(hidden_by).collect()
     }
 
     /// What a person has to know of entries that are on the lists and have ended; nothing if there are none. `of` is whose

@@ -207,3 +207,26 @@ pub fn entries_that_have_ended_are_counted() -> Result<()> {
     ensure!(!check(&none)?.err.contains("expired"), "nothing has expired");
     Ok(())
 }
+
+pub fn a_rule_that_an_earlier_one_hides_is_told() -> Result<()> {
+    let world = World::new()?;
+    let rule = |name: &str, of: &str| {
+        format!("[[rule]]\nname = '{name}'\n{of}\nmode = 'observe'\ntokens = '0000000000000001'\n")
+    };
+    let text = rule("a", "dst = ['10.77.0.0/16', '::/0']\nport = [80, '8000-9000']")
+        + &rule("b", "dst = ['10.77.0.2', 'fd00::/8']\nport = ['8080-8090', 80]")
+        + &rule("c", "dst = '10.77.0.2'\nport = [80, 81]")
+        + &rule("d", "dst = '10.0.0.0/8'\nport = 80");
+    let path = rules(&world, &text)?;
+    let guard = format!("guard {} --attach", place(&world));
+    for command in ["guard --check", &guard, "guard --load"] {
+        let told = run(&world, &format!("{command} --rules {path}"))?.code(0)?;
+        let warnings: Vec<&str> = told.err.lines().filter(|line| line.starts_with("warning: ")).collect();
+        ensure_eq!(
+            warnings,
+            ["warning: rule 'b' can never match: 'a' matches all of it before"],
+            "{command}"
+        );
+    }
+    Ok(())
+}

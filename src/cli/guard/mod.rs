@@ -333,6 +333,7 @@ impl GuardArgs {
 pub(super) fn run(args: GuardArgs) -> Result<()> {
     let files = Files::default();
     let rules = args.rules.as_deref().map(|path| Rules::read(path, &files)).transpose()?;
+    rules.iter().for_each(tell_warnings);
     if let (true, Some(rules)) = (args.check, &rules) {
         note!("the rules are right: {}", rules.summary_now());
         return Ok(());
@@ -370,6 +371,11 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
         return unblock(&scope, prefix);
     }
     remove::remove(&scope, args.destroy)
+}
+
+/// As those of a policy are told.
+fn tell_warnings(rules: &Rules) {
+    rules.warnings().iter().for_each(|warning| note!("warning: {warning}"));
 }
 
 fn unblock(scope: &Scope, prefix: Prefix) -> Result<()> {

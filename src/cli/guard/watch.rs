@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::rules::{Ends, load, put, tell_slots};
-use super::{Record, of_instance};
+use super::{Record, of_instance, tell_warnings};
 use crate::cli::args::Scope;
 use crate::cli::blocked::{alert_line, alert_record};
 use crate::cli::reload::Reload;
@@ -55,6 +55,7 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
             let ends = &ends;
             let again = move |files: &Files| {
                 let rules = Rules::read(path, files)?;
+                tell_warnings(&rules);
                 tell_slots(scope, put(scope, &rules, source, Some(ends))?);
                 Ok(rules.summary_now())
             };
