@@ -83,7 +83,7 @@ fn show_text(scope: &Scope, running: &Running, keyless: &BTreeSet<RingName>) -> 
     let mut out = io::BufWriter::new(io::stdout().lock());
     writeln!(
         out,
-        "instance '{}': {} from {}, loaded {}",
+        "instance '{}': {}; from {}, loaded {}",
         scope.instance,
         running.rules.summary(),
         running.source,
