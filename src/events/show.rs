@@ -71,6 +71,8 @@ pub struct Output {
 
 const COLUMNS: usize = 7;
 const HEADS: [&str; COLUMNS] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN", "OPTIONS", "RULE"];
+/// The column of the rule.
+const RULE: usize = COLUMNS - 1;
 /// What most IPv4 lines need, so that they fit into 120 columns.
 const WIDTHS: [usize; COLUMNS] = [9, 7, 19, 18, 8, 7, 7];
 
@@ -99,7 +101,11 @@ impl Output {
     /// # Errors
     /// Standard output is closed.
     pub fn heads(&mut self) -> io::Result<()> {
-        if self.json { Ok(()) } else { self.out.heads() }
+        if self.json {
+            return Ok(());
+        }
+        self.out.make_room(RULE, self.rules.widest());
+        self.out.heads()
     }
 
     /// Prints a record, which only JSON has.

@@ -3,10 +3,11 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::json::checked;
-use crate::lab::{OBSERVE, wait_until};
+use crate::lab::{OBSERVE, Running, wait_until};
 use crate::look::{map_id, programs_of, records};
 use crate::said::{Said, said};
 use crate::support::ensure_eq;
@@ -229,4 +230,44 @@ pub fn a_rule_that_an_earlier_one_hides_is_told() -> Result<()> {
         );
     }
     Ok(())
+}
+
+pub fn heads_are_not_repeated_for_a_long_verdict_or_name() -> Result<()> {
+    let world = World::new()?;
+    let name = "a name of twenty-two c";
+    let mut stamp = Running::start(&mut world.lab.netoken(&stamping(&world, name)?))?;
+    let rules = rules(&world, &OBSERVE.replace("'observe'", "'drop'"))?;
+    world.lab.ok(&format!("guard {} --attach --rules {rules}", place(&world)))?;
+    let mut guard = Running::start(&mut world.lab.netoken("guard --watch"))?;
+    for stream in [&mut stamp, &mut guard] {
+        stream.wait_for("the heads", |line| line.starts_with("TIME (UTC)"))?;
+    }
+    send_one(&world)?;
+    stamp.wait_for("a SYN", |line| line.contains(name))?;
+    guard.wait_for("a SYN", |line| line.contains("wrong_static!"))?;
+    for stream in [stamp, guard] {
+        stream.signal(Signal::SIGINT)?;
+        let (_, lines) = stream.end()?;
+        let heads = lines.iter().filter(|line| line.starts_with("TIME (UTC)")).count();
+        ensure_eq!(heads, 1, "heads in {lines:#?}");
+    }
+    Ok(())
+}
+
+/// The arguments that stamp by a rule of that name.
+fn stamping(world: &World, name: &str) -> Result<String> {
+    let policy =
+        format!("[[rule]]\nname = '{name}'\nport = 9\naction = 'stamp'\ntoken = '1111111111111111'\n");
+    let policy = world.lab.file("policy.toml", policy)?;
+    Ok(world.args(&format!("-i c0 --attach --policy {}", policy.display())))
+}
+
+/// A SYN that nobody answers.
+fn send_one(world: &World) -> Result<()> {
+    let addr = "10.77.0.2:9".parse()?;
+    world.lab.within(&world.ns, || {
+        // It is dropped, or answered by a reset.
+        std::net::TcpStream::connect_timeout(&addr, std::time::Duration::from_millis(300)).ok();
+        Ok(())
+    })
 }

@@ -17,7 +17,7 @@ use crate::events::columns::Columns;
 use crate::events::interfaces::Interfaces;
 use crate::events::look::{LOOK, goes_on};
 use crate::files::Files;
-use crate::guard::counters::GuardCounters;
+use crate::guard::counters::{GuardCounters, VERDICTS};
 use crate::guard::events::{Alert, Reader, Seen};
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
@@ -120,6 +120,8 @@ impl IsAttached {
 
 const COLUMNS: usize = 6;
 const HEADS: [&str; COLUMNS] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN", "RULE"];
+/// The column of the verdict.
+const VERDICT: usize = 1;
 /// What most IPv4 lines need.
 const WIDTHS: [usize; COLUMNS] = [9, 8, 19, 18, 8, 11];
 
@@ -132,7 +134,13 @@ struct Output<'a> {
 
 impl Output<'_> {
     fn heads(&mut self) -> Result<()> {
-        if self.scope.json { Ok(()) } else { self.out.heads().context(PRINTING) }
+        if self.scope.json {
+            return Ok(());
+        }
+        // Of one that was dropped, with a `!` behind it.
+        self.out
+            .make_room(VERDICT, VERDICTS.iter().map(|(_, name)| name.len() + 1).max().unwrap_or_default());
+        self.out.heads().context(PRINTING)
     }
 
     fn events(&mut self, reader: &mut Reader<'_>, timeout: Duration) -> Result<()> {
