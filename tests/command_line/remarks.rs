@@ -254,6 +254,22 @@ pub fn heads_are_not_repeated_for_a_long_verdict_or_name() -> Result<()> {
     Ok(())
 }
 
+pub fn a_long_name_of_a_rule_is_cut_for_people_only() -> Result<()> {
+    let world = World::new()?;
+    let long = "ä".repeat(30);
+    let args = stamping(&world, &long)?;
+    let cut = format!("  {}…  1111111111111111", "ä".repeat(23));
+    for (flags, shown) in [("", cut), (" --json", format!(r#""rule_name":"{long}""#))] {
+        let mut stream = Running::start(&mut world.lab.netoken(&format!("{args}{flags}")))?;
+        stream.wait_for("the attach", |line| line.contains("attached") || line.contains("replaced"))?;
+        send_one(&world)?;
+        stream.wait_for("the name", |line| line.contains(&shown))?;
+        stream.signal(Signal::SIGINT)?;
+        stream.end()?;
+    }
+    Ok(())
+}
+
 /// The arguments that stamp by a rule of that name.
 fn stamping(world: &World, name: &str) -> Result<String> {
     let policy =
