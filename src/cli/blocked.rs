@@ -10,7 +10,10 @@ use super::table::table;
 use crate::guard::blocked::{Blocked, unblock};
 use crate::guard::events::Alert;
 use crate::guard::program::GuardMaps;
+use crate::guard::running::{self, Running};
+use crate::note::quoted;
 use crate::policy::values::Prefix;
+use crate::state::{Instance, State, instance_flag};
 
 #[derive(Serialize)]
 #[serde(tag = "type")]
@@ -26,6 +29,8 @@ enum Record<'a> {
         instance: &'a str,
         /// How many sources were let in again.
         sources: usize,
+        /// Entries of the rules' own list that still block something of the prefix.
+        blocked_by_rules: usize,
     },
     #[serde(rename = "guard_alert")]
     Alert {
@@ -58,15 +63,40 @@ pub(super) fn print_blocked(json: bool, instance: &str, found: &[Blocked]) -> Re
         .context("writing to standard output")
 }
 
-/// Lets sources in again.
-pub(super) fn unblock_prefix(json: bool, instance: &str, maps: &GuardMaps, prefix: Prefix) -> Result<()> {
+/// Lets sources in again. What the rules block by their own list stays.
+pub(super) fn unblock_prefix(
+    json: bool,
+    instance: &Instance,
+    maps: &GuardMaps,
+    prefix: Prefix,
+) -> Result<()> {
     let sources = unblock(maps, prefix)?;
+    // What is not remembered any more is not known.
+    let (listed, source) = listed(instance, maps, prefix).unwrap_or_default();
     if json {
-        return print_json(&Record::Unblocked { instance, sources });
+        let blocked_by_rules = listed.len();
+        return print_json(&Record::Unblocked { instance: &instance.name, sources, blocked_by_rules });
     }
     let s = if sources == 1 { "" } else { "s" };
-    note!("{sources} source{s} of {prefix} unblocked in instance '{instance}'");
+    note!("{sources} source{s} of {prefix} unblocked in instance '{}'", instance.name);
+    if let [first, others @ ..] = &listed[..] {
+        let more = if others.is_empty() { String::new() } else { format!(" (and {} more)", others.len()) };
+        let flag = instance_flag(&instance.name);
+        note!(
+            "the rules block {first}{more} by a list of their own: change {source}, or the list that it names, and then: \
+             netoken guard --load --rules {}{flag}",
+            quoted(&source)
+        );
+    }
     Ok(())
+}
+
+/// What the rules block of a prefix by their own list, and where they are from.
+fn listed(instance: &Instance, maps: &GuardMaps, prefix: Prefix) -> Result<(Vec<Prefix>, String)> {
+    // Who changes rules is waited for only now: what was asked for is done.
+    let _locked = State::with_instance(&instance.name)?;
+    let Running { rules, source, .. } = running::read(instance, maps)?;
+    Ok((rules.blocking(prefix), source))
 }
 
 /// An alert, as `--json` prints it.

@@ -231,7 +231,32 @@ pub(super) struct Held<T> {
     pub held: T,
 }
 
+/// Where such programs are attached of which `is_meant` says by their instance that they matter, for a person.
+pub(super) fn places(
+    scope: &Scope,
+    kind: &Kind,
+    look: impl Fn(&mut Netlink, &Link, &Programs) -> Result<Vec<Place>>,
+    is_meant: impl Fn(Option<&str>) -> bool,
+) -> Result<Vec<String>> {
+    let mut found: Vec<String> = find_now(scope, kind, look)?
+        .hooks
+        .iter()
+        .filter(|hook| is_meant(hook.instance.as_deref()))
+        .map(|hook| match hook.netns.is_empty() {
+            true => hook.interface.clone(),
+            false => format!("{} in {}", hook.interface, hook.netns),
+        })
+        .collect();
+    found.dedup();
+    Ok(found)
+}
+
 impl Found {
+    /// Whether a program of that instance was found; of those whose pins are lost, if it is none.
+    pub fn has_hook_of(&self, instance: Option<&str>) -> bool {
+        self.hooks.iter().any(|hook| hook.instance.as_deref() == instance)
+    }
+
     /// Whether there is an instance of that name, and of that kind.
     pub fn has_instance(&self, name: &str, kept: impl Fn(&Instance) -> bool) -> bool {
         self.instances.iter().any(|instance| instance.name == name && kept(instance))

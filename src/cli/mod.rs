@@ -7,6 +7,7 @@ mod detach;
 mod difference;
 mod found;
 mod guard;
+mod instance_clock;
 mod key;
 mod loads;
 mod outdated;

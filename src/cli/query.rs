@@ -1,25 +1,24 @@
 //! `--query`: what is attached where, since when, and what it has done.
 
 use std::io::{self, Write};
-use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use super::args::Scope;
 use super::detach::first_of;
-use super::found::{Contents, Found, Held, Kind, Place, find};
+use super::found::{Contents, Found, Held, Kind, Place, find, places};
+use super::guard::query::{GUARDS, look as look_for_guards};
+use super::instance_clock::InstanceClock;
 use super::told::RISK;
-use crate::clock::{self, Source};
 use crate::counters::Counters;
 use crate::events::show::totals_line;
 use crate::hooks::egress::{Stamp, stamps};
 use crate::hooks::loaded::Programs;
 use crate::hooks::netlink::{Link, Netlink};
-use crate::kernel::Kernel;
+use crate::note::quoted;
 use crate::policy::running::{self, Outline};
 use crate::privileges;
-use crate::program::Maps;
 use crate::state::Instance;
 
 const STAMPS: Kind = Kind { record: "hook", command: "netoken", risk: RISK };
@@ -33,24 +32,11 @@ struct InstanceCounters<'a> {
     counters: &'a Counters,
 }
 
-/// The wall clock of an instance's keyed tokens, as `--json` prints it.
-#[derive(Serialize)]
-#[serde(tag = "type", rename = "clock")]
-struct InstanceClock {
-    instance: String,
-    source: Source,
-    /// Unix time as the classifier sees it.
-    unix_s: u64,
-    slot_s: u64,
-    slot: u64,
-}
-
 /// What is read of an instance.
 struct Read {
     counters: Counters,
     /// Where it cannot be read, the rest is as good.
     policy: Result<Option<Outline>>,
-    /// Of no interest where no token is keyed.
     clock: Option<InstanceClock>,
 }
 
@@ -60,8 +46,11 @@ pub(super) fn run(scope: &Scope) -> Result<()> {
         Ok(stamps(netlink, link.index, programs)?.into_iter().map(place).collect())
     };
     let (found, Contents { held, failed, .. }) = find(scope, &STAMPS, look, |_| true, read)?;
+    let guards = guards(scope, &found, &held).unwrap_or_default();
     if found.hooks.is_empty() {
-        nothing(scope, &found)?;
+        nothing(scope, &found, guards.as_deref())?;
+    } else if let Some(guards) = guards.filter(|_| !scope.json) {
+        note!("{guards}");
     }
     let printed = print(scope, &found, &held).context("writing to standard output");
     first_of(failed).and(printed)
@@ -82,23 +71,35 @@ fn place(stamp: Stamp) -> Place {
 
 fn read(instance: &Instance) -> Result<Read> {
     let maps = instance.maps()?;
-    let clock = if maps.keys.any()? { Some(clock_of(instance, &maps)?) } else { None };
+    let clock = InstanceClock::read(instance, &maps.keys, &maps.clock)?;
     Ok(Read { counters: Counters::read(&maps)?, policy: running::outline(instance, &maps), clock })
 }
 
-fn clock_of(instance: &Instance, maps: &Maps) -> Result<InstanceClock> {
-    let published = clock::published(&maps.clock)?;
-    let source = Source::choose(Kernel::probe());
-    let unix_s = clock::as_seen(&published, source)?.as_secs();
-    let slot_s = published.slot_ns / 1_000_000_000;
-    let slot = unix_s.checked_div(slot_s).unwrap_or_default();
-    Ok(InstanceClock { instance: instance.name.clone(), source, unix_s, slot_s, slot })
+/// Where there are guards of instances of which no filter was found, and what shows more of them; nothing if there are none.
+fn guards(scope: &Scope, found: &Found, held: &[Held<Read>]) -> Result<Option<String>> {
+    if !found.hooks.is_empty() && held.iter().all(|held| held.is_attached) {
+        return Ok(None);
+    }
+    let places = places(scope, &GUARDS, look_for_guards, |instance| !found.has_hook_of(instance))?;
+    if places.is_empty() {
+        return Ok(None);
+    }
+    let mut command = "netoken guard".to_string();
+    scope.ifaces.iter().for_each(|iface| command.push_str(&format!(" --iface {}", quoted(iface))));
+    if let Some(netns) = &scope.netns {
+        command.push_str(&format!(" --netns {}", quoted(netns)));
+    }
+    if scope.is_one_instance {
+        command.push_str(&format!(" --instance {}", quoted(&scope.instance)));
+    }
+    Ok(Some(format!("guards are attached to {}: {command} --query", places.join(", "))))
 }
 
-fn nothing(scope: &Scope, found: &Found) -> Result<()> {
+fn nothing(scope: &Scope, found: &Found, guards: Option<&str>) -> Result<()> {
     if !scope.ifaces.is_empty() {
+        let guards = guards.map_or(String::new(), |guards| format!("\n{guards}"));
         bail!(
-            "looking for filters of ours on {0}{2}: there are none; attach one with: netoken {1} --attach",
+            "looking for filters of ours on {0}{2}: there are none; attach one with: netoken {1} --attach{guards}",
             scope.ifaces.join(", "),
             scope.flags(&scope.ifaces[0]),
             if scope.is_one_instance {
@@ -115,8 +116,10 @@ fn nothing(scope: &Scope, found: &Found) -> Result<()> {
             scope.flags("NAME")
         );
     }
-    if !scope.json {
-        note!("netoken is not attached to any interface");
+    match guards {
+        _ if scope.json => {}
+        Some(guards) => note!("netoken stamps on no interface; {guards}"),
+        None => note!("netoken is not attached to any interface"),
     }
     Ok(())
 }
@@ -146,25 +149,11 @@ fn print(scope: &Scope, found: &Found, all: &[Held<Read>]) -> Result<()> {
             Ok(None) => writeln!(out, "  policy: none")?,
             Err(error) => note!("netoken: {error:#}"),
         }
-        clock.as_ref().map_or(Ok(()), |clock| print_clock(&mut out, scope, clock))?;
+        clock.as_ref().map_or(Ok(()), |clock| clock.print(&mut out, scope.json))?;
     }
     Ok(())
 }
 
 fn print_json(out: &mut impl Write, record: &impl Serialize) -> Result<()> {
     Ok(writeln!(out, "{}", serde_json::to_string(record)?)?)
-}
-
-fn print_clock(out: &mut impl Write, scope: &Scope, clock: &InstanceClock) -> Result<()> {
-    if scope.json {
-        return print_json(out, clock);
-    }
-    let InstanceClock { source, unix_s, slot_s, slot, .. } = clock;
-    let time = humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(*unix_s));
-    writeln!(
-        out,
-        "  keyed tokens go by {}, which makes it {time}: slot {slot} of {slot_s} s",
-        source.name()
-    )?;
-    Ok(())
 }

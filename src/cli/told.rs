@@ -8,9 +8,10 @@ use serde::Serialize;
 use crate::guard;
 use crate::hooks::loaded::{Loaded, Role};
 use crate::hooks::tcx;
+use crate::keys::RingName;
 use crate::note::quoted;
 use crate::program::{DEFAULT_EXID, DEFAULT_KIND};
-use crate::state::{DIR_VARIABLE, dir_path};
+use crate::state::{DIR_VARIABLE, dir_path, instance_flag};
 use crate::token::keyed::Slots;
 use crate::types;
 
@@ -90,6 +91,19 @@ pub(super) fn slots_note(instance: &str, (before, now): (Option<Slots>, Option<S
         changes.push(format!("tokens are accepted {} now, and were {}", window(now), window(before)));
     }
     (!changes.is_empty()).then(|| format!("instance '{instance}': {}", changes.join("; ")))
+}
+
+/// What a person has to know of a key ring that rules of the guard name and that has no key.
+pub(super) fn keyless_note(instance: &str, ring: RingName) -> String {
+    format!(
+        "instance '{instance}': ring '{ring}' has no key: the guard's rules in use that name it refuse all its tokens; {}",
+        load_keys(instance)
+    )
+}
+
+/// What helps a ring without keys.
+pub(super) fn load_keys(instance: &str) -> String {
+    format!("copy its key file here, then: netoken key load{}", instance_flag(instance))
 }
 
 /// What is said of a program below the table in which it is listed.

@@ -89,6 +89,11 @@ impl<const N: usize> Columns<N> {
         Ok(columns)
     }
 
+    /// Makes a column as wide as what is known to come there, so that the heads need not be printed again for it.
+    pub fn make_room(&mut self, column: usize, width: usize) {
+        self.widths[column] = self.widths[column].max(width);
+    }
+
     /// Prints the heads.
     ///
     /// # Errors

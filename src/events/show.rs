@@ -71,6 +71,10 @@ pub struct Output {
 
 const COLUMNS: usize = 7;
 const HEADS: [&str; COLUMNS] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN", "OPTIONS", "RULE"];
+/// The column of the rule.
+const RULE: usize = COLUMNS - 1;
+/// So many characters of a rule's name are shown: one long name must not push the tokens off everybody's screen.
+const NAME_MAX: usize = 24;
 /// What most IPv4 lines need, so that they fit into 120 columns.
 const WIDTHS: [usize; COLUMNS] = [9, 7, 19, 18, 8, 7, 7];
 
@@ -94,7 +98,11 @@ impl Output {
     /// # Errors
     /// Standard output is closed.
     pub fn heads(&mut self) -> io::Result<()> {
-        if self.json { Ok(()) } else { self.out.heads() }
+        if self.json {
+            return Ok(());
+        }
+        self.out.make_room(RULE, self.rules.widest().min(NAME_MAX));
+        self.out.heads()
     }
 
     /// Prints a record, which only JSON has.
@@ -128,7 +136,7 @@ impl Output {
         let rule = match (syn.rule, syn.verdict) {
             (0, "no_policy") => "-".to_string(),
             (0, _) => "default".to_string(),
-            (number, _) => rule_name.map_or_else(|| format!("#{number}"), str::to_string),
+            (number, _) => rule_name.map_or_else(|| format!("#{number}"), cut),
         };
         let cells = [
             name,
@@ -160,6 +168,14 @@ impl Output {
     /// Standard output is closed.
     pub fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
+    }
+}
+
+/// A name, or what fits of it.
+fn cut(name: &str) -> String {
+    match name.char_indices().nth(NAME_MAX) {
+        None => name.to_string(),
+        Some(_) => name.chars().take(NAME_MAX - 1).chain(['…']).collect(),
     }
 }
 

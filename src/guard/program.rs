@@ -1,6 +1,7 @@
 //! Loads the guard and gives it its rules. The one place that drives the guard's skeleton; what leaves it is file
 //! descriptors and typed settings.
 
+use std::collections::BTreeSet;
 use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -20,6 +21,7 @@ use crate::guard_skel::types::rodata;
 use crate::guard_skel::{GuardSkelBuilder, OpenGuardSkel};
 use crate::inner;
 use crate::kernel::Kernel;
+use crate::keys::RingName;
 use crate::keys::live::LiveKeys;
 use crate::object::{map, messages, pin_below, settings_among, wanted};
 use crate::pins::{Wanted, expect, open};
@@ -255,6 +257,16 @@ impl GuardMaps {
         let table = self.table()?;
         Ok(table
             .is_some_and(|table| table.rules.iter().any(|rule| u32::from(rule.mode) == Mode::MODE_MARK.0)))
+    }
+
+    /// The rings that rules in use name and that have no key.
+    ///
+    /// # Errors
+    /// The kernel refused to say it.
+    pub fn rings_without_key(&self) -> Result<BTreeSet<RingName>> {
+        let Some(table) = self.table()? else { return Ok(BTreeSet::new()) };
+        let named = table.rules.iter().fold(0, |bits, rule| bits | rule.accept.rings);
+        self.keys.without_key(|number| named & 1 << number != 0)
     }
 
     /// Puts rules and lists into use, without remembering anything of them: see [`super::running::load`].

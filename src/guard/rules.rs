@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use serde::Deserialize;
 
 use crate::keys::RingName;
+use crate::policy::cover::hidden;
 use crate::policy::values::Prefix;
 use crate::token::Token;
 use crate::token::keyed::{Bind, Slots};
@@ -116,6 +117,29 @@ pub struct Listed {
     pub until: Option<SystemTime>,
 }
 
+impl Rule {
+    /// Whether it is about all that the other one is about.
+    fn covers(&self, other: &Rule) -> bool {
+        let ports =
+            |(first, last): (u16, u16)| self.ports.iter().any(|(from, to)| *from <= first && last <= *to);
+        let dst = |dst: Prefix| self.dst.iter().any(|prefix| prefix.covers(dst));
+        other.dst.iter().copied().all(dst) && other.ports.iter().copied().all(ports)
+    }
+}
+
+impl Listed {
+    /// Whether it is still on the list.
+    pub fn is_on(&self, now: SystemTime) -> bool {
+        self.until.is_none_or(|until| until > now)
+    }
+}
+
+/// How many entries of a list have ended.
+pub fn ended(list: &[Listed]) -> usize {
+    let now = SystemTime::now();
+    list.iter().filter(|listed| !listed.is_on(now)).count()
+}
+
 impl Rules {
     /// The key rings that its rules accept.
     pub fn rings(&self) -> BTreeSet<RingName> {
@@ -125,6 +149,43 @@ impl Rules {
     /// Whether a rule wants marks, which XDP does not have.
     pub fn marks(&self) -> bool {
         self.rules.iter().any(|rule| matches!(rule.mode, Mode::Mark(_)))
+    }
+
+    /// Entries of the list of blocked sources that block something of a prefix now.
+    pub fn blocking(&self, prefix: Prefix) -> Vec<Prefix> {
+        let now = SystemTime::now();
+        let is_exempt =
+            |src: Prefix| self.exempt.iter().any(|exempt| exempt.is_on(now) && exempt.src.covers(src));
+        let blocked = self.blocked.iter().filter(|blocked| blocked.is_on(now)).map(|blocked| blocked.src);
+        blocked
+            .filter(|src| {
+                (src.covers(prefix) && !is_exempt(prefix)) || (prefix.covers(*src) && !is_exempt(*src))
+            })
+            .collect()
+    }
+
+    /// What is worth a look: rules that can never match because one earlier rule matches all of it. What several earlier
+    /// rules only cover together is not found.
+    pub fn warnings(&self) -> Vec<String> {
+        let hides = |at: usize, rule: &Rule| self.rules[..at].iter().find(|earlier| earlier.covers(rule));
+        let hidden_by = |(at, rule)| hides(at, rule).map(|earlier| hidden(&rule.name, &earlier.name));
+        self.rules.iter().enumerate().filter_map(hidden_by).collect()
+    }
+
+    /// What a person has to know of entries that are on the lists and have ended; nothing if there are none. `of` is whose
+    /// entries they are, where that is not clear.
+    pub fn expired(&self, of: &str) -> Option<String> {
+        match ended(&self.exempt) + ended(&self.blocked) {
+            0 => None,
+            1 => Some(format!("1 entry{of} has expired")),
+            count => Some(format!("{count} entries{of} have expired")),
+        }
+    }
+
+    /// The same as the summary, and how many entries of the lists have ended.
+    pub fn summary_now(&self) -> String {
+        let expired = self.expired("").map_or(String::new(), |expired| format!("; {expired}"));
+        self.summary() + &expired
     }
 
     /// One line for a person.

@@ -12,9 +12,11 @@
 //! kernel may be counting there: what it had when a rule got it is remembered, and taken off.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::counters::{GuardCounters, Row};
@@ -112,12 +114,7 @@ pub fn read(instance: &Instance, maps: &GuardMaps) -> Result<Running> {
     let Some(table) = maps.table()? else {
         bail!("the guard of instance '{}' has no rules", instance.name);
     };
-    let lost = || {
-        format!(
-            "reading what is remembered of the guard of instance '{}'; load the rules again to mend that",
-            instance.name
-        )
-    };
+    let lost = || lost(instance);
     // For one who was killed before it did so.
     Remembered(&instance.guard_dir).confirm(table.number);
     let (memory, mut rules) = remembered(instance, table.number).with_context(lost)?;
@@ -134,6 +131,59 @@ pub fn read(instance: &Instance, maps: &GuardMaps) -> Result<Running> {
         loaded: humantime::parse_rfc3339(&memory.loaded).with_context(lost)?,
         source: memory.source,
     })
+}
+
+/// Rules that are in use, without what they say.
+#[derive(Debug)]
+pub struct Outline {
+    /// Counts what was put into use.
+    pub number: u64,
+    /// When it was, RFC 3339 in UTC with seconds.
+    pub loaded: String,
+    /// The file that it is from.
+    pub source: String,
+    /// How many rules there are.
+    pub rules: usize,
+}
+
+impl fmt::Display for Outline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let s = if self.rules == 1 { "" } else { "s" };
+        write!(f, "{} rule{s}; from {}, loaded {}", self.rules, self.source, self.loaded)
+    }
+}
+
+/// The outline of the rules in use, or nothing if none were ever put into use. Needs no lock, and does not read the rules.
+///
+/// # Errors
+/// The files about them are gone.
+pub fn outline(instance: &Instance, maps: &GuardMaps) -> Result<Option<Outline>> {
+    #[derive(Deserialize)]
+    struct Known {
+        loaded: String,
+        source: String,
+        rules: Vec<IgnoredAny>,
+    }
+    let number = || Ok::<_, anyhow::Error>(maps.table()?.map(|table| table.number));
+    let (mut running, mut tries) = (number()?, 0..10);
+    while let Some(before) = running {
+        let known: Result<Known> = Remembered(&instance.guard_dir).memory(before);
+        running = number()?;
+        // Others were loaded meanwhile, which has removed the files of these.
+        if known.is_err() && running != Some(before) && tries.next().is_some() {
+            continue;
+        }
+        let Known { loaded, source, rules } = known.with_context(|| lost(instance))?;
+        return Ok(Some(Outline { number: before, loaded, source, rules: rules.len() }));
+    }
+    Ok(None)
+}
+
+fn lost(instance: &Instance) -> String {
+    format!(
+        "reading what is remembered of the guard of instance '{}'; load the rules again to mend that",
+        instance.name
+    )
 }
 
 fn remembered(instance: &Instance, number: u64) -> Result<(Memory, Rules)> {

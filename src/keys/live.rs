@@ -307,6 +307,34 @@ impl LiveKeys {
     pub fn any(&self) -> Result<bool> {
         (0..RINGS_MAX).try_fold(false, |any, number| Ok(any || self.ring(number)?.name[0] != 0))
     }
+
+    /// The rings of which no key signs.
+    ///
+    /// # Errors
+    /// The kernel refused to say it.
+    pub fn without_signer(&self) -> Result<BTreeSet<RingName>> {
+        let mut found = BTreeSet::new();
+        for number in 0..RINGS_MAX {
+            let ring = self.ring(number)?;
+            found.extend(RingName::from_padded(ring.name).filter(|_| ring.signer == 0));
+        }
+        Ok(found)
+    }
+
+    /// Those of the rings with these numbers that have no key at all.
+    ///
+    /// # Errors
+    /// The kernel refused to say it.
+    pub(crate) fn without_key(&self, numbers: impl Fn(u32) -> bool) -> Result<BTreeSet<RingName>> {
+        let with_keys = self.rings_with_keys()?;
+        let mut found = BTreeSet::new();
+        for number in
+            (0..RINGS_MAX).filter(|number| numbers(*number) && !with_keys.contains(&(*number as u8)))
+        {
+            found.extend(RingName::from_padded(self.ring(number)?.name));
+        }
+        Ok(found)
+    }
 }
 
 /// A `struct netoken_key`, in memory that is wiped.

@@ -213,8 +213,8 @@ mod tests {
         assert_eq!(sign(&mut keys, ring).unwrap(), (1, None));
         let signers = [ring, other].map(|ring| signer(&keys, ring).map(Key::id));
         assert_eq!(signers, [Some(1), Some(9)]);
-        crate::keys::check(&keys).unwrap();
-        let retired = retire(&mut keys, ring, unused, at(1000), Duration::ZERO, false).unwrap();
+        crate::keys::settle(&mut keys).unwrap();
+        let retired = retire(&mut keys, ring, unused, &since(2), at(1000), Duration::ZERO, false).unwrap();
         assert_eq!(retired, [0]);
         assert!(keys.iter().filter(|key| key.ring == other).all(Key::is_live));
         assert_eq!(date(&keys, ring, at(3)), at(3));
@@ -232,7 +232,7 @@ mod tests {
         keys.extend([key(EDGE, 3, 3), key(EDGE, 4, 9)]);
         keys[4].retire();
         assert_eq!(next_step(&keys, ring), Step::Sign);
-        let retired = retire(&mut keys, ring, unused, at(1000), Duration::ZERO, false).unwrap();
+        let retired = retire(&mut keys, ring, unused, &since(2), at(1000), Duration::ZERO, false).unwrap();
         assert_eq!(retired, [0, 2]);
         assert_eq!(sign(&mut keys, ring).unwrap(), (3, Some(1)));
         let states: Vec<State> = keys.iter().map(Key::state).collect();
@@ -243,7 +243,7 @@ mod tests {
         assert!(keys[4].secret().is_none());
         // Nor does it hold up the date of the next.
         assert_eq!(date(&keys, ring, at(5)), at(5));
-        retire(&mut keys, ring, unused, at(1000), Duration::ZERO, false).unwrap();
+        retire(&mut keys, ring, unused, &since(2), at(1000), Duration::ZERO, false).unwrap();
         assert_eq!(next_step(&keys, ring), Step::Add);
         assert!(sign(&mut keys, ring).is_err());
     }

@@ -40,8 +40,12 @@ pub fn warning_behind(earlier: &[Rule], rule: &Rule) -> Option<Problem> {
 }
 
 fn never_matches(rule: &Rule, earlier: &Rule) -> Problem {
-    let what = format!("rule '{}' can never match: '{}' matches all of it before", rule.name, earlier.name);
-    Problem::warning(rule.place, what)
+    Problem::warning(rule.place, hidden(&rule.name, &earlier.name))
+}
+
+/// What is said of a rule that can never match, here and of the guard's rules.
+pub(crate) fn hidden(name: &str, earlier: &str) -> String {
+    format!("rule '{name}' can never match: '{earlier}' matches all of it before")
 }
 
 /// What the first values of a rule's addresses and ports begin with. A rule that covers another has, for some number of

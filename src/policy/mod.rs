@@ -182,6 +182,16 @@ pub enum WhenFull {
     Drop,
 }
 
+impl Decision {
+    /// The key ring that its token needs.
+    pub fn ring(&self) -> Option<RingName> {
+        match self {
+            Decision::Stamp { token, .. } => token.ring(),
+            _ => None,
+        }
+    }
+}
+
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -219,12 +229,7 @@ impl Policy {
     /// The key rings that its tokens need.
     pub fn rings(&self) -> BTreeSet<RingName> {
         let decisions = self.default.iter().chain(self.rules.iter().map(|rule| &rule.decision));
-        decisions
-            .filter_map(|decision| match decision {
-                Decision::Stamp { token, .. } => token.ring(),
-                _ => None,
-            })
-            .collect()
+        decisions.filter_map(Decision::ring).collect()
     }
 
     /// One line for a person: how many rules, and the default.

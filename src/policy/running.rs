@@ -343,6 +343,11 @@ pub fn outline(instance: &Instance, maps: &Maps) -> Result<Option<Outline>> {
     Ok(None)
 }
 
+/// The number of the generation in whose place the next one is put, as an event has it; nothing if none is remembered.
+pub fn newest(policy_dir: &Path) -> Option<u32> {
+    Remembered(policy_dir).newest().and_then(|number| u32::try_from(number).ok())
+}
+
 /// The names of the rules of a generation, in their order, from the policy directory of its instance; nothing if they are
 /// not remembered any more.
 pub fn rule_names(policy_dir: &Path, generation: u64) -> Option<Vec<Box<str>>> {

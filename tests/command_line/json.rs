@@ -21,13 +21,14 @@ const DOCUMENTS: [(&str, &str); 3] = [
 ];
 
 /// Keys that are not always there, by their type.
-const OPTIONAL: [(&str, &[&str]); 6] = [
+const OPTIONAL: [(&str, &[&str]); 7] = [
     ("interface", &["new_name", "netns"]),
     ("removed", &["netns", "qdisc", "qdisc_filters"]),
     ("check", &["reason", "ring", "bind", "slot"]),
-    ("guard_attached", &["pushed_out"]),
+    ("guard_attached", &["pushed_out", "rings_without_key"]),
     ("guard_removed", &["qdisc", "qdisc_filters"]),
     ("guard_counters", &["lost"]),
+    ("guard_rules", &["exempt", "exempt_expired", "blocked", "blocked_expired"]),
 ];
 
 fn keys(object: &Value) -> BTreeSet<String> {

@@ -21,6 +21,7 @@ mod policy;
 mod progress;
 mod query;
 mod reload;
+mod remarks;
 mod rights;
 mod rotation;
 mod rules;
@@ -138,6 +139,11 @@ fn with_root() -> Vec<Trial> {
             an_output_that_nobody_reads_does_not_keep_it_alive
             an_output_that_is_closed_ends_it an_attach_that_nobody_listens_to_keeps_nobody_waiting
             a_destroyed_guard_ends_the_watch a_watch_leaves_the_rules_of_another_guard_alone a_second_reader_is_told_who_the_first_is;
+        remarks: where_only_guards_are_a_query_tells_where a_query_of_the_guard_shows_its_rules_and_the_clock
+            rules_whose_keys_are_gone_are_marked a_load_that_comes_too_soon_says_what_uses_its_file
+            who_unblocks_what_the_rules_block_is_told entries_that_have_ended_are_counted
+            a_rule_that_an_earlier_one_hides_is_told heads_are_not_repeated_for_a_long_verdict_or_name
+            a_long_name_of_a_rule_is_cut_for_people_only;
         documented: every_documented_type_is_printed_as_it_says;
         units: the_units_attach_reload_and_detach;
         upgrade: a_map_of_another_shape_is_replaced_and_the_loss_told

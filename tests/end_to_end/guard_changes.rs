@@ -452,7 +452,7 @@ fn shows() -> Result<()> {
     ensure_eq!((&of_six["seen"], &of_six["rule"]), (&2.into(), &2.into()), "{of_six}");
     let text = world.lab.ok("guard --show")?;
     for line in [
-        &format!("instance 'default': 2 rules, 0 prefixes exempt, 1 prefix blocked from {file}, loaded "),
+        &format!("instance 'default': 2 rules, 0 prefixes exempt, 1 prefix blocked; from {file}, loaded "),
         "\nslots = { length = 16, behind = 1, ahead = 1 }\n",
         "\nrule 2 'six': dst fd00::/8, mode drop, tokens 4e45544f4b454e31\n  2 seen: 2 valid\n",
     ] {

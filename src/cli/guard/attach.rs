@@ -1,6 +1,6 @@
 //! `netoken guard --attach`: puts the guard on interfaces, all of them or none.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use super::{GuardArgs, HookArg, PASSED_BY, RISK, Record, SEES_IT, TO_THE_FRONT, 
 use crate::cli::args::Scope;
 use crate::cli::loads::Loads;
 use crate::cli::signals::Signals;
-use crate::cli::told::{Before, Said, filters_remark, lost_note, slots_note};
+use crate::cli::told::{Before, Said, filters_remark, keyless_note, lost_note, slots_note};
 use crate::clock::{self, slots};
 use crate::events::columns::Patient;
 use crate::guard::program::{GuardMaps, GuardProgram, Kind, Settings};
@@ -27,6 +27,7 @@ use crate::hooks::unused::remove_unused_pins;
 use crate::hooks::xdp::{
     Allowed, Mode, XdpAttachment, at_xdp, attach_xdp, attached_xdp, put_back_xdp, take_xdp, undo_xdp,
 };
+use crate::keys::RingName;
 use crate::keys::file::HeldKeys;
 use crate::netns::Netns;
 use crate::pins::Renewal;
@@ -63,6 +64,8 @@ struct Job<'a> {
     replaces_rules: bool,
     /// The rules and slots that others were put into the place of before all was done, as far as there were any.
     before: Option<(Option<Running>, Option<Slots>)>,
+    /// Key rings that the rules name and that have no key.
+    keyless: BTreeSet<RingName>,
     /// What to say at the end.
     notes: Vec<String>,
 }
@@ -90,6 +93,7 @@ pub(super) fn attach(args: &GuardArgs, scope: &Scope, rules: Option<&Rules>) -> 
         done: Vec::new(),
         replaces_rules: false,
         before: None,
+        keyless: BTreeSet::new(),
         notes: Vec::new(),
     };
     let attached = (|| {
@@ -192,6 +196,9 @@ impl Job<'_> {
             signals.go_on("loading the rules of the guard")?;
             self.set_rules(&first.maps, rules)?;
         }
+        self.notes.extend(rules.and_then(|rules| rules.expired(" of the lists")));
+        // Rules of the command line were not accepted without. All else is done: that this cannot be found out is no failure.
+        self.keyless = first.maps.rings_without_key().unwrap_or_default();
         // Where that fails, it is still found by its number.
         running::confirm(self.instance, &first.maps).ok();
         Ok(())
@@ -413,7 +420,13 @@ impl Job<'_> {
             };
             let (replaced, moved) = how;
             if scope.json {
-                let attached = Record::GuardAttached { interface: &link.name, hook, replaced, pushed_out };
+                let attached = Record::GuardAttached {
+                    interface: &link.name,
+                    hook,
+                    replaced,
+                    pushed_out,
+                    rings_without_key: &self.keyless,
+                };
                 out.write_all(format!("{}\n", serde_json::to_string(&attached)?).as_bytes())?;
                 continue;
             }
@@ -437,6 +450,9 @@ impl Job<'_> {
             }
         }
         self.notes.iter().for_each(|note| note!("{note}"));
+        for ring in &self.keyless {
+            note!("{}", keyless_note(&self.instance.name, *ring));
+        }
         Ok(())
     }
 }

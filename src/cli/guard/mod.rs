@@ -1,5 +1,6 @@
 //! `netoken guard`: puts the guard on interfaces, gives it its rules, and says what it does.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -14,17 +15,19 @@ use crate::files::Files;
 use crate::guard::counters::{GuardCounters, Row, VERDICTS};
 use crate::guard::events::Seen;
 use crate::guard::program::GuardMaps;
-use crate::guard::rules::Rules;
+use crate::guard::rules::{Rules, ended};
+use crate::guard::running::Outline;
 use crate::hooks::loaded::{Loaded, Role, loaded_programs};
 use crate::hooks::qdisc::Qdisc;
 use crate::hooks::xdp::{Foreign, Mode};
+use crate::keys::RingName;
 use crate::netns;
 use crate::policy::values::Prefix;
 use crate::privileges;
 use crate::state::State;
 
 mod attach;
-mod query;
+pub(super) mod query;
 mod remove;
 mod rules;
 mod show;
@@ -197,12 +200,15 @@ enum Record<'a> {
         /// Somebody else's XDP program that was there.
         #[serde(skip_serializing_if = "Option::is_none")]
         pushed_out: Option<&'a Foreign>,
+        /// Those that its rules name, whose tokens it refuses.
+        #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+        rings_without_key: &'a BTreeSet<RingName>,
     },
     GuardLoaded {
         instance: &'a str,
         rules: usize,
-        exempt: usize,
-        blocked: usize,
+        #[serde(flatten)]
+        lists: Lists,
     },
     GuardCounters {
         instance: &'a str,
@@ -219,11 +225,9 @@ enum Record<'a> {
         loaded: String,
         source: &'a str,
         rules: usize,
-        exempt: usize,
-        /// Of those, how many have ended.
-        exempt_expired: usize,
-        blocked: usize,
-        blocked_expired: usize,
+        /// With `--show`, as all that is said of lists.
+        #[serde(flatten)]
+        lists: Option<Lists>,
     },
     GuardRule {
         /// Its place, from 1.
@@ -231,6 +235,8 @@ enum Record<'a> {
         name: &'a str,
         /// What it says, in one line.
         says: String,
+        /// Key rings whose tokens it refuses because they have no key.
+        rings_without_key: Vec<RingName>,
         /// Packets that it decided about, since it has its name.
         seen: u64,
         #[serde(flatten)]
@@ -249,6 +255,42 @@ enum Record<'a> {
         #[serde(flatten)]
         qdisc: Option<Qdisc>,
     },
+}
+
+impl<'a> Record<'a> {
+    /// Of rules that were not read.
+    fn outline(instance: &'a str, outline: &'a Outline) -> Record<'a> {
+        let Outline { number, loaded, source, rules } = outline;
+        Record::GuardRules {
+            instance,
+            number: *number,
+            loaded: loaded.clone(),
+            source,
+            rules: *rules,
+            lists: None,
+        }
+    }
+}
+
+/// How long the lists are.
+#[derive(Serialize)]
+struct Lists {
+    exempt: usize,
+    /// Of those, how many have ended.
+    exempt_expired: usize,
+    blocked: usize,
+    blocked_expired: usize,
+}
+
+impl Lists {
+    fn of(rules: &Rules) -> Lists {
+        Lists {
+            exempt: rules.exempt.len(),
+            exempt_expired: ended(&rules.exempt),
+            blocked: rules.blocked.len(),
+            blocked_expired: ended(&rules.blocked),
+        }
+    }
 }
 
 /// Packets by verdict, with a field for each.
@@ -291,8 +333,9 @@ impl GuardArgs {
 pub(super) fn run(args: GuardArgs) -> Result<()> {
     let files = Files::default();
     let rules = args.rules.as_deref().map(|path| Rules::read(path, &files)).transpose()?;
+    rules.iter().for_each(tell_warnings);
     if let (true, Some(rules)) = (args.check, &rules) {
-        note!("the rules are right: {}", rules.summary());
+        note!("the rules are right: {}", rules.summary_now());
         return Ok(());
     }
     if let Some(netns) = &args.netns {
@@ -330,13 +373,19 @@ pub(super) fn run(args: GuardArgs) -> Result<()> {
     remove::remove(&scope, args.destroy)
 }
 
+/// As those of a policy are told.
+fn tell_warnings(rules: &Rules) {
+    rules.warnings().iter().for_each(|warning| note!("warning: {warning}"));
+}
+
 fn unblock(scope: &Scope, prefix: Prefix) -> Result<()> {
     let doing = format!("unblocking {prefix} in instance '{}'", scope.instance);
     privileges::check(&doing)?;
     let state = State::find()?.filter(|state| state.instance(&scope.instance).pins.exists());
     let Some(state) = state else { bail!("{doing}: there is no such instance") };
-    let maps = GuardMaps::open(&state.instance(&scope.instance).pins).with_context(|| doing.clone())?;
-    unblock_prefix(scope.json, &scope.instance, &maps, prefix)
+    let instance = state.instance(&scope.instance);
+    let maps = GuardMaps::open(&instance.pins).with_context(|| doing.clone())?;
+    unblock_prefix(scope.json, &instance, &maps, prefix)
 }
 
 /// The loaded programs of an instance.

@@ -9,9 +9,11 @@ use crate::cli::args::Scope;
 use crate::cli::blocked::print_blocked;
 use crate::cli::detach::first_of;
 use crate::cli::found::{Contents, Found, Held, Kind, Place, find};
+use crate::cli::instance_clock::InstanceClock;
 use crate::guard::blocked::{self, Blocked};
 use crate::guard::counters::GuardCounters;
 use crate::guard::program::GuardMaps;
+use crate::guard::running::{self, Outline};
 use crate::hooks::clsact::attached;
 use crate::hooks::loaded::Programs;
 use crate::hooks::netlink::{Link, Netlink, Side};
@@ -19,12 +21,16 @@ use crate::hooks::xdp::attached_xdp;
 use crate::privileges;
 use crate::state::Instance;
 
-const GUARDS: Kind = Kind { record: "guard_hook", command: "netoken guard", risk: RISK };
+/// What a guard is to who looks for programs.
+pub(in crate::cli) const GUARDS: Kind = Kind { record: "guard_hook", command: "netoken guard", risk: RISK };
 
 /// What is read of an instance.
 struct Read {
     counters: GuardCounters,
     blocked: Vec<Blocked>,
+    /// Where they cannot be read, the rest is as good.
+    rules: Result<Option<Outline>>,
+    clock: Option<InstanceClock>,
 }
 
 pub(super) fn query(scope: &Scope) -> Result<()> {
@@ -39,7 +45,8 @@ pub(super) fn query(scope: &Scope) -> Result<()> {
     first_of(failed).and(printed)
 }
 
-fn look(netlink: &mut Netlink, link: &Link, programs: &Programs) -> Result<Vec<Place>> {
+/// The guards of an interface.
+pub(in crate::cli) fn look(netlink: &mut Netlink, link: &Link, programs: &Programs) -> Result<Vec<Place>> {
     let at_xdp = attached_xdp(link.index, programs)?.map(|ours| Place {
         hook: hook_name(ours.mode),
         program: ours.program,
@@ -66,7 +73,12 @@ fn look(netlink: &mut Netlink, link: &Link, programs: &Programs) -> Result<Vec<P
 fn read(instance: &Instance) -> Result<Read> {
     let maps = GuardMaps::open(&instance.pins)
         .with_context(|| format!("opening the guard of instance '{}'", instance.name))?;
-    Ok(Read { counters: GuardCounters::read(&maps)?, blocked: blocked::read(&maps)? })
+    Ok(Read {
+        counters: GuardCounters::read(&maps)?,
+        blocked: blocked::read(&maps)?,
+        rules: running::outline(instance, &maps),
+        clock: InstanceClock::read(instance, &maps.keys, &maps.clock)?,
+    })
 }
 
 fn nothing(scope: &Scope, found: &Found, has_rules: impl Fn(&Instance) -> bool) -> Result<()> {
@@ -92,25 +104,32 @@ fn nothing(scope: &Scope, found: &Found, has_rules: impl Fn(&Instance) -> bool) 
 }
 
 fn print(scope: &Scope, found: &Found, all: &[Held<Read>]) -> Result<()> {
+    let mut out = io::stdout().lock();
     if scope.json {
         found.hooks.iter().try_for_each(print_json)?;
-        for Held { instance, held: Read { counters, blocked }, .. } in all {
-            print_json(&Record::GuardCounters { instance, counters, lost: None })?;
-            print_blocked(true, instance, blocked)?;
-        }
-        return Ok(());
-    }
-    let mut out = io::stdout().lock();
-    if !found.hooks.is_empty() {
+    } else if !found.hooks.is_empty() {
         found.table(&mut out, &GUARDS)?;
     }
-    for (at, Held { instance, is_attached, held: Read { counters, blocked } }) in all.iter().enumerate() {
-        if at > 0 || !found.hooks.is_empty() {
-            writeln!(out)?;
+    for (at, Held { instance, is_attached, held }) in all.iter().enumerate() {
+        let Read { counters, blocked, rules, clock } = held;
+        if scope.json {
+            print_json(&Record::GuardCounters { instance, counters, lost: None })?;
+        } else {
+            if at > 0 || !found.hooks.is_empty() {
+                writeln!(out)?;
+            }
+            let here = if *is_attached { "" } else { ", not attached here" };
+            writeln!(out, "instance '{instance}'{here}: {}", counters.line())?;
         }
-        let here = if *is_attached { "" } else { ", not attached here" };
-        writeln!(out, "instance '{instance}'{here}: {}", counters.line())?;
-        print_blocked(false, instance, blocked)?;
+        match rules {
+            Ok(Some(rules)) if scope.json => print_json(&Record::outline(instance, rules))?,
+            Ok(Some(rules)) => writeln!(out, "  rules: {rules}")?,
+            Ok(None) if scope.json => {}
+            Ok(None) => writeln!(out, "  rules: none")?,
+            Err(error) => note!("netoken: {error:#}"),
+        }
+        clock.as_ref().map_or(Ok(()), |clock| clock.print(&mut out, scope.json))?;
+        print_blocked(scope.json, instance, blocked)?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, bail};
 
-use super::{Record, of_instance, print_json};
+use super::{Lists, Record, of_instance, print_json};
 use crate::cli::args::Scope;
 use crate::cli::outdated;
 use crate::cli::told::slots_note;
@@ -15,6 +15,7 @@ use crate::guard::running;
 use crate::hooks::loaded::Role;
 use crate::keys::file::{HeldKeys, KeyDir};
 use crate::keys::{self, Key};
+use crate::note::quoted;
 use crate::privileges;
 use crate::rings;
 use crate::state::{EventsOf, Identity, Instance, State, instance_flag};
@@ -78,11 +79,10 @@ pub(super) fn load(scope: &Scope, rules: &Rules, source: &str, ends: Option<&End
         return print_json(&Record::GuardLoaded {
             instance: &scope.instance,
             rules: rules.rules.len(),
-            exempt: rules.exempt.len(),
-            blocked: rules.blocked.len(),
+            lists: Lists::of(rules),
         });
     }
-    note!("instance '{}' has new rules: {}", scope.instance, rules.summary());
+    note!("instance '{}' has new rules: {}", scope.instance, rules.summary_now());
     State::find()?.map_or(Ok(()), |state| outdated::tell(&state, &scope.instance, true))
 }
 
@@ -106,8 +106,9 @@ pub(super) fn put(
         let programs = of_instance(&state, &scope.instance)?;
         if programs.is_empty() {
             bail!(
-                "{doing}: its guard is not attached; it gets rules when it is: netoken guard {} --attach",
-                scope.flags("NAME")
+                "{doing}: its guard is not attached; it gets rules when it is: netoken guard {} --attach --rules {}",
+                scope.flags("NAME"),
+                quoted(source)
             );
         }
         // Where it is attached at XDP there is nothing that could be marked.

@@ -1,26 +1,28 @@
 //! `netoken guard --show` and `--diff`: the rules that run, what each has counted, and what a file would change.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io::{self, Write};
 use std::path::Path;
-use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Record, Verdicts, print_json};
+use super::{Lists, Record, Verdicts, print_json};
 use crate::cli::args::Scope;
 use crate::cli::difference::{Difference, of_rules, tell};
+use crate::cli::told::load_keys;
 use crate::guard::program::GuardMaps;
-use crate::guard::rules::{Listed, Rules};
+use crate::guard::rules::{Listed, Rule, Rules, ended};
 use crate::guard::running::{self, Running};
 use crate::guard::write::{line, listed_line, settings, to_toml};
+use crate::keys::RingName;
 use crate::privileges;
 use crate::state::State;
 
 /// More differences of a list are counted and not shown: nobody reads a million lines.
 const SHOWN_MAX: usize = 20;
 
-fn running(doing: &str, scope: &Scope) -> Result<Running> {
+/// The rules that run, and the rings of theirs that have no key.
+fn running(doing: &str, scope: &Scope) -> Result<(Running, BTreeSet<RingName>)> {
     privileges::check(doing)?;
     let (state, _lock) = State::with_instance(&scope.instance)?.with_context(|| {
         format!(
@@ -34,27 +36,22 @@ fn running(doing: &str, scope: &Scope) -> Result<Running> {
         bail!("{doing}: instance '{}' has no guard", scope.instance);
     }
     let maps = GuardMaps::open(&instance.pins).with_context(|| doing.to_string())?;
-    running::read(&instance, &maps)
+    Ok((running::read(&instance, &maps)?, maps.rings_without_key()?))
 }
 
 pub(super) fn show(scope: &Scope, toml: bool) -> Result<()> {
-    let running = running("showing the rules of the guard", scope)?;
+    let (running, keyless) = running("showing the rules of the guard", scope)?;
     if toml {
         return write!(io::stdout(), "{}", to_toml(&running.rules)).context("writing to standard output");
     }
     if scope.json {
-        show_json(scope, &running)
+        show_json(scope, &running, &keyless)
     } else {
-        show_text(scope, &running).context("writing to standard output")
+        show_text(scope, &running, &keyless).context("writing to standard output")
     }
 }
 
-fn expired(list: &[Listed]) -> usize {
-    let now = SystemTime::now();
-    list.iter().filter(|listed| listed.until.is_some_and(|until| until <= now)).count()
-}
-
-fn show_json(scope: &Scope, running: &Running) -> Result<()> {
+fn show_json(scope: &Scope, running: &Running, keyless: &BTreeSet<RingName>) -> Result<()> {
     let rules = &running.rules;
     print_json(&Record::GuardRules {
         instance: &scope.instance,
@@ -62,16 +59,14 @@ fn show_json(scope: &Scope, running: &Running) -> Result<()> {
         loaded: humantime::format_rfc3339_seconds(running.loaded).to_string(),
         source: &running.source,
         rules: rules.rules.len(),
-        exempt: rules.exempt.len(),
-        exempt_expired: expired(&rules.exempt),
-        blocked: rules.blocked.len(),
-        blocked_expired: expired(&rules.blocked),
+        lists: Some(Lists::of(rules)),
     })?;
     for ((rule, counts), number) in rules.rules.iter().zip(&running.counts).zip(1..) {
         print_json(&Record::GuardRule {
             rule: number,
             name: &rule.name,
             says: line(rule),
+            rings_without_key: without_key(rule, keyless).collect(),
             seen: counts.iter().sum(),
             verdicts: Verdicts(counts),
         })?;
@@ -79,19 +74,24 @@ fn show_json(scope: &Scope, running: &Running) -> Result<()> {
     Ok(())
 }
 
-fn show_text(scope: &Scope, running: &Running) -> Result<()> {
+/// The key rings of a rule that have no key.
+fn without_key<'a>(rule: &'a Rule, keyless: &'a BTreeSet<RingName>) -> impl Iterator<Item = RingName> + 'a {
+    rule.keys.iter().copied().filter(|ring| keyless.contains(ring))
+}
+
+fn show_text(scope: &Scope, running: &Running, keyless: &BTreeSet<RingName>) -> Result<()> {
     let mut out = io::BufWriter::new(io::stdout().lock());
     writeln!(
         out,
-        "instance '{}': {} from {}, loaded {}",
+        "instance '{}': {}; from {}, loaded {}",
         scope.instance,
         running.rules.summary(),
         running.source,
         humantime::format_rfc3339_seconds(running.loaded)
     )?;
     for (name, list) in [("exempt", &running.rules.exempt), ("blocked", &running.rules.blocked)] {
-        if expired(list) > 0 {
-            writeln!(out, "{name}: {} of {} have expired", expired(list), list.len())?;
+        if ended(list) > 0 {
+            writeln!(out, "{name}: {} of {} have expired", ended(list), list.len())?;
         }
     }
     for (name, value) in settings(&running.rules) {
@@ -100,7 +100,12 @@ fn show_text(scope: &Scope, running: &Running) -> Result<()> {
         }
     }
     for ((rule, counts), number) in running.rules.rules.iter().zip(&running.counts).zip(1..) {
-        writeln!(out, "\nrule {number} '{}': {}", rule.name, line(rule))?;
+        write!(out, "\nrule {number} '{}': {}", rule.name, line(rule))?;
+        for ring in without_key(rule, keyless) {
+            let load = load_keys(&scope.instance);
+            write!(out, "  [ring '{ring}' has no key: all its tokens are refused; {load}]")?;
+        }
+        writeln!(out)?;
         let verdicts: Vec<String> = Verdicts(counts)
             .iter()
             .filter(|(_, packets)| *packets > 0)
@@ -119,7 +124,7 @@ fn show_text(scope: &Scope, running: &Running) -> Result<()> {
 
 pub(super) fn diff(scope: &Scope, file: &Path) -> Result<()> {
     let rules = Rules::from_file(file)?;
-    let running = running("reading the rules of the guard that run", scope)?;
+    let (running, _) = running("reading the rules of the guard that run", scope)?;
     tell(&differences(&running.rules, &rules, !scope.json), scope.json).context("writing to standard output")
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::rules::{Ends, load, put, tell_slots};
-use super::{Record, of_instance};
+use super::{Record, of_instance, tell_warnings};
 use crate::cli::args::Scope;
 use crate::cli::blocked::{alert_line, alert_record};
 use crate::cli::reload::Reload;
@@ -17,7 +17,7 @@ use crate::events::columns::Columns;
 use crate::events::interfaces::Interfaces;
 use crate::events::look::{LOOK, goes_on};
 use crate::files::Files;
-use crate::guard::counters::GuardCounters;
+use crate::guard::counters::{GuardCounters, VERDICTS};
 use crate::guard::events::{Alert, Reader, Seen};
 use crate::guard::program::GuardMaps;
 use crate::guard::rules::Rules;
@@ -55,8 +55,9 @@ pub(super) fn watch(scope: &Scope, given: Option<Given<'_>>, files: Files, sourc
             let ends = &ends;
             let again = move |files: &Files| {
                 let rules = Rules::read(path, files)?;
+                tell_warnings(&rules);
                 tell_slots(scope, put(scope, &rules, source, Some(ends))?);
-                Ok(rules.summary())
+                Ok(rules.summary_now())
             };
             Some(Reload::new("rules", files, true, &signals, again))
         }
@@ -119,6 +120,8 @@ impl IsAttached {
 
 const COLUMNS: usize = 6;
 const HEADS: [&str; COLUMNS] = ["INTERFACE", "VERDICT", "SOURCE", "DESTINATION", "ISN", "RULE"];
+/// The column of the verdict.
+const VERDICT: usize = 1;
 /// What most IPv4 lines need.
 const WIDTHS: [usize; COLUMNS] = [9, 8, 19, 18, 8, 11];
 
@@ -131,7 +134,13 @@ struct Output<'a> {
 
 impl Output<'_> {
     fn heads(&mut self) -> Result<()> {
-        if self.scope.json { Ok(()) } else { self.out.heads().context(PRINTING) }
+        if self.scope.json {
+            return Ok(());
+        }
+        // Of one that was dropped, with a `!` behind it.
+        self.out
+            .make_room(VERDICT, VERDICTS.iter().map(|(_, name)| name.len() + 1).max().unwrap_or_default());
+        self.out.heads().context(PRINTING)
     }
 
     fn events(&mut self, reader: &mut Reader<'_>, timeout: Duration) -> Result<()> {

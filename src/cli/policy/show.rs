@@ -1,5 +1,6 @@
 //! `netoken policy show`: what is in use, and how often each rule decided.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::time::{Duration, SystemTime};
 
@@ -9,6 +10,7 @@ use serde::Serialize;
 
 use super::Common;
 use crate::events::model::since_epoch;
+use crate::keys::RingName;
 use crate::policy::ask::Ask;
 use crate::policy::install::DEFAULT_HITS;
 use crate::policy::names::Names;
@@ -16,6 +18,7 @@ use crate::policy::running::{self, Running};
 use crate::policy::write::{conditions_line, to_toml};
 use crate::policy::{Decision, Rule};
 use crate::privileges;
+use crate::state::instance_flag;
 use crate::types::Hits;
 
 /// Show the policy that is in use, with how often each rule decided and when last
@@ -44,6 +47,8 @@ struct RuleLine<'a> {
     last_hit: Option<String>,
     /// What is not any more what it was when the policy was loaded.
     stale: Option<String>,
+    /// The key ring of its token, if no key of it signs.
+    ring_without_key: Option<RingName>,
 }
 
 pub(super) fn run(args: &ShowArgs) -> Result<()> {
@@ -61,14 +66,30 @@ pub(super) fn run(args: &ShowArgs) -> Result<()> {
     }
     let numbers: Vec<u32> = [DEFAULT_HITS].into_iter().chain(running.hits.iter().copied()).collect();
     let hits = maps.hits(&numbers)?;
+    let unsigned = maps.keys.without_signer()?;
     let clock = Clock::now()?;
     drop((maps, lock));
-    tell(args, &running, &hits, &clock).context("writing to standard output")
+    tell(args, &running, &hits, unsigned, clock).context("writing to standard output")
 }
 
-fn tell(args: &ShowArgs, running: &Running, hits: &[Hits], clock: &Clock) -> Result<()> {
-    let names = Names::default();
+/// By which it is told what a rule has come to.
+struct Now {
+    names: Names,
+    /// Key rings of which no key signs.
+    unsigned: BTreeSet<RingName>,
+    clock: Clock,
+}
+
+fn tell(
+    args: &ShowArgs,
+    running: &Running,
+    hits: &[Hits],
+    unsigned: BTreeSet<RingName>,
+    clock: Clock,
+) -> Result<()> {
+    let now = Now { names: Names::default(), unsigned, clock };
     let mut out = io::BufWriter::new(io::stdout().lock());
+    let flag = instance_flag(&args.common.instance);
     let policy = running.outline(&args.common.instance);
     if args.common.json {
         writeln!(out, "{}", serde_json::to_string(&policy)?)?;
@@ -77,10 +98,8 @@ fn tell(args: &ShowArgs, running: &Running, hits: &[Hits], clock: &Clock) -> Res
         writeln!(out, "{:>7} {:>12}  {:<20}  WHAT", "RULE", "HITS", "LAST (UTC)")?;
     }
     let rules = (1..).zip(&running.policy.rules).zip(&hits[1..]);
-    let lines =
-        rules.map(|((number, rule), hits)| line(number, Some(rule), &rule.decision, hits, clock, &names));
-    let default =
-        running.policy.default.iter().map(|decision| line(0, None, decision, &hits[0], clock, &names));
+    let lines = rules.map(|((number, rule), hits)| line(number, Some(rule), &rule.decision, hits, &now));
+    let default = running.policy.default.iter().map(|decision| line(0, None, decision, &hits[0], &now));
     for line in lines.chain(default) {
         if args.common.json {
             writeln!(out, "{}", serde_json::to_string(&line)?)?;
@@ -91,7 +110,10 @@ fn tell(args: &ShowArgs, running: &Running, hits: &[Hits], clock: &Clock) -> Res
         let name = line.name.map_or(String::new(), |name| format!("{name}: {} -> ", line.matches));
         let stale =
             line.stale.map_or(String::new(), |what| format!("  [stale: {what}; load the policy again]"));
-        writeln!(out, "{number:>7} {:>12}  {last:<20}  {name}{}{stale}", line.hits, line.action)?;
+        let unsigned = line.ring_without_key.map_or(String::new(), |ring| {
+            format!("  [no key of ring '{ring}' signs: its SYNs get no token; see netoken key list{flag}]")
+        });
+        writeln!(out, "{number:>7} {:>12}  {last:<20}  {name}{}{stale}{unsigned}", line.hits, line.action)?;
     }
     Ok(out.flush()?)
 }
@@ -101,8 +123,7 @@ fn line<'a>(
     rule: Option<&'a Rule>,
     decision: &Decision,
     hits: &Hits,
-    clock: &Clock,
-    names: &Names,
+    now: &Now,
 ) -> RuleLine<'a> {
     let conditions = rule.iter().flat_map(|rule| rule.conditions.iter());
     RuleLine {
@@ -112,8 +133,9 @@ fn line<'a>(
         action: decision.to_string(),
         hits: hits.packets,
         last_hit: (hits.packets > 0)
-            .then(|| humantime::format_rfc3339_seconds(clock.at(hits.last_jiffies)).to_string()),
-        stale: conditions.filter_map(|condition| running::stale(&condition.values, names)).next(),
+            .then(|| humantime::format_rfc3339_seconds(now.clock.at(hits.last_jiffies)).to_string()),
+        stale: conditions.filter_map(|condition| running::stale(&condition.values, &now.names)).next(),
+        ring_without_key: decision.ring().filter(|ring| now.unsigned.contains(ring)),
     }
 }
 
