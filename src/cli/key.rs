@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
@@ -300,37 +301,35 @@ fn rotate(
         }
     };
     let loaded = tell_kernel(args, running.as_ref(), &keys)?;
-    tell(args, ring, step, &ids, loaded, |out| {
-        match step {
-        Step::Add => writeln!(
-            out,
-            "made key {} of ring '{ring}' (verify-only): {}\ncopy that file to every host that checks its tokens, run \
-             there: netoken key load{flag}; and then here: netoken key rotate {ring}{flag}",
-            ids[0],
-            dir.file_of(ring, ids[0]).display()
-        ),
-        Step::Sign => writeln!(
-            out,
-            "key {} of ring '{ring}' signs; on other hosts that stamp with this ring as well, it does once its file \
-             is copied there as it is now: {}\nwhen the one before is idle everywhere, retire it: netoken key rotate \
-             {ring}{flag}",
-            ids[0],
-            dir.file_of(ring, ids[0]).display()
-        ),
-        Step::Retire => ids.iter().try_for_each(|id| {
-            writeln!(
-                out,
-                "retired key {id} of ring '{ring}'; its secret is gone here\nother hosts accept it until they have its \
-                 file as it is now: copy {} to each, and run there: netoken key load{flag}",
-                dir.file_of(ring, *id).display()
-            )
-        }),
-    }
-    })
+    let said: Vec<String> =
+        ids.iter().map(|id| done(args, ring, step, *id, &dir.file_of(ring, *id))).collect();
+    tell(args, ring, step, &ids, loaded, |out| writeln!(out, "{}", said.join("\n")))
 }
 
-/// From when on it is known on this host what is done with keys: from when on the instance counts; if it does not run,
-/// from when on another key was made tokens with.
+/// What a step of a rotation did with a key, and what comes next.
+fn done(args: &KeyArgs, ring: RingName, step: Step, id: u8, file: &Path) -> String {
+    let (flag, file) = (args.flag(), file.display());
+    match step {
+        Step::Add => format!(
+            "made key {id} of ring '{ring}' (verify-only): {file}\n\
+             copy that file to every host that checks its tokens, run there: netoken key load{flag}; \
+             and then here: netoken key rotate {ring}{flag}"
+        ),
+        Step::Sign => format!(
+            "key {id} of ring '{ring}' signs; on other hosts that stamp with this ring as well, it does once its \
+             file is copied there as it is now: {file}\n\
+             when the one before is idle everywhere, retire it: netoken key rotate {ring}{flag}"
+        ),
+        Step::Retire => format!(
+            "retired key {id} of ring '{ring}'; its secret is gone here\n\
+             other hosts accept it until they have its file as it is now: copy {file} to each, \
+             and run there: netoken key load{flag}"
+        ),
+    }
+}
+
+/// From when on it is known on this host what is done with keys: since the instance counts; if it does not run, since
+/// tokens are made with another key.
 fn known(dir: &KeyDir, running: Option<&Running>, signing: Option<&Key>) -> Result<Known> {
     if let Some(Running { instance, .. }) = running {
         let why = format!("instance '{}' counts since then", instance.name);

@@ -28,12 +28,18 @@ impl Interfaces {
         Interfaces { names: HashMap::new(), looked: None, notices: Notices::open(&[Of::Links]).ok() }
     }
 
+    /// Looks again if something was renamed. For a batch of events, as asking the kernel costs more than showing one.
+    pub fn refresh(&mut self) {
+        if self.notices.as_ref().is_some_and(|notices| notices.any().unwrap_or_default()) {
+            self.look();
+        }
+    }
+
     /// The name; `#` and the index if it is not known. What is gone keeps the name that it had.
     pub fn name(&mut self, netns_inode: u32, ifindex: u32) -> String {
         let key = (netns_inode, ifindex);
         let good = if self.names.contains_key(&key) { GOOD } else { RETRY };
-        let has_changed = self.notices.as_ref().is_some_and(|notices| notices.any().unwrap_or_default());
-        if has_changed || self.looked.is_none_or(|looked| looked.elapsed() >= good) {
+        if self.looked.is_none_or(|looked| looked.elapsed() >= good) {
             self.look();
         }
         self.names.get(&key).cloned().unwrap_or_else(|| format!("#{ifindex}"))

@@ -113,6 +113,11 @@ impl Output {
         self.out.json(record)
     }
 
+    /// To be called before SYNs are printed that came together: an interface may have another name since the last.
+    pub fn refresh_names(&mut self) {
+        self.interfaces.refresh();
+    }
+
     /// Prints one SYN.
     ///
     /// # Errors

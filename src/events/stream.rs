@@ -91,7 +91,11 @@ impl Stream<'_> {
     }
 
     fn events(&mut self, reader: &mut Reader<'_>, output: &mut Output, timeout: Duration) -> Result<()> {
-        reader.read(timeout)?.iter().try_for_each(|syn| output.syn(syn)).context("printing an event")
+        let syns = reader.read(timeout)?;
+        if !syns.is_empty() {
+            output.refresh_names();
+        }
+        syns.iter().try_for_each(|syn| output.syn(syn)).context("printing an event")
     }
 
     /// Prints the totals, unless the same were printed last.

@@ -144,7 +144,11 @@ impl Output<'_> {
     }
 
     fn events(&mut self, reader: &mut Reader<'_>, timeout: Duration) -> Result<()> {
-        reader.read(timeout)?.iter().try_for_each(|seen| self.seen(seen))?;
+        let all = reader.read(timeout)?;
+        if !all.is_empty() {
+            self.interfaces.refresh();
+        }
+        all.iter().try_for_each(|seen| self.seen(seen))?;
         reader.alerts().iter().try_for_each(|alert| self.alert(alert))
     }
 
